@@ -1,0 +1,144 @@
+"""What every bench shares: the machine in words, the `--json [FILE]` convention, memory, GEMM rates, medians.
+
+Needs torch alone. Leaves out what is measured: each `bench/<name>.py` has its own workloads and peers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def describe_setting(device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Device, versions and commit: what a reader needs to know before believing a number."""
+    device = torch.device(device)
+    setting: dict[str, Any] = {
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+    if device.type == "cuda":
+        setting["cuda"] = torch.version.cuda
+    if dtype is not None:
+        setting["dtype"] = str(dtype).removeprefix("torch.")
+    return setting
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The model name as Linux has it, else what Python knows."""
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def commit(checkout: Path = CHECKOUT) -> str:
+    """The checkout's commit, with "-dirty" where tracked files differ from it; "unknown" without git."""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """`--json FILE` writes the record there, `--json` alone prints it as one line, last on stdout."""
+    parser.add_argument("--json", nargs="?", const="-", default=None, metavar="FILE",
+                        help="write the results to FILE, or as one line last on stdout")
+
+
+def write_json(record: Mapping[str, Any], target: str | None) -> None:
+    """`target` is args.json: None writes nothing. NaN and infinity are refused, for they are not JSON."""
+    if target is None:
+        return
+    if target == "-":
+        sys.stderr.flush()
+        print(json.dumps(record, allow_nan=False), flush=True)
+        return
+    path = Path(target)
+    text = json.dumps(record, indent=2, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held so far. Take it after the start-up and at the end, and give the difference.
+
+    From /proc where there is one: getrusage's ru_maxrss starts a child at its parent's peak, even across exec.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """{"median", "p20", "p80"}, with linear interpolation between the sorted values."""
+    if not values:
+        raise ValueError("spread needs at least one value, got none")
+    ordered = sorted(values)
+
+    def quantile(share: float) -> float:
+        position = share * (len(ordered) - 1)
+        below = int(position)
+        above = min(below + 1, len(ordered) - 1)
+        return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+    return {"median": statistics.median(ordered), "p20": quantile(0.2), "p80": quantile(0.8)}
+
+
+def time_calls(call: Callable[[], object], repeats: int, warmup: int = 1) -> list[float]:
+    """Seconds of each of `repeats` calls, after `warmup` uncounted ones; on CUDA the clock waits for the device."""
+    for _ in range(warmup):
+        call()
+    seconds = []
+    for _ in range(repeats):
+        _synchronize()
+        start = time.perf_counter()
+        call()
+        _synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def gemm_gflops(dtype: torch.dtype, device: torch.device | str = "cpu", size: int = 2048, repeats: int = 5) -> float:
+    """GFLOP/s of the best of several size^3 matrix products on random data: the ceiling that a step is held against."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
+    out = torch.zeros(size, size, device=device, dtype=dtype)
+    best_s = min(time_calls(lambda: torch.mm(a, b, out=out), repeats))
+    return 2 * size**3 / best_s / 1e9
+
+
+def gemm_rates(device: torch.device | str = "cpu") -> dict[str, float]:
+    """{"float32": GFLOP/s, "bfloat16": GFLOP/s} at 2048^3."""
+    return {str(dtype).removeprefix("torch."): gemm_gflops(dtype, device) for dtype in (torch.float32, torch.bfloat16)}

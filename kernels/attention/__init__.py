@@ -1,0 +1,68 @@
+"""Attention, causal and grouped-query, in its two forms: over a pack of segments, and over a paged cache.
+
+    out[t, h] = sum_j softmax_j(q[t, h] . k[j, h'] * scale) * v[j, h']      h' = h // (H / K)
+
+`attention`: training and prefill. A segment sees all of its prefix (a group's prompt, standing once in the pack for its G
+completions), then causally itself.
+`paged_attention`: decoding, one query a sequence. Its block table lists the prompt's blocks, shared by the group, then
+its own; the prompt's last block may be partly filled, the completion starts on a fresh one.
+
+Scores, softmax and sums are f32 (f64 for f64 inputs); the result is rounded once to q's dtype. Keys are summed in tiles of fixed
+size from the layout's start, so that both forms give a token the same bits. Saved for backward: q, k, v and the weights.
+Flops: 4 * H * C per query-key pair. Siblings: plan.py and reference.py here, tests/kernels/test_attention.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.attention.plan import BLOCK_SIZE, SegmentPlan, ceil_to, plan_segments
+from kernels.attention.reference import attention_reference, make_inputs, paged_attention_reference
+from kernels.checks import FLOATS, check
+from kernels.dispatch import Implementation, Op
+
+__all__ = ["BLOCK_SIZE", "SegmentPlan", "attention", "ceil_to", "make_inputs", "paged_attention", "plan_segments"]
+
+OP = Op("attention", (Implementation("reference", attention_reference),))
+PAGED_OP = Op("paged_attention", (Implementation("reference", paged_attention_reference),))
+
+
+def _check_heads(op: str, num_heads: int, num_kv_heads: int) -> None:
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"{op}: the heads of q must be a multiple of the heads of k, got {num_heads} and {num_kv_heads}")
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: torch.Tensor | SegmentPlan,
+    scale: float | None = None, impl: str = "auto",
+) -> torch.Tensor:
+    """q: float[T, H, C], k and v: float[T, K, C], segments: i32[S, 4] on the CPU or their plan -> float[T, H, C]."""
+    check("attention", "q", q, ("T", "H", "C"), FLOATS)
+    check("attention", "k", k, (q.shape[0], "K", q.shape[2]), q.dtype, like=q)
+    check("attention", "v", v, tuple(k.shape), q.dtype, like=q)
+    _check_heads("attention", q.shape[1], k.shape[1])
+    plan = segments if isinstance(segments, SegmentPlan) else plan_segments(segments, q.shape[0], q.device)
+    if plan.num_tokens != q.shape[0]:
+        raise ValueError(f"attention: the plan is for {plan.num_tokens} tokens, q holds {q.shape[0]}")
+    result: torch.Tensor = OP.choose(q.device, impl).run(q, k, v, plan, q.shape[2] ** -0.5 if scale is None else scale)
+    return result
+
+
+def paged_attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
+    prefix_lens: torch.Tensor, own_lens: torch.Tensor, scale: float | None = None, impl: str = "auto",
+) -> torch.Tensor:
+    """q: float[R, H, C]; caches: float[K, num_blocks, BLOCK_SIZE, C]; block_table: i64[R, NB]; lens: i64[R] -> float[R, H, C].
+
+    Row r reads prefix_lens[r] keys from its first ceil(prefix_lens[r] / BLOCK_SIZE) blocks, then own_lens[r] from the next ones.
+    """
+    check("paged_attention", "q", q, ("R", "H", "C"), FLOATS)
+    check("paged_attention", "k_cache", k_cache, ("K", "num_blocks", BLOCK_SIZE, q.shape[2]), q.dtype, like=q)
+    check("paged_attention", "v_cache", v_cache, tuple(k_cache.shape), q.dtype, like=q)
+    check("paged_attention", "block_table", block_table, (q.shape[0], "NB"), torch.int64, like=q)
+    check("paged_attention", "prefix_lens", prefix_lens, (q.shape[0],), torch.int64, like=q)
+    check("paged_attention", "own_lens", own_lens, (q.shape[0],), torch.int64, like=q)
+    _check_heads("paged_attention", q.shape[1], k_cache.shape[0])
+    result: torch.Tensor = PAGED_OP.choose(q.device, impl).run(
+        q, k_cache, v_cache, block_table, prefix_lens, own_lens, q.shape[2] ** -0.5 if scale is None else scale)
+    return result

@@ -1,0 +1,38 @@
+"""Contract checks shared by the ops: each raises ValueError naming the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+
+SHORT = {
+    torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64",
+    torch.int64: "i64", torch.int32: "i32", torch.bool: "bool",
+}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """'f32[3, 4] on cpu'"""
+    return f"{SHORT.get(tensor.dtype, str(tensor.dtype))}{list(tensor.shape)} on {tensor.device}"
+
+
+def check(
+    op: str,
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int | str, ...],
+    dtypes: torch.dtype | tuple[torch.dtype, ...],
+    like: torch.Tensor | None = None,
+) -> None:
+    """Shape entries that are strings are free sizes (they only give the rank and the words of the error)."""
+    allowed = dtypes if isinstance(dtypes, tuple) else (dtypes,)
+    wanted = f"{'|'.join(SHORT.get(d, str(d)) for d in allowed)}[{', '.join(map(str, shape))}]"
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{op}: {name} must be {wanted}, got {type(tensor).__name__}")
+    right_shape = tensor.dim() == len(shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if not right_shape or tensor.dtype not in allowed:
+        raise ValueError(f"{op}: {name} must be {wanted}, got {describe(tensor)}")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device}, got {describe(tensor)}")

@@ -1,0 +1,202 @@
+"""grpo_loss in plain torch: the specification every other implementation is held to.
+
+Called by the op in `kernels/grpo_loss/__init__.py` after its contract checks; the formulas stand in its docstring.
+`make_inputs` gives the named cases of tests and benches. Left out: the checks, and merging metrics (metrics.py).
+
+All that is differentiated is elementwise in f32|f64[N]; sums over a sequence are of constants alone, and run per
+segment in a fixed order, so that two runs give the same bits. Letters: N loss tokens, S sequences of this microbatch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kernels.grpo_loss.spec import LossSpec
+
+MAX_LOG_RATIO = 20.0
+"""exp of more is 4.9e8 and grows to inf, whose gradient is NaN even in the branch that min() leaves out."""
+
+
+def grpo_loss_reference(
+    logprobs: torch.Tensor,
+    *,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    sequence_index: torch.Tensor,
+    num_sequences: int,
+    spec: LossSpec,
+    total_loss_tokens: int,
+    total_sequences: int,
+    rollout_logprobs: torch.Tensor | None,
+    ref_logprobs: torch.Tensor | None,
+    entropy: torch.Tensor | None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Tensors f32|f64[N] (sequence_index i32|i64[N]) -> (loss [], metrics of [] each)."""
+    old_logprobs, advantages = old_logprobs.detach(), advantages.detach()
+    index, lengths = sequence_index, _lengths(sequence_index, num_sequences)
+    log_ratio = logprobs - old_logprobs
+    ratio = _exp(_at_level(log_ratio, index, lengths) if spec.ratio == "sequence" else log_ratio)
+
+    token_loss, counts = _surrogate(logprobs, ratio, advantages, spec)
+    if spec.importance != "none":
+        assert rollout_logprobs is not None
+        mismatch = old_logprobs - rollout_logprobs.detach()
+        importance, is_cut = _importance(
+            _at_level(mismatch, index, lengths) if spec.ratio == "sequence" else mismatch, spec)
+        token_loss = importance * token_loss
+        counts["importance_cut_sum"] = is_cut.sum()
+    if spec.kl_coef > 0:
+        assert ref_logprobs is not None
+        token_loss = token_loss + spec.kl_coef * _kl(logprobs, ref_logprobs.detach(), spec.kl_estimator)
+    if spec.entropy_coef != 0:
+        assert entropy is not None
+        token_loss = token_loss - spec.entropy_coef * entropy
+
+    loss = (token_loss * _weights(token_loss, index, lengths, spec, total_loss_tokens, total_sequences)).sum()
+    with torch.no_grad():
+        metrics = {"loss_sum": loss.detach(), **{name: count.to(loss.dtype) for name, count in counts.items()}}
+        metrics |= _metrics(logprobs, log_ratio, ratio, rollout_logprobs, ref_logprobs, entropy)
+    return loss, metrics
+
+
+def _lengths(sequence_index: torch.Tensor, num_sequences: int) -> torch.Tensor:
+    """i32|i64[N] -> i64[S]: tokens of each sequence. A sum of integers, so exact in any order."""
+    lengths = torch.zeros(num_sequences, dtype=torch.int64, device=sequence_index.device)
+    return lengths.index_add(0, sequence_index, torch.ones_like(sequence_index, dtype=torch.int64))
+
+
+def _exp(log_ratio: torch.Tensor) -> torch.Tensor:
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+
+
+def _at_level(log_ratio: torch.Tensor, sequence_index: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """[N] -> [N]: each token reads the mean of its sequence, and its gradient reaches its own logprob undivided.
+
+    The undivided gradient (GSPO-token, arXiv:2507.18071 eq. 14) sums up to the sequence's own: the len equal terms of a
+    sequence each owe 1/len of theirs to every token, len * 1/len = 1. It spares the backward a scatter, whose order of
+    addition a GPU does not keep.
+    """
+    constant = log_ratio.detach()
+    sums = torch.segment_reduce(constant, "sum", lengths=lengths, initial=0, unsafe=True)  # [S]; unsafe: no device sync
+    means = sums / lengths.clamp(min=1)
+    return means.index_select(0, sequence_index) + (log_ratio - constant)
+
+
+def _surrogate(
+    logprobs: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor, spec: LossSpec
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of each token before importance weights, and how many tokens each clip binds at."""
+    low, high = 1 - spec.clip_low, 1 + spec.clip_high
+    is_low, is_high = (ratio < low) & (advantages != 0), (ratio > high) & (advantages != 0)
+    is_dual = torch.zeros_like(is_low)
+    if spec.surrogate == "reinforce":
+        token_loss = -advantages * logprobs
+        is_low = is_high = is_dual
+    elif spec.surrogate == "cispo":
+        token_loss = -ratio.detach().clamp(low, high) * advantages * logprobs
+    else:
+        objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+        # The pessimistic min binds only where the clip makes the objective smaller.
+        is_low, is_high = is_low & (advantages < 0), is_high & (advantages > 0)
+        if spec.dual_clip:
+            floor = spec.dual_clip * advantages
+            is_dual = (advantages < 0) & (objective < floor)
+            objective = torch.where(is_dual, floor, objective)
+        token_loss = -objective
+    return token_loss, {"clip_low_sum": is_low.sum(), "clip_high_sum": is_high.sum(), "clip_dual_sum": is_dual.sum()}
+
+
+def _importance(log_weight: torch.Tensor, spec: LossSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Constant weights [N], and where they were truncated or masked."""
+    weight = _exp(log_weight)
+    if spec.importance == "tis":
+        return weight.clamp(max=spec.importance_high), weight > spec.importance_high
+    is_out = (weight < spec.importance_low) | (weight > spec.importance_high)
+    return weight.masked_fill(is_out, 0.0), is_out
+
+
+def _kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str) -> torch.Tensor:
+    d = ref_logprobs - logprobs
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return d.square() / 2
+    return _k3(d)
+
+
+def _k3(d: torch.Tensor) -> torch.Tensor:
+    d = d.clamp(max=MAX_LOG_RATIO)
+    return d.expm1() - d  # expm1: exp(d) - 1 keeps no digit of a small d in f32
+
+
+def _weights(
+    like: torch.Tensor, index: torch.Tensor, lengths: torch.Tensor,
+    spec: LossSpec, total_tokens: int, total_sequences: int,
+) -> torch.Tensor:
+    """The share of the whole batch's loss that each token's loss gets, constant [N]."""
+    if spec.normalizer == "token":
+        return torch.full_like(like, 1 / max(total_tokens, 1))
+    if spec.normalizer == "constant":
+        return torch.full_like(like, 1 / (max(total_sequences, 1) * spec.constant_length))
+    return 1 / (lengths.index_select(0, index).to(like.dtype) * total_sequences)
+
+
+def _metrics(
+    logprobs: torch.Tensor, log_ratio: torch.Tensor, ratio: torch.Tensor,
+    rollout_logprobs: torch.Tensor | None, ref_logprobs: torch.Tensor | None, entropy: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """See metrics.py for each. The extremes of no tokens are those of the empty set, so that merging stays right."""
+    edge = logprobs.new_tensor([torch.inf])
+    gap = log_ratio if rollout_logprobs is None else logprobs - rollout_logprobs
+    weight = _exp(gap)  # the current policy over the one that sampled
+    metrics = {
+        "num_tokens_sum": logprobs.new_tensor(float(logprobs.numel())),
+        "ratio_max": torch.cat([ratio, -edge]).amax(),
+        "ratio_min": torch.cat([ratio, edge]).amin(),
+        "approx_kl_sum": _k3(log_ratio).sum(),
+        "w_sum": weight.sum(),
+        "w_sq_sum": weight.square().sum(),
+    }
+    if rollout_logprobs is not None:
+        metrics["logprob_gap_max"] = torch.cat([gap.abs(), -edge]).amax()
+    if ref_logprobs is not None:
+        metrics["kl_sum"] = _k3(ref_logprobs - logprobs).sum()
+    if entropy is not None:
+        metrics["entropy_sum"] = entropy.sum()
+    return metrics
+
+
+def make_inputs(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, dict[str, Any]]:
+    """Name -> keyword arguments of `grpo_loss`, all but `spec`; the totals count this microbatch alone."""
+    lengths = {
+        "one_token": [1],
+        "uneven": [5, 1, 0, 17, 3, 8],
+        "empty": [],
+        "step": [64] * 128,
+        "large": [4096] * 256,
+    }
+    return {name: _case(name, counts, torch.device(device), dtype) for name, counts in lengths.items()}
+
+
+def _case(name: str, lengths: list[int], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    num_loss_tokens, num_sequences = sum(lengths), len(lengths)
+
+    def normal(scale: float, size: int = num_loss_tokens) -> torch.Tensor:
+        return scale * torch.randn(size, generator=generator, dtype=torch.float64)
+
+    index = torch.repeat_interleave(torch.arange(num_sequences), torch.tensor(lengths, dtype=torch.int64))
+    rollout = -normal(1.5).abs()
+    old = rollout + normal(0.05)
+    logprobs = old + normal(0.3)  # wide enough that both clips bind at some tokens
+    tensors = {
+        "logprobs": logprobs, "old_logprobs": old, "rollout_logprobs": rollout, "ref_logprobs": logprobs + normal(0.5),
+        "advantages": normal(1.0, num_sequences).index_select(0, index), "entropy": normal(1.0).abs(),
+    }
+    return {
+        **{key: value.to(device, dtype) for key, value in tensors.items()},
+        "sequence_index": index.to(device, torch.int32), "num_sequences": num_sequences,
+        "total_loss_tokens": num_loss_tokens, "total_sequences": num_sequences,
+    }

@@ -1,0 +1,64 @@
+"""Mixture of experts: `route` picks k experts a token, `experts` runs them and combines, `load_balance` is the classic loss.
+
+    scores  = softmax(logits) or sigmoid(logits)                     f32[T, E]
+    chosen  = top-k of scores + expert_bias, ties by index           (the bias steers the choice only, arXiv:2408.15664)
+    weights = scores[chosen], divided by their sum if normalize      f32[T, k]
+    out[t]  = sum over c = 0..k-1 in order of weights[t, c] * down_e(swiglu(gate_up_e(x[t]))),  e = chosen[t, c]
+    load_balance = E * sum_e (share of routed tokens)_e * (mean score)_e        (Switch, arXiv:2101.03961, eq. 4)
+
+Gradients reach the router through `weights` and through the mean score; the choice itself has none.
+Router logits and the combine are f32; expert GEMMs are in x's dtype, by `linear`'s rules, so a token's bits do not depend on
+which others were sent to its expert. Saved for backward: x, the gate_up and swiglu outputs. Flops: 6TkDI forward.
+Siblings: reference.py here, tests/kernels/test_moe.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.checks import FLOATS, check
+from kernels.dispatch import Implementation, Op
+from kernels.moe.reference import Route, experts_reference, load_balance_reference, make_inputs, route_reference
+
+__all__ = ["Route", "experts", "load_balance", "make_inputs", "route"]
+
+ROUTE_OP = Op("moe_route", (Implementation("reference", route_reference),))
+EXPERTS_OP = Op("moe_experts", (Implementation("reference", experts_reference),))
+WIDE = (torch.float32, torch.float64)
+
+
+def route(
+    router_logits: torch.Tensor, num_experts_per_tok: int, *, score: str = "softmax", normalize: bool = True,
+    expert_bias: torch.Tensor | None = None, impl: str = "auto",
+) -> Route:
+    """router_logits: f32[T, E], expert_bias: f32[E] -> Route(expert_ids i64[T, k], weights f32[T, k], scores f32[T, E])."""
+    check("route", "router_logits", router_logits, ("T", "E"), WIDE)
+    num_experts = router_logits.shape[1]
+    if not 1 <= num_experts_per_tok <= num_experts:
+        raise ValueError(f"route: num_experts_per_tok must be in 1..{num_experts}, got {num_experts_per_tok}")
+    if score not in ("softmax", "sigmoid"):
+        raise ValueError(f"route: score must be 'softmax' or 'sigmoid', got {score!r}")
+    if expert_bias is not None:
+        check("route", "expert_bias", expert_bias, (num_experts,), WIDE, like=router_logits)
+    result: Route = ROUTE_OP.choose(router_logits.device, impl).run(router_logits, num_experts_per_tok, score, normalize, expert_bias)
+    return result
+
+
+def load_balance(scores: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
+    """scores: f32[T, E], expert_ids: i64[T, k] -> f32[]: 1 when the load is even, up to E when one expert takes all."""
+    check("load_balance", "scores", scores, ("T", "E"), WIDE)
+    check("load_balance", "expert_ids", expert_ids, (scores.shape[0], "k"), torch.int64, like=scores)
+    return load_balance_reference(scores, expert_ids)
+
+
+def experts(
+    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, impl: str = "auto"
+) -> torch.Tensor:
+    """x: float[T, D], gate_up: [E, 2I, D], down: [E, D, I] in x's dtype, expert_ids: i64[T, k], weights: f32[T, k] -> [T, D]."""
+    check("experts", "x", x, ("T", "D"), FLOATS)
+    check("experts", "gate_up", gate_up, ("E", "2I", x.shape[1]), x.dtype, like=x)
+    check("experts", "down", down, (gate_up.shape[0], x.shape[1], gate_up.shape[1] // 2), x.dtype, like=x)
+    check("experts", "expert_ids", expert_ids, (x.shape[0], "k"), torch.int64, like=x)
+    check("experts", "weights", weights, tuple(expert_ids.shape), WIDE, like=x)
+    result: torch.Tensor = EXPERTS_OP.choose(x.device, impl).run(x, gate_up, down, expert_ids, weights)
+    return result

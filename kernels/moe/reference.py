@@ -1,0 +1,85 @@
+"""The specification of the mixture of experts: route by a stable sort, loop over the experts, combine in order of k."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from kernels.linear import linear
+from kernels.swiglu import swiglu
+
+
+class Route(NamedTuple):
+    expert_ids: torch.Tensor
+    """i64[T, k]"""
+    weights: torch.Tensor
+    """f32[T, k]"""
+    scores: torch.Tensor
+    """f32[T, E]: softmax or sigmoid of the logits, over all experts."""
+
+
+def route_reference(
+    router_logits: torch.Tensor, num_experts_per_tok: int, score: str, normalize: bool, expert_bias: torch.Tensor | None
+) -> Route:
+    """router_logits f32[T, E] -> Route."""
+    if score == "sigmoid":
+        scores = 1 / (1 + torch.exp(-router_logits.clamp(min=-80.0)))
+    else:
+        raised = torch.exp(router_logits - router_logits.detach().amax(-1, keepdim=True))
+        scores = raised / raised.sum(-1, keepdim=True)
+    choice = scores.detach() if expert_bias is None else scores.detach() + expert_bias
+    # A stable sort settles ties by index; topk promises nothing.
+    expert_ids = torch.sort(choice, dim=-1, descending=True, stable=True).indices[:, :num_experts_per_tok]
+    weights = scores.gather(1, expert_ids)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+    return Route(expert_ids, weights, scores)
+
+
+def load_balance_reference(scores: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
+    """scores f32[T, E], expert_ids i64[T, k] -> f32[]."""
+    num_tokens, num_experts = scores.shape
+    share = torch.bincount(expert_ids.flatten(), minlength=num_experts).to(scores.dtype) / max(expert_ids.numel(), 1)
+    mean_score = (scores / scores.sum(-1, keepdim=True)).sum(0) / max(num_tokens, 1)
+    return num_experts * (share * mean_score).sum()
+
+
+def experts_reference(
+    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """x [T, D], gate_up [E, 2I, D], down [E, D, I], expert_ids i64[T, k], weights f32[T, k] -> [T, D]."""
+    num_tokens, k = expert_ids.shape
+    order = torch.sort(expert_ids.flatten(), stable=True).indices  # (token, choice) pairs, expert by expert
+    counts = torch.bincount(expert_ids.flatten(), minlength=gate_up.shape[0]).tolist()
+    rows = x.index_select(0, order // k)  # [T * k, D]
+    outputs = [
+        linear(swiglu(linear(part, gate_up_e)), down_e)
+        for part, gate_up_e, down_e in zip(rows.split(counts), gate_up.unbind(0), down.unbind(0), strict=True)
+    ]
+    place = torch.empty_like(order).index_copy_(0, order, torch.arange(order.numel(), device=order.device))
+    gathered = torch.cat(outputs).index_select(0, place).view(num_tokens, k, -1)  # back in token order, choice by choice
+    gathered = gathered if gathered.dtype == torch.float64 else gathered.float()
+    combined = gathered[:, 0] * weights[:, 0, None]
+    for choice in range(1, k):  # in order of k, never by atomics
+        combined = combined + gathered[:, choice] * weights[:, choice, None]
+    return combined.to(x.dtype)
+
+
+def make_inputs(
+    num_tokens: int, num_experts: int, k: int, hidden_size: int, inner_size: int,
+    dtype: torch.dtype, device: str = "cpu", seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    route = route_reference(draw(num_tokens, num_experts), k, "softmax", True, None)
+    return {
+        "x": draw(num_tokens, hidden_size).to(dtype),
+        "gate_up": (draw(num_experts, 2 * inner_size, hidden_size) / hidden_size**0.5).to(dtype),
+        "down": (draw(num_experts, hidden_size, inner_size) / inner_size**0.5).to(dtype),
+        "expert_ids": route.expert_ids,
+        "weights": route.weights if dtype != torch.float64 else route.weights.double(),
+    }

@@ -1,0 +1,32 @@
+"""`rope`: rotary position embedding (Su et al. 2021, arXiv:2104.09864) in the half-split layout of Hugging Face checkpoints.
+
+    y[c]       = x[c] * cos - x[c + C/2] * sin
+    y[c + C/2] = x[c + C/2] * cos + x[c] * sin          c < C/2
+
+The angles come as tables (reason_rl/model/rope.py builds them per position), so that scalings stay out of the kernel.
+Computed in f32, stored in x's dtype. Saved for backward: cos, sin. Bytes: 2 * numel(x) * itemsize.
+Siblings: reference.py here, tests/kernels/test_elementwise.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.checks import FLOATS, check
+from kernels.dispatch import Implementation, Op
+from kernels.rope.reference import make_inputs, rope_reference
+
+__all__ = ["make_inputs", "rope"]
+
+OP = Op("rope", (Implementation("reference", rope_reference),))
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, impl: str = "auto") -> torch.Tensor:
+    """x: float[T, H, C], cos and sin: f32[T, C/2] -> float[T, H, C]."""
+    check("rope", "x", x, ("T", "H", "C"), FLOATS)
+    if x.shape[2] % 2:
+        raise ValueError(f"rope: the head dim of x must be even, got {x.shape[2]}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        check("rope", name, table, (x.shape[0], x.shape[2] // 2), (torch.float32, torch.float64), like=x)
+    result: torch.Tensor = OP.choose(x.device, impl).run(x, cos, sin)
+    return result

@@ -1,0 +1,26 @@
+"""`swiglu`: y = silu(gate) * up with gate, up the two halves of the last dimension (Shazeer 2020, arXiv:2002.05202).
+
+Computed in f32, stored in the input's dtype. Saved for backward: gate_up. Bytes: 3 * T * I * itemsize.
+Siblings: reference.py here, tests/kernels/test_elementwise.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.checks import FLOATS, check
+from kernels.dispatch import Implementation, Op
+from kernels.swiglu.reference import make_inputs, swiglu_reference
+
+__all__ = ["make_inputs", "swiglu"]
+
+OP = Op("swiglu", (Implementation("reference", swiglu_reference),))
+
+
+def swiglu(gate_up: torch.Tensor, impl: str = "auto") -> torch.Tensor:
+    """gate_up: float[T, 2I] -> float[T, I]."""
+    check("swiglu", "gate_up", gate_up, ("T", "2I"), FLOATS)
+    if gate_up.shape[1] % 2:
+        raise ValueError(f"swiglu: gate_up must hold two halves of equal width, got width {gate_up.shape[1]}")
+    result: torch.Tensor = OP.choose(gate_up.device, impl).run(gate_up)
+    return result

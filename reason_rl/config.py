@@ -1,0 +1,356 @@
+"""The run's configuration: frozen dataclasses with a docstring under each field; defaults < TOML < --section.key=value.
+
+Each knob is read in exactly one place. Unknown keys raise and name the nearest known one; impossible values raise
+before any work starts (config_checks.py). `load_config` is the only way in, `dump_config` writes what was resolved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from kernels.grpo_loss.spec import LossSpec
+from reason_rl.config_checks import ConfigError, check_config
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str = "program"
+    """The run's folder is out_dir/name."""
+    out_dir: str = "runs"
+    seed: int = 0
+    """Keys every random draw of the run: weights, corpus, problems, sampling."""
+    device: str = "auto"
+    """"auto" (cuda where there is one, else cpu), "cpu", "cuda" or "cuda:1"."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype; master weights stay float32. "auto": bfloat16 on CUDA, float32 on the CPU."""
+    num_threads: int = 0
+    """CPU threads of torch in each process; 0 shares the machine's cores among the processes."""
+    resume: Literal["auto", "never"] = "auto"
+    """"auto" continues an unfinished run of the same config; "never" starts afresh in a new folder."""
+    checkpoint_every: int = 20
+    """RL steps between checkpoints; 0 keeps only the one at the end."""
+    keep_checkpoints: int = 2
+    """How many step checkpoints to keep, the newest ones."""
+    rollout_samples: int = 8
+    """Groups written to rollouts/ at each logged step, for the report's viewer."""
+    rollout_every: int = 10
+    """RL steps between two writes of sampled rollouts."""
+    tensorboard: bool = True
+    wandb_project: str = ""
+    """Log to this Weights & Biases project too; needs `pip install wandb`."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    init_from: str = ""
+    """A checkpoint folder to start RL from; empty builds and pretrains the model below."""
+    num_layers: int = 3
+    hidden_size: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    num_experts: int = 8
+    """1 makes every layer dense."""
+    num_experts_per_tok: int = 2
+    expert_size: int = 96
+    """Inner width of one expert (of the MLP when dense)."""
+    num_shared_experts: int = 0
+    """Experts that every token goes through, beside the routed ones."""
+    router_score: Literal["softmax", "sigmoid"] = "softmax"
+    norm_topk: bool = True
+    """Make the k chosen weights sum to one."""
+    expert_bias: bool = True
+    """Aux-loss-free balancing (arXiv:2408.15664): a bias per expert, in the choice only, nudged against its load."""
+    qk_norm: bool = True
+    tie_embeddings: bool = True
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    max_positions: int = 256
+    """Context: prompt plus completion must fit."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    name: str = "program"
+    """program | arithmetic | countdown"""
+    min_level: int = 4
+    """Smallest difficulty of the RL and held-out problems, in the task's own unit (lines, digits, numbers)."""
+    max_level: int = 8
+    heldout_share: float = 0.05
+    """Share of all problems, by hash, that neither corpus nor RL ever sees."""
+    rl_share: float = 0.05
+    """Share of all problems, by hash, kept out of the corpus for RL."""
+    operations: str = "+-*"
+    """countdown and arithmetic: the operations that problems are made from."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """The base model: next-token prediction on a synthetic corpus, most problems answered straight away."""
+
+    steps: int = 2000
+    tokens_per_step: int = 2048
+    direct_share: float = 0.82
+    """Documents that answer at once."""
+    worked_share: float = 0.09
+    """Documents with all of the work between the tags; the rest work up to a random line, then answer."""
+    fact_share: float = 0.2
+    """Documents that are single facts (`7*3=1`), taken first; the three kinds above share what is left."""
+    min_level: int = 1
+    """The corpus also holds easier problems than RL's, from this level on."""
+    easy_worked_share: float = 0.4
+    """Worked share among the problems below the task's min_level."""
+    direct_noise: float = 0.0
+    """Share of direct answers that are wrong (a guesser's corpus)."""
+    balance_coef: float = 0.0
+    """Weight of the classic load-balance loss (Switch, arXiv:2101.03961)."""
+    expert_bias_rate: float = 0.001
+    """Step of the expert bias per update; 0 leaves it still."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["adamw", "muon"] = "adamw"
+    """"muon": torch's own Muon on the hidden matrices, AdamW on embeddings, router, norms and head."""
+    lr: float = 3e-4
+    """Peak learning rate of AdamW."""
+    muon_lr: float = 0.02
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """On matrices; norms, biases and the embedding have none."""
+    clip_norm: float = 1.0
+    """Largest gradient norm, over all parameters; 0 leaves it out."""
+    warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: down to final_lr_share of the peak at the last step."""
+    final_lr_share: float = 0.0
+    microbatch_tokens: int = 16384
+    """Most packed tokens in one forward pass; a longer step accumulates gradients."""
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    temperature: float = 1.0
+    """Must be above 0 for RL: groups need variety."""
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_tokens: int = 80
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    max_num_seqs: int = 256
+    """Sequences decoded together."""
+    num_blocks: int = 0
+    """KV blocks of 16 tokens; 0 allots what max_num_seqs sequences of the largest length need."""
+    prefill_tokens: int = 8192
+    """Most tokens in one prefill pass."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Weights of the reward's parts; a part of weight 0 is still computed and logged."""
+
+    accuracy: float = 1.0
+    format: float = 0.1
+    overlong: float = 0.0
+    """Weight of DAPO's soft overlong penalty, which is 0 up to max_tokens - overlong_buffer and -1 at max_tokens."""
+    overlong_buffer: int = 16
+    """Tokens before max_tokens over which the penalty grows."""
+    custom: str = ""
+    """A reward of your own as "module:function", called with (problem, completion text) and returning a number."""
+    custom_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    steps: int = 90
+    prompts_per_step: int = 16
+    group_size: int = 16
+    updates_per_step: int = 2
+    """Optimizer updates on each batch of rollouts; the sequences are split evenly between them."""
+    advantage: Literal["std", "mean", "leave_one_out", "batch_std"] = "std"
+    """"std": (r - mean) / std of the group (GRPO). "mean": r - mean (Dr. GRPO). "leave_one_out": r - mean of the others
+    (RLOO). "batch_std": r - group mean, over the std of the batch."""
+    drop_no_signal: bool = True
+    """Leave groups of equal rewards out of the update (they would add nothing but tokens to the denominator)."""
+    dynamic_sampling: int = 0
+    """DAPO: further rounds of fresh problems, at most this many a step, to replace groups without signal."""
+    drop_truncated: bool = False
+    """DAPO's overlong filtering: completions cut at max_tokens take no part in the update."""
+    old_logprobs: Literal["rollout", "recompute"] = "rollout"
+    """Where old_logprobs come from: the engine's own record (equal to the trainer's, so no second forward is needed),
+    or a forward before the first update."""
+    max_logprob_gap: float = 1e-3
+    """Stop when the engine's logprobs leave the trainer's by more than this on policy; 0 leaves the check out."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 10
+    """RL steps between evaluations on a part of the held-out problems; 0 leaves only the first and the last."""
+    problems: int = 100
+    """Held-out problems of the evaluations along the way."""
+    samples: int = 2
+    final_problems: int = 500
+    """Held-out problems of the first and the last evaluation."""
+    final_samples: int = 4
+    pass_at_k: int = 16
+    """Samples for pass@k of base and final policy on `problems` problems; 0 leaves it out."""
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    pretrain_optim: OptimConfig = field(default_factory=lambda: OptimConfig(
+        name="muon", lr=2e-3, schedule="linear", warmup_steps=20, beta2=0.95))
+    rl: RLConfig = field(default_factory=RLConfig)
+    loss: LossSpec = field(default_factory=lambda: LossSpec(clip_high=0.28))
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+# Shorthands that every trainer has: --device cpu, --dtype float32, --seed 1, ... stand for --run.device=cpu, ...
+SHORTHANDS = {key: f"run.{key}" for key in ("name", "seed", "device", "dtype", "resume")}
+
+
+def load_config(toml_path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the TOML file, then `--section.key=value` strings, checked as a whole."""
+    values: dict[str, dict[str, Any]] = {}
+    if toml_path is not None:
+        path = Path(toml_path)
+        if not path.is_file():
+            known = sorted(str(p) for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+            raise ConfigError(f"no config file at {path}" + (f"; there are {', '.join(known)}" if known else ""))
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    for override in overrides:
+        dotted, text = _split_override(override)
+        section, _, key = dotted.partition(".")
+        given = values.setdefault(section, {})
+        if isinstance(given, dict):  # else _build refuses it in its own words
+            given[key] = text
+    config = _build(values)
+    check_config(config)
+    return config
+
+
+def parse_command_line(arguments: Sequence[str]) -> Config:
+    """`[config.toml] [--section.key=value | --section.key value ...]` -> Config."""
+    toml_path: str | None = None
+    overrides: list[str] = []
+    pending = list(arguments)
+    while pending:
+        argument = pending.pop(0)
+        if not argument.startswith("--"):
+            if toml_path is not None:
+                raise ConfigError(f"one config file at most, got {toml_path} and {argument}")
+            toml_path = argument
+        elif "=" in argument:
+            overrides.append(argument)
+        elif pending and not pending[0].startswith("--"):
+            overrides.append(f"{argument}={pending.pop(0)}")
+        else:
+            raise ConfigError(f"{argument} needs a value: {argument}=...")
+    return load_config(toml_path, overrides)
+
+
+def _split_override(override: str) -> tuple[str, str]:
+    name, equals, text = override.removeprefix("--").partition("=")
+    name = SHORTHANDS.get(name, name.replace("-", "_"))
+    if not equals or "." not in name:
+        raise ConfigError(f"an override reads --section.key=value, got {override!r}" + _nearest(name, list(SHORTHANDS)))
+    return name, text
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+
+
+def _build(values: Mapping[str, Any]) -> Config:
+    default = Config()
+    sections = {f.name: getattr(default, f.name) for f in dataclasses.fields(Config)}
+    all_keys = [f"{s}.{f.name}" for s, v in sections.items() for f in dataclasses.fields(v)]
+    for section, given in values.items():
+        if section not in sections:
+            raise ConfigError(f"unknown config section [{section}]{_nearest(section, list(sections))}")
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"[{section}] must be a table of keys, got {given!r}{_nearest(section, all_keys)}")
+        hints = typing.get_type_hints(type(sections[section]))
+        for key in given:
+            if key not in hints:
+                raise ConfigError(f"unknown config key {section}.{key}{_nearest(f'{section}.{key}', all_keys)}")
+        converted = {key: _convert(f"{section}.{key}", value, hints[key]) for key, value in given.items()}
+        try:
+            sections[section] = dataclasses.replace(sections[section], **converted)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    return Config(**sections)
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    """A TOML value, or the text of a command-line override, as the field's type."""
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise ConfigError(f"{name} must be one of {list(typing.get_args(hint))}, got {value!r}")
+        return value
+    if isinstance(hint, types.UnionType) or hint not in (bool, int, float, str):
+        raise AssertionError(f"{name}: a config field is bool, int, float, str or Literal, not {hint}")
+    if isinstance(value, str) and hint is not str:
+        try:
+            value = json.loads(value.lower() if hint is bool else value)
+        except ValueError:
+            raise ConfigError(f"{name} must be {hint.__name__}, got {value!r}") from None
+    if hint is float and type(value) is int:
+        value = float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{name} must be {hint.__name__}, got {value!r}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, got {value!r}")
+    return value
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as TOML; `load_config` reads it back to an equal value."""
+    lines = []
+    for section, values in dataclasses.asdict(config).items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml(value: bool | int | float | str) -> str:
+    """JSON's form is TOML's too, but for two points: TOML has no surrogate pairs, and wants DEL escaped."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def config_difference(old: Config, new: Config) -> list[str]:
+    """Lines `section.key: old -> new` for each value that differs."""
+    a, b = dataclasses.asdict(old), dataclasses.asdict(new)
+    return [f"{s}.{k}: {a[s][k]!r} -> {b[s][k]!r}" for s in a for k in a[s] if a[s][k] != b[s][k]]

@@ -1,0 +1,120 @@
+"""What `check_config` can know to fail before work starts: it goes through a resolved config and raises `ConfigError`.
+
+Called by `load_config` at the end. Leaves out what only a room can know: whether a task exists and has problems,
+whether a checkpoint can be read, whether a prompt fits.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reason_rl.config import Config
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the key, what was expected and what came."""
+
+
+# The ranges, by dotted key.
+POSITIVE = (
+    "model.num_layers", "model.hidden_size", "model.num_heads", "model.num_kv_heads", "model.head_dim",
+    "model.num_experts", "model.num_experts_per_tok", "model.expert_size", "model.max_positions", "model.rope_theta",
+    "model.rms_norm_eps", "pretrain.tokens_per_step", "optim.microbatch_tokens", "pretrain_optim.microbatch_tokens",
+    "sampling.max_tokens", "rl.prompts_per_step", "rl.group_size", "rl.updates_per_step", "engine.max_num_seqs",
+    "engine.prefill_tokens", "eval.problems", "eval.samples", "eval.final_problems", "eval.final_samples",
+    "eval.temperature", "task.min_level", "pretrain.min_level", "run.keep_checkpoints", "sampling.top_p", "optim.lr",
+    "optim.muon_lr", "optim.eps", "pretrain_optim.lr", "pretrain_optim.muon_lr", "pretrain_optim.eps",
+)
+NOT_NEGATIVE = (
+    "run.num_threads", "run.checkpoint_every", "run.rollout_samples", "run.rollout_every", "model.num_shared_experts",
+    "pretrain.steps", "pretrain.balance_coef", "pretrain.expert_bias_rate", "rl.steps", "rl.dynamic_sampling",
+    "rl.max_logprob_gap", "eval.every", "eval.pass_at_k", "engine.num_blocks", "reward.overlong_buffer", "run.seed",
+    "sampling.temperature", "sampling.top_k", "loss.constant_length", "optim.clip_norm", "optim.weight_decay",
+    "optim.warmup_steps", "pretrain_optim.clip_norm", "pretrain_optim.weight_decay", "pretrain_optim.warmup_steps",
+)
+BETAS = ("optim.beta1", "optim.beta2", "pretrain_optim.beta1", "pretrain_optim.beta2")
+SHARES = (
+    "pretrain.direct_share", "pretrain.worked_share", "pretrain.fact_share", "pretrain.easy_worked_share",
+    "pretrain.direct_noise", "task.heldout_share", "task.rl_share", "optim.final_lr_share",
+    "pretrain_optim.final_lr_share", "sampling.top_p", "sampling.min_p",
+)
+
+
+def check_config(config: Config) -> None:
+    """Everything about a config that can be known to fail before work starts."""
+    _check_ranges(config)
+    _check_names(config)
+    _check_levels_and_shares(config)
+    rl, model, sampling, loss = config.rl, config.model, config.sampling, config.loss
+    if rl.group_size < 2:
+        raise ConfigError(f"rl.group_size must be at least 2 with rl.advantage={rl.advantage!r}, got {rl.group_size}: "
+                          "a lone completion has nothing to be compared with")
+    if rl.prompts_per_step * rl.group_size % rl.updates_per_step:
+        raise ConfigError(f"rl.prompts_per_step * rl.group_size = {rl.prompts_per_step * rl.group_size} "
+                          f"must be divisible by rl.updates_per_step = {rl.updates_per_step}")
+    if model.num_heads % model.num_kv_heads:
+        raise ConfigError(f"model.num_heads = {model.num_heads} must be divisible by "
+                          f"model.num_kv_heads = {model.num_kv_heads}")
+    if model.num_experts_per_tok > model.num_experts:
+        raise ConfigError(f"model.num_experts_per_tok must be at most model.num_experts = {model.num_experts}, "
+                          f"got {model.num_experts_per_tok}")
+    if model.head_dim % 2:
+        raise ConfigError(f"model.head_dim must be even (RoPE turns pairs), got {model.head_dim}")
+    if sampling.max_tokens >= model.max_positions and not model.init_from:
+        raise ConfigError(f"sampling.max_tokens = {sampling.max_tokens} leaves no room for a prompt in "
+                          f"model.max_positions = {model.max_positions}")
+    if sampling.temperature <= 0 and rl.steps > 0:
+        raise ConfigError("sampling.temperature must be above 0 for RL: greedy groups hold G equal completions")
+    truncates = sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0
+    if truncates and rl.old_logprobs == "recompute" and loss.importance == "none":
+        raise ConfigError("top_k/top_p/min_p with rl.old_logprobs='recompute' needs loss.importance='tis' or 'icepop': "
+                          "the recomputed policy is not the truncated one that sampled")
+    if loss.importance != "none" and rl.old_logprobs == "rollout":
+        raise ConfigError(f"loss.importance={loss.importance!r} weighs old_logprobs against the rollout's, "
+                          "so it needs rl.old_logprobs='recompute'")
+    if config.reward.overlong and not 0 < config.reward.overlong_buffer <= sampling.max_tokens:
+        raise ConfigError(f"reward.overlong_buffer must be in 1..{sampling.max_tokens} (sampling.max_tokens) where "
+                          f"reward.overlong is on, got {config.reward.overlong_buffer}")
+
+
+def _check_names(config: Config) -> None:
+    run = config.run
+    if not run.name or run.name in (".", "..") or "/" in run.name:
+        raise ConfigError(f"run.name must be the name of a folder in {run.out_dir}/, got {run.name!r}")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", run.device):
+        raise ConfigError(f"run.device must be auto, cpu, cuda or cuda:<number>, got {run.device!r}")
+
+
+def _check_levels_and_shares(config: Config) -> None:
+    task, pretrain = config.task, config.pretrain
+    if pretrain.direct_share + pretrain.worked_share > 1 + 1e-9:  # decimal shares may add up to one and a rounding
+        raise ConfigError("pretrain.direct_share + pretrain.worked_share must be at most 1, got "
+                          f"{pretrain.direct_share} + {pretrain.worked_share}")
+    if task.heldout_share + task.rl_share >= 1:
+        raise ConfigError("task.heldout_share + task.rl_share must leave problems for the corpus, got "
+                          f"{task.heldout_share} + {task.rl_share}")
+    if task.min_level > task.max_level:
+        raise ConfigError(f"task.min_level = {task.min_level} is above task.max_level = {task.max_level}")
+    if pretrain.min_level > task.max_level:
+        raise ConfigError(f"pretrain.min_level = {pretrain.min_level} is above task.max_level = {task.max_level}")
+
+
+def _check_ranges(config: Config) -> None:
+    def value(dotted: str) -> Any:
+        section, key = dotted.split(".")
+        return getattr(getattr(config, section), key)
+
+    for dotted in POSITIVE:
+        if not value(dotted) > 0:
+            raise ConfigError(f"{dotted} must be above 0, got {value(dotted)}")
+    for dotted in NOT_NEGATIVE:
+        if not value(dotted) >= 0:
+            raise ConfigError(f"{dotted} must be at least 0, got {value(dotted)}")
+    for dotted in SHARES:
+        if not 0 <= value(dotted) <= 1:
+            raise ConfigError(f"{dotted} must be between 0 and 1, got {value(dotted)}")
+    for dotted in BETAS:
+        if not 0 <= value(dotted) < 1:
+            raise ConfigError(f"{dotted} must be in [0, 1), got {value(dotted)}")

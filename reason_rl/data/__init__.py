@@ -1,0 +1,18 @@
+"""Problems and documents: the room where a step and a corpus begin.
+
+    tokenizer.py   text <-> token ids; our own 64-id character tokenizer
+    tasks/         program, arithmetic, countdown: exercises, worked thoughts, facts
+    problems.py    disjoint shares by hash; `Problem`s for RL steps and held-out evaluation
+    corpus.py      documents for pretraining
+"""
+
+from __future__ import annotations
+
+from reason_rl.data.corpus import Document, corpus_documents
+from reason_rl.data.problems import check_problems, heldout_problems, rl_problems, split_of, task_of
+from reason_rl.data.tasks import TASKS
+from reason_rl.data.tokenizer import Tokenizer, char_tokenizer
+
+__all__ = ["TASKS", "Document", "Tokenizer", "char_tokenizer", "check_problems", "corpus_documents",
+           "heldout_problems", "rl_problems", "split_of",
+           "task_of"]

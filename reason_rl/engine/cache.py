@@ -1,0 +1,53 @@
+"""The paged KV cache, and the two `attend` functions of the engine: prefill (packed, then stored) and decode (paged)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kernels.attention import BLOCK_SIZE, SegmentPlan, attention, paged_attention
+from reason_rl.config import ModelConfig
+
+
+class KVCache:
+    """keys and values: [L, K, num_blocks, BLOCK_SIZE, C] each; slot = block * BLOCK_SIZE + offset."""
+
+    def __init__(self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (config.num_layers, config.num_kv_heads, num_blocks, BLOCK_SIZE, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+        """k and v [T, K, C] into slots i64[T] of every kv head."""
+        for cache, rows in ((self.keys[layer], k), (self.values[layer], v)):
+            cache.view(cache.shape[0], -1, cache.shape[3]).index_copy_(1, slots, rows.transpose(0, 1))
+
+
+@dataclass(frozen=True)
+class PrefillAttend:
+    cache: KVCache
+    plan: SegmentPlan
+    slots: torch.Tensor
+    """i64[T]"""
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self.cache.store(layer, k, v, self.slots)
+        return attention(q, k, v, self.plan)
+
+
+@dataclass(frozen=True)
+class DecodeAttend:
+    cache: KVCache
+    slots: torch.Tensor
+    """i64[R]: where each sequence's newest key goes."""
+    block_table: torch.Tensor
+    """i64[R, NB]"""
+    prefix_lens: torch.Tensor
+    """i64[R]"""
+    own_lens: torch.Tensor
+    """i64[R], the newest key counted."""
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self.cache.store(layer, k, v, self.slots)
+        return paged_attention(q, self.cache.keys[layer], self.cache.values[layer], self.block_table, self.prefix_lens, self.own_lens)

@@ -1,0 +1,224 @@
+"""The policy network: a decoder-only transformer with mixture-of-experts layers, in one file.
+
+    tokens -> embedding -> L x [x + attention(norm(x)); x + experts(norm(x))] -> norm -> hidden states
+
+There is one forward, for prefill, decode and training: the caller hands in `attend`, which knows where the keys are (in
+the pack, or in the paged cache), and everything else is the same code on the same rows. The LM head is not applied here:
+`linear_logprob` (training) and `sample` (engine) take `model.head_weight`, so that [T, V] logits need never exist.
+
+Numerics: parameters are float32 masters. Matrices are cast to the compute dtype where they are used; norms, the router and
+softmaxes work in float32; the residual stream is in the compute dtype.
+
+Left out: dropout, biases, sliding windows, MLA. Dense layers are the special case num_experts = 1.
+Letters: T packed tokens, D hidden size, H heads, K kv heads, C head dim, E experts, I expert size, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from kernels.linear import linear
+from kernels.moe import experts, load_balance, route
+from kernels.rms_norm import rms_norm
+from kernels.rope import rope
+from kernels.swiglu import swiglu
+from reason_rl.config import ModelConfig
+from reason_rl.model.rope import rope_table
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer, q [T, H, C], k [T, K, C], v [T, K, C]) -> [T, H, C]"""
+
+INIT_STD = 0.02
+
+
+class RouterStats(NamedTuple):
+    """What the MoE layers saw in one forward pass; empty tensors when every layer is dense."""
+
+    expert_counts: torch.Tensor
+    """i64[L, E]: tokens sent to each expert."""
+    balance_loss: torch.Tensor
+    """f32[]: the load-balance loss, mean over layers, times the pack's tokens (so that packs add up)."""
+
+
+class ModelOutput(NamedTuple):
+    hidden: torch.Tensor
+    """[T, D], after the last norm, in the compute dtype."""
+    router: RouterStats | None
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Linear(nn.Module):
+    """A projection without bias; its master weight f32[out, in] is cast to x's dtype."""
+
+    def __init__(self, in_size: int, out_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_size, in_size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight.to(x.dtype))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions and optional qk-norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self.qkv = Linear(config.hidden_size, rows)  # q, k and v in one matrix: one GEMM, one reduction order
+        self.out = Linear(config.num_heads * config.head_dim, config.hidden_size)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: int, attend: Attend) -> torch.Tensor:
+        heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [T, H + 2K, C]
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = attend(layer, rope(q, cos, sin), rope(k, cos, sin), v)  # [T, H, C]
+        return self.out(out.reshape(x.shape[0], -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: the dense layer, and the shared experts of an MoE layer."""
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.gate_up = Linear(hidden_size, 2 * inner_size)
+        self.down = Linear(inner_size, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(swiglu(self.gate_up(x)))
+
+
+class MoE(nn.Module):
+    """Routed SwiGLU experts, and the shared ones that every token goes through."""
+
+    expert_bias: torch.Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.router = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_size, config.hidden_size))
+        self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_size))
+        shared = config.num_shared_experts * config.expert_size
+        self.shared = MLP(config.hidden_size, shared) if shared else None
+        # Not a parameter: it is nudged against the load after a step, and no gradient flows into it.
+        self.register_buffer("expert_bias", torch.zeros(config.num_experts))
+
+    def forward(self, x: torch.Tensor, with_stats: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        config = self.config
+        picked = route(
+            linear(x.float(), self.router), config.num_experts_per_tok, score=config.router_score, normalize=config.norm_topk,
+            expert_bias=self.expert_bias if config.expert_bias else None)
+        out = experts(x, self.gate_up.to(x.dtype), self.down.to(x.dtype), picked.expert_ids, picked.weights)
+        if self.shared is not None:
+            out = out + self.shared(x)
+        if not with_stats:
+            return out, x.new_empty(0), x.new_empty(0)
+        counts = torch.bincount(picked.expert_ids.flatten(), minlength=config.num_experts)
+        return out, counts, load_balance(picked.scores, picked.expert_ids)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: MoE | MLP = MoE(config) if config.num_experts > 1 else MLP(config.hidden_size, config.expert_size)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: int, attend: Attend, with_stats: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = x + self.attention(self.attention_norm(x), cos, sin, layer, attend)
+        normed = self.mlp_norm(x)
+        if isinstance(self.mlp, MLP):
+            return x + self.mlp(normed), x.new_empty(0), x.new_empty(0)
+        out, counts, balance = self.mlp(normed, with_stats)
+        return x + out, counts, balance
+
+
+class Transformer(nn.Module):
+    """`Transformer(config, vocab_size)`, its weights drawn from `seed` alone, by `initialise`."""
+
+    rope: torch.Tensor
+
+    def __init__(self, config: ModelConfig, vocab_size: int, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config, self.vocab_size, self.compute_dtype = config, vocab_size, compute_dtype
+        self.embedding = nn.Embedding(vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size)
+        table = rope_table(config.max_positions, config.head_dim, config.rope_theta)
+        self.register_buffer("rope", table, persistent=False)  # f32[2, max_positions, C/2]
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> Transformer:
+        """Normal draws of std 0.02, each parameter from a generator of its own; what writes to the residual stream is scaled down."""
+        for index, (name, parameter) in enumerate(self.named_parameters()):
+            if parameter.dim() < 2:
+                continue  # norm weights stay 1
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+            std = INIT_STD / (2 * self.config.num_layers) ** 0.5 if name.endswith(("out.weight", "down", "down.weight")) else INIT_STD
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        return self
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[V, D] in the compute dtype: the matrix that turns hidden states into logits."""
+        weight: torch.Tensor = self.embedding.weight if self.head is None else self.head.weight
+        return weight.to(self.compute_dtype)
+
+    def forward(
+        self, token_ids: torch.Tensor, position_ids: torch.Tensor, attend: Attend, with_stats: bool = False
+    ) -> ModelOutput:
+        """token_ids i64[T], position_ids i64|i32[T] -> the hidden states, and with_stats the routers' load."""
+        x = self.embedding(token_ids).to(self.compute_dtype)  # [T, D]
+        cos, sin = self.rope[0].index_select(0, position_ids), self.rope[1].index_select(0, position_ids)  # [T, C/2]
+        counts, balances = [], []
+        for layer, block in enumerate(self.blocks):
+            x, layer_counts, layer_balance = block(x, cos, sin, layer, attend, with_stats)
+            counts.append(layer_counts)
+            balances.append(layer_balance)
+        hidden = self.norm(x)
+        if not with_stats or self.config.num_experts == 1:
+            return ModelOutput(hidden, None)
+        return ModelOutput(hidden, RouterStats(torch.stack(counts), torch.stack(balances).mean() * token_ids.numel()))
+
+    @torch.no_grad()
+    def nudge_expert_bias(self, expert_counts: torch.Tensor, rate: float) -> None:
+        """Aux-loss-free balancing: bias += rate * sign(mean load - load), from a step's counts i64[L, E] over all ranks."""
+        load = expert_counts.float()
+        for block, change in zip(self.blocks, rate * torch.sign(load.mean(1, keepdim=True) - load), strict=True):
+            if isinstance(block.mlp, MoE):
+                block.mlp.expert_bias += change
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def num_active_parameters(model: Transformer) -> int:
+    """Parameters that one token meets: k of the E experts, and all of the rest."""
+    idle = 0
+    for block in model.blocks:
+        if isinstance(block.mlp, MoE):
+            routed = block.mlp.gate_up.numel() + block.mlp.down.numel()
+            idle += routed - routed * model.config.num_experts_per_tok // model.config.num_experts
+    return num_parameters(model) - idle

@@ -1,0 +1,190 @@
+"""A run from end to end: its parts made ready, its steps logged and saved, its summary written.
+
+train.py holds the algorithm; this holds what surrounds it. `prepare_run` gives a `Run` that stands where the work goes on
+(after the base model, or at the newest checkpoint), `Run` has one method for each thing the loop does besides learning, and
+`finish_run` writes the final checkpoint, summary.json and report.html.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from reason_rl.config import Config, ConfigError
+from reason_rl.data import Tokenizer, char_tokenizer
+from reason_rl.model.transformer import Transformer, num_active_parameters, num_parameters
+from reason_rl.model.weights import load_model
+from reason_rl.pretrain import HISTORY_FILE, base_folder, pretrain, pretrain_seconds
+from reason_rl.run_folder import RunFolder, config_table, describe_source, write_summary
+from reason_rl.session import Session, build_session, check_task
+from reason_rl.statistics import rollout_rows
+from reason_rl.trainer.checkpoint import Progress, load_checkpoint, prune_checkpoints, save_checkpoint, step_folder
+from reason_rl.trainer.distributed import World
+from reason_rl.trainer.metrics import METRICS, RunLog, read_jsonl
+from reason_rl.trainer.report import write_report
+from reason_rl.trainer.terminal import View
+from reason_rl.types import StepStats
+
+
+@dataclass
+class Run:
+    config: Config
+    folder: RunFolder
+    session: Session
+    log: RunLog | None
+    """Rank 0 writes; the others hold None."""
+    view: View
+    should_stop: Callable[[], bool]
+    base: Path
+    """The checkpoint folder that RL starts from."""
+    first_step: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall-clock by part of the run, over all its sessions: pretrain_s, rl_s, eval_s."""
+    step_started_s: float = field(default_factory=time.perf_counter)
+
+    @property
+    def small_size(self) -> tuple[int, int]:
+        return self.config.eval.problems, self.config.eval.samples
+
+    @property
+    def final_size(self) -> tuple[int, int]:
+        return self.config.eval.final_problems, self.config.eval.final_samples
+
+    @staticmethod
+    def is_due(every: int, done: int) -> bool:
+        return every > 0 and done % every == 0
+
+    def log_step(self, stats: StepStats) -> None:
+        """A finished RL step, counted from 1 in the logs; step 0 is the base model."""
+        self._spend("rl_s")
+        if self.log is None:
+            return
+        number, tokenizer = stats.step + 1, self.session.tokenizer
+        self.log.metrics("rl", number, stats.metrics)
+        self.log.timings("rl", number, stats.timings)
+        self.view.update(number, stats.metrics, stats.timings)
+        if number == 1 or self.is_due(self.config.run.rollout_every, number) or number == self.config.rl.steps:
+            self.log.rollouts(number, rollout_rows(stats.groups, stats.advantages, tokenizer, number, self.config))
+        if stats.groups:
+            group = stats.groups[number % len(stats.groups)]
+            score, completion = group.scores[0], group.completions[0]
+            self.view.sample(group.problem.prompt, tokenizer.decode_completion(completion.token_ids), score.value,
+                             score.parts.get("accuracy", 0.0) > 0.5)
+
+    def log_evaluation(self, step: int, metrics: dict[str, object], eval_s: float) -> None:
+        self._spend("eval_s")
+        if self.log is None:
+            return
+        self.log.metrics("eval", step, metrics)
+        self.log.timings("eval", step, {"eval_s": eval_s})
+        self.view.update(step, metrics, {"eval_s": eval_s}, phase="eval")
+
+    def save(self, done: int) -> None:
+        """A step checkpoint: weights, optimizer and progress; all else follows from config and step."""
+        self._spend("rl_s")
+        progress = Progress("rl", done, self.session.policy_version, self.seconds)
+        checkpoints = self.folder.checkpoints
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(
+            step_folder(checkpoints, done), self.session.model, self.session.world, tokenizer_json=self.session.tokenizer.to_json(),
+            eos_id=self.session.tokenizer.eos_id, optimizer=self.session.optimizer, progress=progress)
+        prune_checkpoints(checkpoints, self.config.run.keep_checkpoints, self.session.world)
+
+    def _spend(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.step_started_s
+        self.step_started_s = now
+
+
+def prepare_run(config: Config, world: World, folder: RunFolder, view: View, should_stop: Callable[[], bool]) -> Run:
+    """Check everything that can fail, then base model or checkpoint, sharded and ready to step."""
+    started = time.perf_counter()
+    tokenizer = Tokenizer.load(config.model.init_from) if config.model.init_from else char_tokenizer()
+    check_task(config, tokenizer)
+    log = _open_log(config, folder) if world.is_main else None
+    seconds = {"pretrain_s": 0.0}
+    base = Path(config.model.init_from)
+    if not config.model.init_from:
+        base = base_folder(config, str(world.dtype))
+        if not world.gather(base.is_dir())[0]:
+            pretrain(config, world, tokenizer, base, view, should_stop)
+        else:
+            view.message(f"Base model reused: {base}")
+        seconds["pretrain_s"] = pretrain_seconds(base)
+        if log is not None and folder.resume_from is None:
+            for line in read_jsonl(base / HISTORY_FILE):
+                log.metrics("pretrain", line["step"], line["metrics"])
+                log.timings("pretrain", line["step"], line["timings"])
+    policy = load_model(base)
+    if config.model.init_from:
+        _check_fits(config, policy, tokenizer)
+    reference_state = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    progress, optimizer_state = None, None
+    if folder.resume_from is not None:
+        progress, optimizer_state = load_checkpoint(folder.resume_from, policy)
+        view.message(f"Resuming from {folder.resume_from}")
+    session = build_session(config, world, tokenizer, policy, reference_state)
+    run = Run(config, folder, session, log, view, should_stop, base, seconds=seconds)
+    if progress is not None:
+        session.optimizer.load_state_dict(optimizer_state)
+        session.policy_version = progress.policy_version
+        run.first_step, run.seconds = progress.step, dict(progress.seconds)
+    else:
+        run.seconds["start_s"] = max(0.0, time.perf_counter() - started - seconds["pretrain_s"])
+    run.step_started_s = time.perf_counter()
+    return run
+
+
+def _open_log(config: Config, folder: RunFolder) -> RunLog:
+    resume_step = int(folder.resume_from.name.split("_")[1]) if folder.resume_from else None
+    return RunLog(folder.path, config.run.tensorboard, config.run.wandb_project, config_table(config), resume_step=resume_step)
+
+
+def _check_fits(config: Config, policy: Transformer, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > policy.vocab_size:
+        raise ConfigError(f"{config.model.init_from}: its tokenizer has {tokenizer.vocab_size} tokens, its model {policy.vocab_size}")
+
+
+def finish_run(run: Run) -> None:
+    """The final checkpoint, the summary, the report."""
+    session, world = run.session, run.session.world
+    save_checkpoint(run.folder.checkpoints / "final", session.model, world, tokenizer_json=session.tokenizer.to_json(),
+                    eos_id=session.tokenizer.eos_id)
+    if run.log is None:
+        return
+    run.log.close()
+    write_summary(run.folder, summarise(run))
+    write_report(run.folder.path)
+
+
+def summarise(run: Run) -> dict[str, object]:
+    """summary.json: base against final on the held-out problems, and what it took."""
+    rows = read_jsonl(run.folder.path / METRICS)
+    evaluations = {row["step"]: row for row in rows if row["phase"] == "eval"}
+    first, last = evaluations[0], evaluations[run.config.rl.steps]
+    gaps = [row["max_abs_logprob_gap"] for row in rows if row["phase"] == "rl" and row.get("max_abs_logprob_gap") is not None]
+    model = run.session.weights.model
+    summary: dict[str, object] = {
+        "name": run.config.run.name, "task": run.config.task.name, "seed": run.config.run.seed,
+        "heldout_problems": last["problems"], "heldout_samples": last["samples"],
+        "base_accuracy": first["accuracy"], "final_accuracy": last["accuracy"],
+        "base_mean_thinking_tokens": first["mean_thinking_tokens"], "final_mean_thinking_tokens": last["mean_thinking_tokens"],
+        "base_thinks_share": first["thinks_share"], "final_thinks_share": last["thinks_share"],
+        "base_mean_thinking_tokens_among_thinkers": first["mean_thinking_tokens_among_thinkers"],
+        "final_mean_thinking_tokens_among_thinkers": last["mean_thinking_tokens_among_thinkers"],
+        "base_format_rate": first["format_rate"], "final_format_rate": last["format_rate"],
+        "base_accuracy_given_thought": first["accuracy_given_thought"], "base_accuracy_given_none": first["accuracy_given_none"],
+        "final_accuracy_given_thought": last["accuracy_given_thought"], "final_accuracy_given_none": last["accuracy_given_none"],
+        "base_pass_at_k": first.get("pass_at_k"), "final_pass_at_k": last.get("pass_at_k"),
+        "max_abs_logprob_gap": max(gaps, default=None),
+        "rl_steps": run.config.rl.steps, "wall_s": round(sum(run.seconds.values()), 2),
+        "seconds": {key: round(value, 2) for key, value in run.seconds.items()},
+        "parameters": num_parameters(model), "active_parameters": num_active_parameters(model),
+        "device": str(run.session.world.device), "dtype": str(run.session.world.dtype).removeprefix("torch."),
+        "num_processes": run.session.world.size, **describe_source(),
+    }
+    assert all(not isinstance(value, float) or math.isfinite(value) for value in summary.values())
+    return summary

@@ -1,0 +1,111 @@
+"""The folder of a run: whether to begin, go on, or say that it is done; and how a run is asked to stop.
+
+`runs/<name>/` belongs to one config. The same command again resumes an unfinished run and leaves a finished one alone;
+another config is refused with the difference; `--resume never` begins afresh in the next free folder, `<name>-2`, ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reason_rl.config import Config, ConfigError, config_difference, dump_config, load_config
+from reason_rl.trainer.checkpoint import newest_checkpoint
+from reason_rl.trainer.distributed import World
+
+SUMMARY_FILE = "summary.json"
+CONFIG_FILE = "config.toml"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+    is_finished: bool
+    resume_from: Path | None
+    """The newest step checkpoint of an unfinished run."""
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+
+def open_run(config: Config, world: World) -> RunFolder:
+    """Rank 0 looks, decides and writes config.toml; all ranks get the same answer or the same error."""
+    answer: tuple[RunFolder | None, str] = (None, "")
+    if world.is_main:
+        try:
+            answer = (_decide(config), "")
+        except ConfigError as error:
+            answer = (None, str(error))
+    folder, problem = world.gather(answer)[0]
+    if folder is None:
+        raise ConfigError(problem)
+    return folder
+
+
+def _decide(config: Config) -> RunFolder:
+    base = Path(config.run.out_dir) / config.run.name
+    path = base
+    if config.run.resume == "never":
+        number = 2
+        while path.exists():
+            path = base.with_name(f"{base.name}-{number}")
+            number += 1
+    written = path / CONFIG_FILE
+    if written.is_file():
+        differences = [line for line in config_difference(load_config(written), config) if not line.startswith("run.resume:")]
+        if differences:
+            raise ConfigError(f"{path} holds a run of another config; give this one a --name of its own, or --resume never. "
+                              "The differences:\n  " + "\n  ".join(differences))
+        return RunFolder(path, (path / SUMMARY_FILE).is_file(), newest_checkpoint(path / "checkpoints"))
+    path.mkdir(parents=True, exist_ok=True)
+    written.write_text(f"# The run as resolved; `torchrun train.py {written}` runs it again.\n\n{dump_config(config)}")
+    return RunFolder(path, False, None)
+
+
+def write_summary(folder: RunFolder, values: dict[str, Any]) -> None:
+    """Written last, and whole or not at all: a run with a summary is finished."""
+    partial = folder.path / f".{SUMMARY_FILE}.partial"
+    partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
+    os.replace(partial, folder.path / SUMMARY_FILE)
+
+
+def describe_source() -> dict[str, str]:
+    """Commit and whether the tree was clean, where the run is from a checkout."""
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "HEAD")
+    return {"commit": commit, "tree": "" if not commit else "changed" if git("status", "--porcelain") else "clean"}
+
+
+def config_table(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+class StopSignal:
+    """The first Ctrl-C (or SIGTERM, as torchrun sends) asks the run to save and leave; a second one ends it at once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        self._say("Asked to stop: finishing this step and saving (Ctrl-C again ends at once, unsaved).")
+
+    def __call__(self) -> bool:
+        return self._asked

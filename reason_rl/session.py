@@ -1,0 +1,149 @@
+"""A run's parts, joined: the one place besides the commands that knows engine, trainer, data and reward alike.
+
+`Session` holds them; `collect_groups` is the first half of a GRPO step (problems -> rollouts -> rewards), `evaluate` measures the
+policy on held-out problems. The second half of a step stands in train.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kernels.grpo_loss.spec import LossSpec
+from reason_rl.config import Config, ConfigError
+from reason_rl.data import Tokenizer, check_problems, heldout_problems, rl_problems
+from reason_rl.engine import Engine
+from reason_rl.model.transformer import Transformer
+from reason_rl.reward import grade_group, load_rewards
+from reason_rl.reward.custom import Reward
+from reason_rl.statistics import eval_metrics, pass_at_powers
+from reason_rl.trainer.distributed import RolloutWeights, World, shard
+from reason_rl.trainer.optimizer import Optimizer
+from reason_rl.types import Group, Problem, SamplingParams
+
+EVAL_KEY = 1 << 40
+"""Added to the step in an evaluation's noise key, so that no evaluation shares noise with a rollout."""
+
+
+@dataclass
+class Session:
+    config: Config
+    world: World
+    tokenizer: Tokenizer
+    model: Transformer
+    """What the optimizer updates; sharded when there are several processes."""
+    optimizer: Optimizer
+    weights: RolloutWeights
+    engine: Engine
+    rewards: dict[str, Reward]
+    reference: Transformer | None
+    """The frozen policy of the KL penalty, a plain copy; None without one."""
+    policy_version: int = 0
+
+    @property
+    def sampling(self) -> SamplingParams:
+        values = self.config.sampling
+        return SamplingParams(values.temperature, values.top_k, values.top_p, values.min_p, values.max_tokens,
+                              (self.tokenizer.eos_id,))
+
+    @property
+    def loss_spec(self) -> LossSpec:
+        spec = self.config.loss
+        return spec if spec.constant_length else replace(spec, constant_length=self.config.sampling.max_tokens)
+
+    def policy_changed(self) -> None:
+        """After an update: the engine samples with the new weights."""
+        self.policy_version += 1
+        self.weights.refresh()
+
+
+def build_session(
+    config: Config, world: World, tokenizer: Tokenizer, model: Transformer, reference_state: dict[str, torch.Tensor] | None = None
+) -> Session:
+    """From a plain model on the CPU; `reference_state` is the frozen policy's where it is not the model as given (a resumed run)."""
+    reference = None
+    model.compute_dtype = world.dtype
+    if config.loss.kl_coef > 0:
+        reference = Transformer(model.config, model.vocab_size, world.dtype)
+        reference.load_state_dict(reference_state or model.state_dict())
+        reference.to(world.device).requires_grad_(False)
+    model.to(world.device)
+    shard(model, world)
+    weights = RolloutWeights(model, world)
+    engine = Engine(weights.model, config.engine, config.run.seed)
+    return Session(config, world, tokenizer, model, Optimizer(model, config.optim), weights, engine, load_rewards(config), reference)
+
+
+def check_task(config: Config, tokenizer: Tokenizer) -> None:
+    """Everything about the task that can fail, before any work: an empty task, prompts that do not fit, a missing reward."""
+    load_rewards(config)
+    check_problems(rl_problems(config, tokenizer, 0, config.rl.prompts_per_step), config)
+    count = max(config.eval.final_problems, config.eval.problems)
+    check_problems(heldout_problems(config, tokenizer, count), config)
+    if tokenizer.vocab_size < 2:
+        raise ConfigError(f"the tokenizer holds {tokenizer.vocab_size} tokens")
+
+
+def sample_and_grade(
+    session: Session, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, step: int
+) -> tuple[list[Group], dict[str, float]]:
+    """Each rank samples and grades its share; every rank gets all groups, in order -> (groups, seconds)."""
+    start = time.perf_counter()
+    mine = session.engine.generate(
+        session.world.share(problems), group_size, sampling, step=step, policy_version=session.policy_version)
+    sampled = time.perf_counter()
+    graded = [grade_group(group, [session.tokenizer.decode_completion(c.token_ids) for c in group.completions],
+                          session.config, session.rewards) for group in mine]
+    reward_s = time.perf_counter() - sampled
+    groups = session.world.gather_shares(graded)
+    return groups, {"rollout_s": time.perf_counter() - start - reward_s, "reward_s": reward_s}
+
+
+def has_signal(group: Group) -> bool:
+    """Its graded rewards differ, so that its advantages do not vanish."""
+    return len({score.value for score in group.scores if score.is_graded}) > 1
+
+
+def collect_groups(session: Session, step: int) -> tuple[list[Group], list[Group], dict[str, float]]:
+    """A step's graded groups -> (the batch, all that were sampled, seconds).
+
+    With rl.dynamic_sampling (DAPO), groups without signal are replaced by fresh problems in further rounds; what is still missing
+    after the last round stays a group without signal.
+    """
+    rl = session.config.rl
+    batch: list[Group] = []
+    spare: list[Group] = []
+    everything: list[Group] = []
+    timings = {"rollout_s": 0.0, "reward_s": 0.0}
+    for round_number in range(1 + rl.dynamic_sampling):
+        missing = rl.prompts_per_step - len(batch)
+        if not missing:
+            break
+        used = {group.problem.problem_id for group in everything}
+        problems = rl_problems(session.config, session.tokenizer, step, missing, round_number, exclude=used)
+        groups, seconds = sample_and_grade(session, problems, rl.group_size, session.sampling, step)
+        everything += groups
+        timings = {key: timings[key] + seconds[key] for key in timings}
+        for group in groups:
+            (batch if has_signal(group) or not rl.dynamic_sampling else spare).append(group)
+    return batch + spare[: rl.prompts_per_step - len(batch)], everything, timings
+
+
+def evaluate(
+    session: Session, step: int, num_problems: int, num_samples: int, with_pass_at_k: bool = False
+) -> tuple[dict[str, object], float]:
+    """The policy on the first `num_problems` held-out problems -> (metrics, seconds)."""
+    start = time.perf_counter()
+    config = session.config
+    sampling = replace(session.sampling, temperature=config.eval.temperature, top_k=0, top_p=1.0, min_p=0.0)
+    problems = heldout_problems(config, session.tokenizer, num_problems)
+    groups, _ = sample_and_grade(session, problems, num_samples, sampling, EVAL_KEY + step)
+    metrics: dict[str, object] = {"split": "heldout", **eval_metrics(groups, session.tokenizer)}
+    if with_pass_at_k and config.eval.pass_at_k:
+        # Noise keys differ by step alone, so this evaluation takes a step of its own.
+        extra, _ = sample_and_grade(session, problems[: config.eval.problems], config.eval.pass_at_k, sampling, 2 * EVAL_KEY + step)
+        metrics["pass_at_k"] = pass_at_powers(extra)
+    return metrics, time.perf_counter() - start

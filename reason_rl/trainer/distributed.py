@@ -1,0 +1,149 @@
+"""Where a run computes, and how its processes work together.
+
+One process: a plain module on one device. Several (torchrun): FSDP2's `fully_shard` per block, so that each rank holds a
+share of every parameter, gradient and optimizer state; gloo on the CPU, nccl on GPUs. What ranks tell each other beyond that
+are small Python objects (graded groups, metrics), gathered on the CPU.
+
+Every rank makes the same decisions from the same gathered facts; there is no rank whose word the others await.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from reason_rl.config import ConfigError, RunConfig
+from reason_rl.model.transformer import Transformer
+from reason_rl.types import Microbatch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+    dtype: torch.dtype
+    """Compute dtype."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Items rank, rank + size, ...: this rank's part of a list that every rank knows."""
+        return list(items[self.rank :: self.size])
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in order of rank."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def gather_shares(self, part: Sequence[T]) -> list[T]:
+        """The inverse of `share`: the whole list, in its order, on every rank."""
+        parts = self.gather(list(part))
+        return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def init_world(run: RunConfig) -> World:
+    """Device, dtype, threads and process group, from the config and torchrun's environment."""
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    name = run.device if run.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"run.device must be auto, cpu, cuda or cuda:N, got {run.device!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"run.device must be auto, cpu, cuda or cuda:N, got {run.device!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"run.device={run.device!r}, but torch {torch.__version__} sees no CUDA device; use --device cpu")
+        device = torch.device("cuda", local_rank if size > 1 or device.index is None else device.index)
+        torch.cuda.set_device(device)
+        # TF32 would round the float32 parts (router, norms' inputs) differently from the CPU reference.
+        torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_num_threads(run.num_threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
+             "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[run.dtype]
+    return World(rank, size, device, dtype)
+
+
+def close_world(world: World) -> None:
+    if world.size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(model: Transformer, world: World) -> Transformer:
+    """The module itself for one process; for several, each block and the rest become FSDP units, sharded in place."""
+    if world.size > 1:
+        for block in model.blocks:
+            fully_shard(block)
+        # The root keeps its parameters after forward: the LM head is used outside of it.
+        fully_shard(model, reshard_after_forward=False)
+    return model
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded tensor, on every rank (a collective); a plain tensor itself."""
+    if isinstance(tensor, DTensor):
+        whole: torch.Tensor = tensor.full_tensor()
+        return whole
+    return tensor
+
+
+def full_state(model: Transformer) -> dict[str, torch.Tensor]:
+    """Parameters and the expert biases by our names, whole, detached (a collective)."""
+    return {name: full_tensor(tensor).detach() for name, tensor in model.state_dict().items()}
+
+
+class RolloutWeights:
+    """The policy as the engine reads it: the trainer's own module where one process computes in float32, else a plain copy.
+
+    A copy is cast once, at the places where the trainer's forward casts (matrices, but not the router), so both see the same bits.
+    `refresh` after every update keeps it the policy of this version.
+    """
+
+    def __init__(self, model: Transformer, world: World) -> None:
+        self._trained, self._world = model, world
+        self.shares_memory = world.size == 1 and world.dtype == torch.float32
+        if self.shares_memory:
+            self.model = model
+            return
+        self.model = Transformer(model.config, model.vocab_size, world.dtype).to(world.device).requires_grad_(False)
+        for name, parameter in self.model.named_parameters():
+            if parameter.dim() >= 2 and not name.endswith("router"):
+                parameter.data = parameter.data.to(world.dtype)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        if self.shares_memory:
+            return
+        target = self.model.state_dict()
+        for name, tensor in self._trained.state_dict().items():
+            target[name].copy_(full_tensor(tensor))
+
+
+def rank_share(microbatches: Sequence[Microbatch], world: World, idle: Microbatch) -> list[Microbatch]:
+    """This rank's microbatches; ranks with fewer join in with idle ones, because a sharded forward is a collective."""
+    rounds = -(-len(microbatches) // world.size)
+    mine = world.share(microbatches)
+    return mine + [idle] * (rounds - len(mine))

@@ -1,0 +1,78 @@
+"""What every test gets: no state from the test before, and a skip with a word where a device or data is missing.
+
+Uninitialised memory is poisoned: `torch.empty` and its kin come filled with NaN (the largest value for integers), so
+that an op which reads what it never wrote fails here and not once in a blue moon.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["gpu"] = pytest.mark.skip(reason="needs a CUDA device")
+    if not any(shutil.which(name) for name in BROWSERS):
+        missing["browser"] = pytest.mark.skip(reason=f"needs one of {', '.join(BROWSERS)}")
+    for item in items:
+        for name, skip in missing.items():
+            if item.get_closest_marker(name):
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def no_global_state(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Global generators start from the test's own name; threads, dtype and determinism are put back."""
+    key = int.from_bytes(hashlib.sha256(request.node.nodeid.encode()).digest()[:4])
+    random.seed(key)
+    np.random.seed(key)
+    torch.manual_seed(key)
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]:
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = make(*args, **kwargs)
+        if type(tensor) is not torch.Tensor or tensor.is_meta:
+            return tensor
+        with torch.no_grad():
+            if tensor.is_floating_point():
+                tensor.fill_(torch.nan)
+            elif tensor.dtype in (torch.int8, torch.int16, torch.int32, torch.int64):
+                tensor.fill_(torch.iinfo(tensor.dtype).max)
+        return tensor
+
+    return call
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """The folder of REASON_RL_DATA, which holds the data sets that we do not ship."""
+    value = os.environ.get("REASON_RL_DATA", "")
+    if not value or not Path(value).is_dir():
+        pytest.skip("REASON_RL_DATA names no folder")
+    return Path(value)

@@ -1,0 +1,318 @@
+"""grpo_loss: every combination of options against plain loops in float64; splitting, masks, extremes, metrics, errors.
+
+The loops here restate the op's formula token by token, with the sequence ratio differentiated through its mean; the
+papers' own formulas are transcribed in tests/reason_rl/test_algorithms.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.grpo_loss import LossSpec, finish_metrics, grpo_loss, make_inputs, merge_metrics
+
+F64_NOISE = {"rtol": 1e-12, "atol": 1e-14}  # the same f64 sums in another order: some hundred roundings of 1e-16
+PER_TOKEN = ("logprobs", "old_logprobs", "advantages", "rollout_logprobs", "ref_logprobs", "entropy")
+
+
+def uneven(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    return make_inputs(dtype=dtype)["uneven"]
+
+
+def run(
+    inputs: dict[str, Any], spec: LossSpec
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """loss, dloss/dlogprobs, dloss/dentropy, metrics."""
+    logprobs, entropy = inputs["logprobs"].clone().requires_grad_(), inputs["entropy"].clone().requires_grad_()
+    loss, metrics = grpo_loss(**{**inputs, "logprobs": logprobs, "entropy": entropy}, spec=spec)
+    dlogprobs, dentropy = torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True)
+    none = torch.zeros_like(logprobs)
+    return loss.detach(), none if dlogprobs is None else dlogprobs, none if dentropy is None else dentropy, metrics
+
+
+def rows_of(inputs: dict[str, Any], sequence: int) -> list[int]:
+    return [n for n, s in enumerate(inputs["sequence_index"].tolist()) if s == sequence]
+
+
+def by_hand(inputs: dict[str, Any], spec: LossSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss as loops over sequences and tokens on f64 scalars, and its gradient in the logprobs."""
+    leaf = inputs["logprobs"].double().clone().requires_grad_()
+    lp = list(leaf.unbind())
+    old, rollout, ref, advantage, entropy = (
+        inputs[k].double().tolist()
+        for k in ("old_logprobs", "rollout_logprobs", "ref_logprobs", "advantages", "entropy"))
+    zero = torch.zeros((), dtype=torch.float64)
+    total = leaf.sum() * 0
+    for sequence in range(inputs["num_sequences"]):
+        rows = rows_of(inputs, sequence)
+        for n in rows:
+            peers = rows if spec.ratio == "sequence" else [n]
+            ratio = torch.exp(sum(((lp[m] - old[m]) for m in peers), zero) / len(peers))
+            w = float(torch.exp(sum((zero + old[m] - rollout[m] for m in peers), zero) / len(peers)))
+            a = advantage[n]
+            clipped = min(max(ratio, zero + 1 - spec.clip_low), zero + 1 + spec.clip_high)
+            if spec.surrogate == "reinforce":
+                objective = a * lp[n]
+            elif spec.surrogate == "cispo":
+                objective = clipped.item() * a * lp[n]
+            else:
+                objective = min(ratio * a, clipped * a)
+                if spec.dual_clip and a < 0:
+                    objective = max(objective, zero + spec.dual_clip * a)
+            if spec.importance == "tis":
+                objective = objective * min(w, spec.importance_high)
+            elif spec.importance == "icepop":
+                objective = objective * (w if spec.importance_low <= w <= spec.importance_high else 0.0)
+            d = ref[n] - lp[n]
+            kl = {"k1": -d, "k2": d * d / 2, "k3": torch.exp(d) - 1 - d}[spec.kl_estimator]
+            token_loss = -objective + spec.kl_coef * kl - spec.entropy_coef * entropy[n]
+            denominator = {
+                "token": inputs["total_loss_tokens"],
+                "sequence": len(rows) * inputs["total_sequences"],
+                "constant": inputs["total_sequences"] * spec.constant_length,
+            }[spec.normalizer]
+            total = total + token_loss / denominator
+    return total.detach(), torch.autograd.grad(total, leaf)[0]
+
+
+def small() -> dict[str, Any]:
+    """Few tokens, chosen so that every clip and mask binds somewhere and not everywhere."""
+    f64 = torch.float64
+    old = torch.tensor([-1.0, -0.5, -2.0, -0.2, -1.5, -0.7, -0.1, -3.0], dtype=f64)
+    index = torch.tensor([0, 0, 0, 1, 3, 3, 3, 4], dtype=torch.int32)  # sequence 2 has no tokens
+    return {
+        "old_logprobs": old,
+        "logprobs": old + torch.tensor([0.5, 0.4, -0.6, -0.1, 0.9, 1.3, 0.8, -0.9], dtype=f64),
+        "rollout_logprobs": old - torch.tensor([0.1, 0.9, -0.2, 0.0, -0.8, 0.3, -1.2, 1.0], dtype=f64),
+        "ref_logprobs": old + torch.tensor([0.3, -0.3, 0.2, 0.6, -0.5, 0.1, 0.05, 0.7], dtype=f64),
+        "entropy": torch.linspace(0.1, 1.5, 8, dtype=f64),
+        "advantages": torch.tensor([1.3, -0.7, 9.0, -1.1, -0.4], dtype=f64).index_select(0, index),
+        "sequence_index": index, "num_sequences": 5, "total_loss_tokens": 20, "total_sequences": 7,
+    }
+
+
+@pytest.mark.parametrize("normalizer", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("surrogate", ["clip", "cispo", "reinforce"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_every_combination_is_its_formula(ratio: Any, surrogate: Any, normalizer: Any) -> None:
+    inputs = small()
+    for dual_clip, importance, kl, entropy_coef in itertools.product(
+        (0.0, 1.5), ("none", "tis", "icepop"), (None, "k1", "k2", "k3"), (0.0, 0.01),
+    ):
+        spec = LossSpec(
+            ratio=ratio, surrogate=surrogate, normalizer=normalizer, dual_clip=dual_clip, importance=importance,
+            kl_coef=0.1 if kl else 0.0, kl_estimator=kl or "k3", entropy_coef=entropy_coef, constant_length=5)
+        loss, dlogprobs, dentropy, metrics = run(inputs, spec)
+        expected, dexpected = by_hand(inputs, spec)
+        torch.testing.assert_close(loss, expected, **F64_NOISE, msg=lambda m, spec=spec: f"{spec}: {m}")
+        torch.testing.assert_close(dlogprobs, dexpected, **F64_NOISE, msg=lambda m, spec=spec: f"{spec}: {m}")
+        assert (dentropy < 0).all() if entropy_coef else (dentropy == 0).all()
+        assert all(value.isfinite() for value in metrics.values()), (spec, metrics)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_the_gradient_is_the_slope_of_the_loss(ratio: Any, kl: Any) -> None:
+    """Finite differences; not for "cispo", whose stop_gradient is there to differ from its slope."""
+    inputs = small()
+    for surrogate in ("clip", "reinforce"):
+        spec = LossSpec(ratio=ratio, surrogate=surrogate, kl_coef=0.3, kl_estimator=kl, entropy_coef=0.2, dual_clip=1.5,
+                        importance="tis", normalizer="sequence")
+
+        def loss_of(lp: torch.Tensor, entropy: torch.Tensor, spec: LossSpec = spec) -> torch.Tensor:
+            return grpo_loss(**{**inputs, "logprobs": lp, "entropy": entropy}, spec=spec)[0]
+
+        leaves = inputs["logprobs"].clone().requires_grad_(), inputs["entropy"].clone().requires_grad_()
+        # Steps of 1e-6 stay on one side of every clip edge; the central difference is then good to about 1e-9.
+        assert torch.autograd.gradcheck(loss_of, leaves, eps=1e-6, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["one_token", "uneven", "step"])
+def test_float32_agrees_with_float64(name: str) -> None:
+    spec = LossSpec(kl_coef=0.1, entropy_coef=0.01, importance="tis", normalizer="sequence")
+    single = make_inputs(dtype=torch.float32)[name]
+    double = {key: value.double() if key in PER_TOKEN else value for key, value in single.items()}
+    loss32, grad32, *_ = run(single, spec)
+    loss64, grad64, *_ = run(double, spec)
+    # exp of a log ratio of order 1 carries a few f32 roundings (6e-8) of both; sums of N such terms average them out.
+    torch.testing.assert_close(loss32.double(), loss64, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad32.double(), grad64, rtol=1e-5, atol=1e-7)
+
+
+def take(inputs: dict[str, Any], sequences: range) -> dict[str, Any]:
+    """The microbatch of some sequences, with the totals of the whole batch."""
+    rows = torch.tensor([n for s in sequences for n in rows_of(inputs, s)], dtype=torch.int64)
+    part = {**inputs, **{key: inputs[key].index_select(0, rows) for key in PER_TOKEN}}
+    part["sequence_index"] = inputs["sequence_index"].index_select(0, rows) - sequences.start
+    return {**part, "num_sequences": len(sequences)}
+
+
+@pytest.mark.parametrize("normalizer", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_microbatches_add_up_to_the_whole_batch(ratio: Any, normalizer: Any) -> None:
+    spec = LossSpec(ratio=ratio, normalizer=normalizer, constant_length=9, kl_coef=0.1, entropy_coef=0.01,
+                    importance="icepop")
+    inputs = uneven()
+    whole_loss, whole_grad, whole_dentropy, whole_metrics = run(inputs, spec)
+    parts = [run(take(inputs, range(*cut)), spec) for cut in ((0, 1), (1, 1), (1, 4), (4, 6))]  # the second is empty
+    losses, grads, dentropies, metrics = zip(*parts, strict=True)
+    torch.testing.assert_close(torch.stack(losses).sum(), whole_loss, **F64_NOISE)
+    torch.testing.assert_close(torch.cat(grads), whole_grad, **F64_NOISE)
+    torch.testing.assert_close(torch.cat(dentropies), whole_dentropy, **F64_NOISE)
+    torch.testing.assert_close(merge_metrics(metrics), merge_metrics([whole_metrics]), **F64_NOISE)
+
+
+def test_the_order_of_microbatches_does_not_change_the_metrics() -> None:
+    inputs, spec = uneven(), LossSpec()
+    metrics = [run(take(inputs, range(s, s + 1)), spec)[3] for s in range(6)]
+    torch.testing.assert_close(merge_metrics(metrics), merge_metrics(metrics[::-1]), **F64_NOISE)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_on_policy_the_ratio_is_exactly_one_and_all_surrogates_have_one_gradient(ratio: Any) -> None:
+    inputs = uneven(torch.float32)
+    inputs["old_logprobs"] = inputs["rollout_logprobs"] = inputs["logprobs"].clone()
+    expected = -inputs["advantages"] / 34
+    for surrogate in ("clip", "cispo", "reinforce"):
+        _, grad, _, metrics = run(inputs, LossSpec(ratio=ratio, surrogate=surrogate))
+        # One product and one quotient, in either order: at most two f32 roundings.
+        torch.testing.assert_close(grad, expected, rtol=3e-7, atol=0)
+        assert metrics["ratio_max"] == metrics["ratio_min"] == 1
+        finished = finish_metrics(metrics)
+        assert finished["ess"] == 1 and finished["approx_kl"] == 0 and finished["logprob_gap_max"] == 0
+        assert finished["clip_low_fraction"] == finished["clip_high_fraction"] == 0
+
+
+def tokens(**columns: list[float]) -> dict[str, Any]:
+    """One sequence per token, f64; what is not given is 0 (entropy, reference) or old_logprobs (rollout)."""
+    n = len(columns["logprobs"])
+    given = {key: torch.tensor(value, dtype=torch.float64) for key, value in columns.items()}
+    old = given.setdefault("old_logprobs", torch.zeros(n, dtype=torch.float64))
+    return {"rollout_logprobs": old, "ref_logprobs": torch.zeros_like(old), "entropy": torch.zeros_like(old), **given,
+            "sequence_index": torch.arange(n), "num_sequences": n, "total_loss_tokens": n, "total_sequences": n}
+
+
+def test_clipped_tokens_get_zero_gradient_and_are_counted() -> None:
+    #            down past the clip, A<0 | A>0 | up past it, A>0 | A<0 | up past the dual clip, A<0 | A=0
+    inputs = tokens(logprobs=[-1.0, -1.0, 0.5, 0.5, 2.0, 2.0], advantages=[-1.0, 1.0, 1.0, -1.0, -1.0, 0.0])
+    _, grad, _, metrics = run(inputs, LossSpec(dual_clip=3.0))
+    assert (grad == 0).tolist() == [True, False, True, False, True, True]
+    assert [int(metrics[f"clip_{k}_sum"]) for k in ("low", "high", "dual")] == [1, 1, 1]
+    _, grad, _, metrics = run(inputs, LossSpec())
+    assert (grad == 0).tolist() == [True, False, True, False, False, True]
+    assert [int(metrics[f"clip_{k}_sum"]) for k in ("low", "high", "dual")] == [1, 1, 0]
+
+
+def test_cispo_clips_the_weight_but_keeps_every_tokens_gradient() -> None:
+    inputs = tokens(logprobs=[-1.0, 0.1, 1.0, 1.0], advantages=[1.0, 1.0, 1.0, -1.0])
+    _, grad, _, metrics = run(inputs, LossSpec(surrogate="cispo", clip_low=0.2, clip_high=0.5))
+    weight = torch.tensor([0.8, 1.1051709180756477, 1.5, -1.5], dtype=torch.float64)
+    torch.testing.assert_close(grad, -weight / 4, **F64_NOISE)
+    assert (int(metrics["clip_low_sum"]), int(metrics["clip_high_sum"])) == (1, 2)
+
+
+def test_icepop_masks_and_tis_truncates_mismatched_tokens() -> None:
+    inputs = tokens(logprobs=[0.0, 0.0, 0.0], old_logprobs=[0.0, 0.0, 0.0], rollout_logprobs=[-2.0, 2.0, -0.1],
+                    advantages=[1.0, 1.0, 1.0])
+    near = 1.1051709180756477  # exp(0.1)
+    far = 0.1353352832366127  # exp(-2)
+    for importance, weights in (("icepop", [0.0, 0.0, near]), ("tis", [2.0, far, near])):
+        _, grad, _, metrics = run(inputs, LossSpec(importance=importance))
+        torch.testing.assert_close(grad, -torch.tensor(weights, dtype=torch.float64) / 3, **F64_NOISE)
+        assert int(metrics["importance_cut_sum"]) == weights.count(0.0) + weights.count(2.0)
+
+
+def test_a_token_out_of_all_bounds_leaves_everything_finite() -> None:
+    # exp(300) is inf in f32, and the gradient of min(inf, clipped) is 0 * inf = NaN without the bound on log ratios.
+    for gap, advantage, ratio in itertools.product((-300.0, 300.0), (-1.0, 0.0, 1.0), ("token", "sequence")):
+        inputs = {k: v.float() if k in PER_TOKEN else v for k, v in tokens(
+            logprobs=[gap, 0.0], old_logprobs=[0.0, 0.0], rollout_logprobs=[-gap, 0.0], ref_logprobs=[-gap, 0.0],
+            advantages=[advantage, 1.0]).items()}
+        for surrogate in ("clip", "cispo", "reinforce"):
+            spec = LossSpec(ratio=ratio, surrogate=surrogate, kl_coef=0.1, importance="tis")
+            loss, grad, _, metrics = run(inputs, spec)
+            assert loss.isfinite() and grad.isfinite().all()
+            assert all(v.isfinite() for v in metrics.values())
+            assert metrics["logprob_gap_max"] == abs(2 * gap)
+
+
+@pytest.mark.parametrize("normalizer", ["token", "sequence", "constant"])
+def test_an_empty_microbatch_has_zero_loss_and_still_backpropagates(normalizer: Any) -> None:
+    hidden = torch.ones(3, requires_grad=True)
+    inputs = make_inputs()["empty"]
+    for ratio in ("token", "sequence"):
+        inputs["logprobs"] = hidden.index_select(0, torch.zeros(0, dtype=torch.int64))
+        spec = LossSpec(ratio=ratio, normalizer=normalizer, constant_length=4, kl_coef=0.1, importance="tis",
+                        entropy_coef=0.1)
+        loss, metrics = grpo_loss(**inputs, spec=spec)
+        assert loss.item() == 0 and loss.shape == ()
+        assert torch.autograd.grad(loss, hidden)[0].tolist() == [0.0, 0.0, 0.0]
+        finished = finish_metrics(merge_metrics([metrics]))
+        assert finished["num_loss_tokens"] == 0 and finished["kl"] == 0 and "ess" not in finished
+
+
+def test_only_logprobs_and_entropy_get_gradients() -> None:
+    inputs = uneven()
+    leaves = {key: inputs[key].clone().requires_grad_() for key in PER_TOKEN}
+    loss, metrics = grpo_loss(**{**inputs, **leaves},
+                              spec=LossSpec(kl_coef=0.1, importance="tis", entropy_coef=0.1, ratio="sequence"))
+    loss.backward()
+    assert {key for key, leaf in leaves.items() if leaf.grad is not None} == {"logprobs", "entropy"}
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_metrics_are_their_definitions() -> None:
+    inputs = tokens(logprobs=[-1.0, -2.0], old_logprobs=[-1.5, -2.0], rollout_logprobs=[-1.4, -2.3],
+                    ref_logprobs=[-1.0, -1.0], entropy=[0.5, 1.5], advantages=[1.0, -1.0])
+    finished = finish_metrics(run(inputs, LossSpec(entropy_coef=0.1))[3])
+    e = torch.tensor(1.0, dtype=torch.float64).exp().item()
+    w = [e ** 0.4, e ** 0.3]
+    expected = {
+        "loss": (-1.2 + 1.0) / 2 - 0.1, "num_loss_tokens": 2.0, "clip_low_fraction": 0.0, "clip_high_fraction": 0.5,
+        "clip_dual_fraction": 0.0, "approx_kl": (e ** 0.5 - 1.5) / 2, "kl": (e - 2) / 2, "entropy": 1.0,
+        "ratio_max": e ** 0.5, "ratio_min": 1.0, "logprob_gap_max": 0.4,
+        "ess": sum(w) ** 2 / (2 * sum(x * x for x in w)),
+    }
+    assert finished == pytest.approx(expected, rel=1e-12)
+
+
+def test_metrics_of_what_was_not_given_are_left_out() -> None:
+    inputs = {k: v for k, v in uneven().items() if k not in ("rollout_logprobs", "ref_logprobs", "entropy")}
+    _, metrics = grpo_loss(**inputs, spec=LossSpec())
+    assert not metrics.keys() & {"kl_sum", "entropy_sum", "logprob_gap_max", "importance_cut_sum"}
+    assert "kl" not in finish_metrics(metrics)
+
+
+def test_merging_refuses_what_it_cannot_merge() -> None:
+    one = torch.tensor(1.0)
+    for metrics, words in (
+        ([], "at least one"),
+        ([{"a_sum": one}, {"b_sum": one}], "same names"),
+        ([{"a": one}, {"a": one}], "must end in one of"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            merge_metrics(metrics)
+
+
+@pytest.mark.parametrize(("changes", "spec", "words"), [
+    ({"ref_logprobs": None}, {"kl_coef": 0.1}, "kl_coef=0.1 needs ref_logprobs, got None"),
+    ({"rollout_logprobs": None}, {"importance": "tis"}, "importance='tis' needs rollout_logprobs"),
+    ({"entropy": None}, {"entropy_coef": 0.1}, "entropy_coef=0.1 needs entropy"),
+    ({}, {"normalizer": "constant"}, "needs constant_length >= 1, got 0"),
+    ({"total_loss_tokens": 33}, {}, "total_loss_tokens must .* at least the 34 .* got 33"),
+    ({"total_sequences": 5}, {}, "total_sequences must .* at least the 6 .* got 5"),
+    ({"num_sequences": 5}, {}, r"must ascend within 0\.\.4"),
+    ({"sequence_index": torch.arange(34).flip(0), "num_sequences": 34, "total_sequences": 34}, {}, "must ascend"),
+    ({"sequence_index": torch.zeros(34)}, {}, r"sequence_index must be i32\|i64\[34\], got f32\[34\]"),
+    ({"old_logprobs": None}, {}, r"old_logprobs must be f64\[34\], got NoneType"),
+    ({"advantages": torch.zeros(34)}, {}, r"advantages must be f64\[34\], got f32\[34\]"),
+    ({"entropy": torch.zeros(33, dtype=torch.float64)}, {}, r"entropy must be f64\[34\], got f64\[33\]"),
+    ({"logprobs": torch.zeros(34, dtype=torch.bfloat16)}, {}, r"logprobs must be f32\|f64\[N\], got bf16\[34\]"),
+    ({"impl": "abacus"}, {}, "impl must be one of"),
+])
+def test_wrong_inputs_raise_and_say_what_came(changes: dict[str, Any], spec: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        grpo_loss(**{**uneven(), **changes}, spec=LossSpec(**spec))

@@ -1,0 +1,219 @@
+"""Rewards: right answers pay, tricks do not, and a reward that fails never ends the run."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from reason_rl.config import Config, RewardConfig, SamplingConfig
+from reason_rl.reward import extract_answer, grade, grade_group, load_rewards, thinking_tokens
+from reason_rl.reward.countdown import is_countdown_solution
+from reason_rl.reward.format import format_reward
+from reason_rl.reward.overlong import overlong_reward
+from reason_rl.types import Completion, FinishReason, Group, Problem
+
+PROGRAM = Problem(problem_id=1, task="program", prompt="a2,b*3,c-1?", prompt_ids=(1, 2), answer="5", level=3)
+COUNTDOWN = Problem(problem_id=2, task="countdown", prompt="a9b8c7=16?", prompt_ids=(1, 2), answer="(9-7)*8",
+                    facts={"numbers": [9, 8, 7], "target": 16}, level=3)
+RIGHT = "<think>a2,b*3=6,c-1=5</think><answer>5</answer>"
+
+
+def completion(num_tokens: int = 10, finish_reason: FinishReason = "stop") -> Completion:
+    zeros = (0.0,) * num_tokens
+    return Completion(token_ids=(5,) * num_tokens, logprobs=zeros, kept_logmass=zeros, finish_reason=finish_reason,
+                      policy_version=0, sample_index=0)
+
+
+def group(count: int, problem: Problem = PROGRAM) -> Group:
+    return Group(problem=problem, completions=tuple(completion() for _ in range(count)))
+
+
+@pytest.mark.parametrize("text", [
+    "(9-7)*8", " ( 9 - 7 ) * 8 ", "8*(9-7)", "((((9-7))))*8", "9*8-7*8", "(9-8)*16", "9-7*8", "(9-7)*8=16",
+])
+def test_only_expressions_with_each_number_once_that_hit_are_solutions(text: str) -> None:
+    assert is_countdown_solution(text, [9, 8, 7], 16) == (text in ("(9-7)*8", " ( 9 - 7 ) * 8 ", "8*(9-7)",
+                                                                   "((((9-7))))*8"))
+
+
+def test_division_is_exact() -> None:
+    assert is_countdown_solution("8/(3-8/3)", [3, 3, 8, 8], 24)
+    assert is_countdown_solution("1/3*3", [1, 3, 3], 1)
+    assert not is_countdown_solution("7/2", [7, 2], 3)
+    assert not is_countdown_solution("9999/1000", [9999, 1000], 10)
+
+
+def test_numbers_that_come_twice_are_used_twice() -> None:
+    assert is_countdown_solution("6+6/6", [6, 6, 6], 7)
+    assert not is_countdown_solution("6+6-5", [6, 6, 6], 7)
+    assert not is_countdown_solution("6+1", [6, 6, 6], 7)
+    assert not is_countdown_solution("6*6", [6, 6, 6], 36)
+
+
+ATTACKS = {
+    "power": "2**3", "floor division": "17//2", "modulo": "17%9", "name": "x", "true": "True", "call": "abs(8)",
+    "implicit call": "8(1)", "attribute": "(8).real", "import": "__import__('os')", "lambda": "(lambda:8)()",
+    "float": "8.0", "exponent": "8e0", "complex": "8j", "hexadecimal": "0x8", "underscore": "0_8", "leading zero": "08",
+    "string": "'8'", "tuple": "8,", "list": "[8]", "comparison": "8==8", "shift": "8<<0", "bit or": "8|0", "not": "~8",
+    "unary minus": "-(-8)", "unary plus": "+8", "empty": "", "blank": "   ", "only operators": "+-*/", "open": "(8",
+    "close": "8)", "two expressions": "8 8", "new line": "8\n", "semicolon": "8;8", "comment": "8#", "walrus": "(a:=8)",
+    "division by zero": "8/(0)", "hidden division by zero": "8/(8-8)", "arabic digit": "٨", "full-width digit": "８",
+    "superscript": "8²", "full-width plus": "8＋0", "nul": "8\0",
+    "huge number": "9" * 100, "huge product": "*".join(["9999"] * 30),
+    "deep nesting": "(" * 60 + "8" + ")" * 60, "deeper nesting": "(" * 100_000 + "8" + ")" * 100_000,
+    "long chain": "+".join(["1"] * 100_000), "many minuses": "-" * 120 + "8", "surrogate": "8\ud800",
+}
+
+
+@pytest.mark.parametrize("text", ATTACKS.values(), ids=ATTACKS.keys())
+def test_tricks_are_no_solutions(text: str) -> None:
+    for numbers in ([8], [8, 8], [8, 8, 8], [2, 3], [17, 2], [17, 9], [8, 0]):
+        assert not is_countdown_solution(text, numbers, 8)
+
+
+def test_the_plain_form_of_the_tricks_is_a_solution() -> None:
+    """So the tests above fail for the trick and not for the numbers."""
+    assert is_countdown_solution("8", [8], 8)
+    assert is_countdown_solution("8+8-8", [8, 8, 8], 8)
+    assert is_countdown_solution("8+0", [8, 0], 8)
+
+
+def test_countdown_is_graded_by_value_and_programs_by_text() -> None:
+    for answer in ("(9-7)*8", "8*(9-7)"):
+        text = f"<think></think><answer>{answer}</answer>"
+        assert grade(COUNTDOWN, text, completion(), Config()).parts["accuracy"] == 1.0
+    assert grade(COUNTDOWN, "<think></think><answer>16</answer>", completion(), Config()).parts["accuracy"] == 0.0
+    for answer, value in (("5", 1.0), (" 5 ", 1.0), ("05", 0.0), ("6", 0.0), ("", 0.0), ("55", 0.0)):
+        text = f"<think></think><answer>{answer}</answer>"
+        assert grade(PROGRAM, text, completion(), Config()).parts["accuracy"] == value
+
+
+def test_exactly_one_answer_block_is_an_answer() -> None:
+    assert extract_answer(RIGHT) == "5"
+    assert extract_answer("<answer>5</answer> and more") == "5"
+    for text in ("5", "<answer>5", "5</answer>", "</answer>5<answer>", "<answer>5</answer><answer>5</answer>",
+                 "<answer><answer>5</answer>", "<answer>5</answer></answer>", ""):
+        assert extract_answer(text) is None
+
+
+def test_the_template_earns_the_format_reward() -> None:
+    assert format_reward(RIGHT, "stop") == 1.0
+    assert format_reward("<think></think><answer></answer>", "stop") == 1.0
+    assert format_reward("<think>9<b 8>3!</think><answer>1</answer>", "stop") == 1.0
+
+
+@pytest.mark.parametrize("text", [
+    "", "5", "<answer>5</answer>", "<think>a</think>", " " + RIGHT, RIGHT + " ", RIGHT + "<eos>", RIGHT + RIGHT,
+    "<think>a</think>\n<answer>5</answer>", "<think>a</think>b<answer>5</answer>", "<think>a<answer>5</answer>",
+    "<think><think>a</think><answer>5</answer>", "<think>a</think></think><answer>5</answer>",
+    "<answer>5</answer><think>a</think>", "<think>a<answer>5</answer></think>", "<think>a</think><answer>5",
+    "<think>a</think><answer>5</answer>6</answer>", "a</think><answer>5</answer>",
+])
+def test_anything_else_does_not(text: str) -> None:
+    assert format_reward(text, "stop") == 0.0
+
+
+def test_a_completion_cut_at_its_length_is_not_well_formed() -> None:
+    assert format_reward(RIGHT, "length") == 0.0
+
+
+def test_the_overlong_penalty_is_daposs_ramp() -> None:
+    """Equation 13 with max 100 and buffer 20."""
+    lengths = {1: 0.0, 80: 0.0, 81: -0.05, 90: -0.5, 99: -0.95, 100: -1.0}
+    for length, penalty in lengths.items():
+        assert overlong_reward(length, "stop", 100, 20) == pytest.approx(penalty, abs=1e-12)
+    assert overlong_reward(100, "length", 100, 20) == -1.0
+    assert overlong_reward(100, "stop", 100, 0) == 0.0
+    assert overlong_reward(100, "length", 100, 0) == -1.0
+
+
+def test_the_value_is_the_weighted_sum_of_the_parts() -> None:
+    config = Config(reward=RewardConfig(accuracy=2.0, format=0.25, overlong=0.5, overlong_buffer=10),
+                    sampling=SamplingConfig(max_tokens=20))
+    score = grade(PROGRAM, RIGHT, completion(num_tokens=15), config)
+    assert score.parts == {"accuracy": 1.0, "format": 1.0, "overlong": -0.5}
+    assert score.value == 2.0 + 0.25 - 0.25
+    assert score.is_graded and not score.cause
+
+
+def test_a_part_of_weight_zero_is_still_logged() -> None:
+    score = grade(PROGRAM, RIGHT, completion(finish_reason="length"), Config())
+    assert score.parts["overlong"] == -1.0 and score.value == 1.0
+
+
+def test_a_right_answer_out_of_format_still_counts_as_right() -> None:
+    score = grade(PROGRAM, "so <answer>5</answer>", completion(), Config())
+    assert score.parts == {"accuracy": 1.0, "format": 0.0, "overlong": 0.0} and score.value == 1.0
+
+
+def raising(problem: Problem, text: str) -> float:
+    raise KeyError("no such column")
+
+
+@pytest.mark.parametrize("reward,cause", [
+    (raising, "custom raised KeyError: 'no such column'"),
+    (lambda problem, text: float("nan"), "custom returned nan"),
+    (lambda problem, text: float("inf"), "custom returned inf"),
+    (lambda problem, text: None, "custom raised TypeError"),
+    (lambda problem: 1.0, "custom raised TypeError"),
+    (lambda problem, text: "good", "custom raised ValueError"),
+    (lambda problem, text: raising_deep(), "custom raised RecursionError"),
+])
+def test_a_reward_that_fails_leaves_the_completion_ungraded(reward, cause: str) -> None:
+    score = grade(PROGRAM, RIGHT, completion(), Config(), {"custom": reward})
+    assert not score.is_graded and score.value == 0.0
+    assert score.cause.startswith(cause)
+    assert score.parts["accuracy"] == 1.0
+
+
+def raising_deep() -> float:
+    return raising_deep()
+
+
+def test_one_failing_completion_leaves_the_others_graded() -> None:
+    def picky(problem: Problem, text: str) -> float:
+        return 1.0 / len(text)
+
+    graded = grade_group(group(3), [RIGHT, "", RIGHT], Config(), {"custom": picky})
+    assert [s.is_graded for s in graded.scores] == [True, False, True]
+    assert graded.completions == group(3).completions
+
+
+def test_a_problem_without_its_facts_is_ungraded_and_not_wrong() -> None:
+    broken = Problem(problem_id=3, task="countdown", prompt="", prompt_ids=(), answer="")
+    score = grade(broken, "<think></think><answer>1</answer>", completion(), Config())
+    assert not score.is_graded and "KeyError" in score.cause
+
+
+def test_a_users_reward_is_found_by_its_name(tmp_path, monkeypatch) -> None:
+    (tmp_path / "users_reward.py").write_text("def short(problem, text):\n    return -len(text)\nnumber = 3\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    config = Config(reward=RewardConfig(custom="users_reward:short", custom_weight=0.5))
+    score = grade_group(group(1), [RIGHT], config).scores[0]
+    assert score.parts["custom"] == -len(RIGHT)
+    assert score.value == pytest.approx(1.1 - 0.5 * len(RIGHT), abs=1e-12)
+    with pytest.raises(ValueError, match="has no function 'number'"):
+        load_rewards(Config(reward=RewardConfig(custom="users_reward:number")))
+
+
+@pytest.mark.parametrize("entry_point,message", [
+    ("no_such_module_here:f", "importing 'no_such_module_here' failed"), ("justaname", "reads 'module:function'"),
+    (":f", "reads 'module:function'"), ("math:", "reads 'module:function'"), ("math:no", "has no function 'no'"),
+])
+def test_a_reward_that_cannot_be_loaded_is_refused_before_work_starts(entry_point: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_rewards(Config(reward=RewardConfig(custom=entry_point)))
+
+
+def test_as_many_texts_as_completions() -> None:
+    with pytest.raises(ValueError, match="each of the 2 completions, got 1"):
+        grade_group(group(2), [RIGHT], Config())
+
+
+def test_thinking_tokens_are_those_between_the_tags() -> None:
+    opening, closing = 2, 3
+    for token_ids, count in (((2, 7, 8, 9, 3, 4, 5), 3), ((2, 3, 4), 0), ((7, 8), 0), ((), 0), ((2, 7, 8), 2),
+                             ((3, 2, 7, 3), 1), ((7, 2, 7, 3, 2, 7, 7, 3), 1), ((3, 7), 0), ((2,), 0)):
+        assert thinking_tokens(token_ids, opening, closing) == count
