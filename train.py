@@ -44,7 +44,8 @@ def grpo_step(session: Session, step: int) -> StepStats:
     if rl.old_logprobs == "recompute":
         updates = [fill_logprobs(policy, packs, world, temperature=temperature, name="old_logprobs") for packs in updates]
     if session.reference is not None:
-        updates = [fill_logprobs(session.reference, packs, world, temperature=temperature, name="ref_logprobs") for packs in updates]
+        updates = [fill_logprobs(session.reference, packs, world, temperature=temperature, name="ref_logprobs")
+                   for packs in updates]
 
     factor = lr_factor(config.optim, step, rl.steps)
     losses = []

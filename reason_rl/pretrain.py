@@ -19,7 +19,13 @@ from reason_rl.data import Tokenizer, corpus_documents
 from reason_rl.model.transformer import Transformer
 from reason_rl.rl.packing import pack_documents
 from reason_rl.trainer.checkpoint import (
-    Progress, load_checkpoint, newest_checkpoint, prune_checkpoints, read_state, save_checkpoint, step_folder,
+    Progress,
+    load_checkpoint,
+    newest_checkpoint,
+    prune_checkpoints,
+    read_state,
+    save_checkpoint,
+    step_folder,
 )
 from reason_rl.trainer.distributed import World, shard
 from reason_rl.trainer.metrics import read_jsonl
@@ -66,7 +72,9 @@ def pretrain(
     partial = folder.with_name(f"{folder.name}-unfinished")
     model = Transformer(config.model, tokenizer.vocab_size, world.dtype).initialise(config.run.seed)
     newest = newest_checkpoint(partial)
-    progress, optimizer_state = load_checkpoint(newest, model) if newest else (Progress("pretrain", 0, 0, {"pretrain_s": 0.0}), None)
+    progress, optimizer_state = Progress("pretrain", 0, 0, {"pretrain_s": 0.0}), None
+    if newest is not None:
+        progress, optimizer_state = load_checkpoint(newest, model)
     model.to(world.device)
     shard(model, world)
     optimizer = Optimizer(model, config.pretrain_optim)

@@ -128,7 +128,7 @@ def prepare_run(config: Config, world: World, folder: RunFolder, view: View, sho
         view.message(f"Resuming from {folder.resume_from}")
     session = build_session(config, world, tokenizer, policy, reference_state)
     run = Run(config, folder, session, log, view, should_stop, base, seconds=seconds)
-    if progress is not None:
+    if progress is not None and optimizer_state is not None:
         session.optimizer.load_state_dict(optimizer_state)
         session.policy_version = progress.policy_version
         run.first_step, run.seconds = progress.step, dict(progress.seconds)
@@ -145,7 +145,8 @@ def _open_log(config: Config, folder: RunFolder) -> RunLog:
 
 def _check_fits(config: Config, policy: Transformer, tokenizer: Tokenizer) -> None:
     if tokenizer.vocab_size > policy.vocab_size:
-        raise ConfigError(f"{config.model.init_from}: its tokenizer has {tokenizer.vocab_size} tokens, its model {policy.vocab_size}")
+        raise ConfigError(f"{config.model.init_from}: its tokenizer has {tokenizer.vocab_size} tokens, "
+                          f"its model only {policy.vocab_size}")
 
 
 def finish_run(run: Run) -> None:

@@ -7,7 +7,7 @@ policy on held-out problems. The second half of a step stands in train.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +28,10 @@ EVAL_KEY = 1 << 40
 """Added to the step in an evaluation's noise key, so that no evaluation shares noise with a rollout."""
 
 
+DrawProblems = Callable[[int, int, int, Collection[int]], list[Problem]]
+"""(step, count, round, ids to leave out) -> `count` problems: the same on every rank."""
+
+
 @dataclass
 class Session:
     config: Config
@@ -39,6 +43,8 @@ class Session:
     weights: RolloutWeights
     engine: Engine
     rewards: dict[str, Reward]
+    draw_problems: DrawProblems
+    stop_ids: tuple[int, ...]
     reference: Transformer | None
     """The frozen policy of the KL penalty, a plain copy; None without one."""
     policy_version: int = 0
@@ -47,7 +53,7 @@ class Session:
     def sampling(self) -> SamplingParams:
         values = self.config.sampling
         return SamplingParams(values.temperature, values.top_k, values.top_p, values.min_p, values.max_tokens,
-                              (self.tokenizer.eos_id,))
+                              self.stop_ids)
 
     @property
     def loss_spec(self) -> LossSpec:
@@ -61,9 +67,10 @@ class Session:
 
 
 def build_session(
-    config: Config, world: World, tokenizer: Tokenizer, model: Transformer, reference_state: dict[str, torch.Tensor] | None = None
+    config: Config, world: World, tokenizer: Tokenizer, model: Transformer,
+    reference_state: dict[str, torch.Tensor] | None = None,
 ) -> Session:
-    """From a plain model on the CPU; `reference_state` is the frozen policy's where it is not the model as given (a resumed run)."""
+    """From a plain model on the CPU; `reference_state` is the frozen policy's where that is not the model as given."""
     reference = None
     model.compute_dtype = world.dtype
     if config.loss.kl_coef > 0:
@@ -74,7 +81,13 @@ def build_session(
     shard(model, world)
     weights = RolloutWeights(model, world)
     engine = Engine(weights.model, config.engine, config.run.seed)
-    return Session(config, world, tokenizer, model, Optimizer(model, config.optim), weights, engine, load_rewards(config), reference)
+    optimizer = Optimizer(model, config.optim)
+
+    def draw_problems(step: int, count: int, round_number: int, exclude: Collection[int]) -> list[Problem]:
+        return rl_problems(config, tokenizer, step, count, round_number, exclude=exclude)
+
+    return Session(config, world, tokenizer, model, optimizer, weights, engine, load_rewards(config), draw_problems,
+                   (tokenizer.eos_id,), reference)
 
 
 def check_task(config: Config, tokenizer: Tokenizer) -> None:
@@ -123,7 +136,7 @@ def collect_groups(session: Session, step: int) -> tuple[list[Group], list[Group
         if not missing:
             break
         used = {group.problem.problem_id for group in everything}
-        problems = rl_problems(session.config, session.tokenizer, step, missing, round_number, exclude=used)
+        problems = session.draw_problems(step, missing, round_number, used)
         groups, seconds = sample_and_grade(session, problems, rl.group_size, session.sampling, step)
         everything += groups
         timings = {key: timings[key] + seconds[key] for key in timings}

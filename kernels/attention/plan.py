@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.checks import describe
+
 BLOCK_SIZE = 16
 """Tokens in one KV block."""
 QUERY_STEP = 32
@@ -46,7 +48,7 @@ class SegmentPlan:
 def check_segments(segments: torch.Tensor, num_tokens: int) -> None:
     """i32[S, 4] on the CPU; the segments tile [0, T) in order, and each prefix lies wholly before its segment."""
     if segments.dtype != torch.int32 or segments.dim() != 2 or segments.shape[1] != 4 or segments.device.type != "cpu":
-        raise ValueError(f"attention: segments must be i32[S, 4] on cpu, got {segments.dtype}{list(segments.shape)} on {segments.device}")
+        raise ValueError(f"attention: segments must be i32[S, 4] on cpu, got {describe(segments)}")
     position = 0
     for row, (start, length, prefix_start, prefix_length) in enumerate(segments.tolist()):
         if start != position or length < 1:

@@ -40,7 +40,8 @@ def route(
         raise ValueError(f"route: score must be 'softmax' or 'sigmoid', got {score!r}")
     if expert_bias is not None:
         check("route", "expert_bias", expert_bias, (num_experts,), WIDE, like=router_logits)
-    result: Route = ROUTE_OP.choose(router_logits.device, impl).run(router_logits, num_experts_per_tok, score, normalize, expert_bias)
+    result: Route = ROUTE_OP.choose(router_logits.device, impl).run(
+        router_logits, num_experts_per_tok, score, normalize, expert_bias)
     return result
 
 

@@ -29,7 +29,8 @@ def sample(
     hidden: torch.Tensor, weight: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, *,
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """hidden: float[R, D], weight: float[V, D], keys and positions: i64[R] -> (token i64[R], logprob f32[R], kept_logmass f32[R])."""
+    """hidden: float[R, D], weight: float[V, D], keys and positions: i64[R]
+    -> (token i64[R], logprob f32[R], kept_logmass f32[R])."""
     check("sample", "hidden", hidden, ("R", "D"), FLOATS)
     check("sample", "weight", weight, ("V", hidden.shape[1]), hidden.dtype, like=hidden)
     check("sample", "keys", keys, (hidden.shape[0],), torch.int64, like=hidden)

@@ -17,6 +17,8 @@ def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
     return (gate / (1 + torch.exp(-gate.clamp(min=-80.0))) * up).to(gate_up.dtype)
 
 
-def make_inputs(num_tokens: int, inner_size: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, torch.Tensor]:
+def make_inputs(
+    num_tokens: int, inner_size: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator(device).manual_seed(seed)
     return {"gate_up": torch.randn(num_tokens, 2 * inner_size, generator=generator, device=device).to(dtype)}

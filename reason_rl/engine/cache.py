@@ -50,4 +50,5 @@ class DecodeAttend:
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.cache.store(layer, k, v, self.slots)
-        return paged_attention(q, self.cache.keys[layer], self.cache.values[layer], self.block_table, self.prefix_lens, self.own_lens)
+        return paged_attention(
+            q, self.cache.keys[layer], self.cache.values[layer], self.block_table, self.prefix_lens, self.own_lens)

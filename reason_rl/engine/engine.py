@@ -10,7 +10,8 @@ Left out: speculative decoding, prefix caching across prompts, several sampling 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 import torch
@@ -88,7 +89,8 @@ class Engine:
                              f"blocks of {BLOCK_SIZE}, but engine.num_blocks = {self.config.num_blocks}")
         num_seqs = min(self.config.max_num_seqs, len(problems) * group_size)
         # Enough for all that may run at once, plus what `Scheduler.admit` keeps in hand.
-        ample = 1 + num_seqs * num_blocks_for(sampling.max_tokens) + num_seqs // 4 + num_blocks_for(longest) * min(num_seqs, len(problems))
+        own, shared = num_seqs * num_blocks_for(sampling.max_tokens), min(num_seqs, len(problems)) * num_blocks_for(longest)
+        ample = 1 + own + shared + num_seqs // 4
         num_blocks = self.config.num_blocks or ample
         if self._cache is None or self._cache.keys.shape[2] < num_blocks or self._cache.keys.dtype != self.model.compute_dtype:
             self._cache = KVCache(self.model.config, num_blocks, self.model.compute_dtype, self.device)
@@ -159,7 +161,8 @@ class Engine:
         return hidden
 
     def _sample(
-        self, scheduler: Scheduler, sequences: list[Sequence], hidden: torch.Tensor, sampling: SamplingParams, on_token: OnToken | None
+        self, scheduler: Scheduler, sequences: list[Sequence], hidden: torch.Tensor, sampling: SamplingParams,
+        on_token: OnToken | None,
     ) -> None:
         """Draw each sequence's next token, record it, and end the sequences that are done."""
         keys = self._tensor([s.key for s in sequences])

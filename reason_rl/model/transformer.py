@@ -170,12 +170,13 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> Transformer:
-        """Normal draws of std 0.02, each parameter from a generator of its own; what writes to the residual stream is scaled down."""
+        """Normal draws of std 0.02, each parameter from a generator of its own; what writes to the residual stream is smaller."""
         for index, (name, parameter) in enumerate(self.named_parameters()):
             if parameter.dim() < 2:
                 continue  # norm weights stay 1
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-            std = INIT_STD / (2 * self.config.num_layers) ** 0.5 if name.endswith(("out.weight", "down", "down.weight")) else INIT_STD
+            is_residual = name.endswith(("out.weight", "down", "down.weight"))
+            std = INIT_STD / (2 * self.config.num_layers) ** 0.5 if is_residual else INIT_STD
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         return self
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -38,7 +39,7 @@ def select_samples(groups: Sequence[Group], advantages: torch.Tensor, mask: torc
 def split_updates(samples: Sequence[Sample], num_updates: int) -> list[list[Sample]]:
     """The step's samples, in order, as `num_updates` parts of nearly equal size (whole completions)."""
     bounds = [len(samples) * part // num_updates for part in range(num_updates + 1)]
-    return [list(samples[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [list(samples[a:b]) for a, b in pairwise(bounds)]
 
 
 def pack_samples(samples: Sequence[Sample], max_tokens: int) -> list[Microbatch]:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -206,8 +207,9 @@ class LiveView(View):
 
     def __rich__(self) -> RenderableType:
         try:
-            parts = [self._header(), self._progress(), self._numbers(), self._curves(), self.shown_sample]
-            return Group(*[part for part in parts if part is not None])
+            top = Group(self._header(), self._progress())
+            parts = [top, self._numbers(), self._curves(), self.shown_sample]
+            return Group(*[Padding(part, (0, 0, 1, 0)) for part in parts if part is not None])
         except Exception:  # drawn from rich's own thread: a traceback there would tear the screen
             return Text(f"{self.phase_name} {self.step}/{self.total}")
 

@@ -43,8 +43,8 @@ def rl_metrics(step: int, rng: random.Random) -> dict[str, Any]:
     }
 
 
-def eval_metrics(step: int, with_pass_at_k: bool) -> dict[str, Any]:
-    skill = learned(step)
+def eval_metrics(step: int, with_pass_at_k: bool, seed: int = 0) -> dict[str, Any]:
+    skill = learned(step - 2 * seed) * (1 - 0.015 * seed)
     values: dict[str, Any] = {
         "split": "heldout", "problems": 500 if step in (0, STEPS) else 100, "samples": 4,
         "accuracy": 0.165 + 0.795 * skill, "format_rate": 0.97 + 0.02 * skill, "mean_thinking_tokens": 2.9 + 27 * skill,
@@ -100,7 +100,7 @@ def write_fake_run(folder: Path, seed: int = 0, hostile: bool = False) -> Path:
             "loss": loss, "lr": 2e-3 * (1 - step / 2001), "grad_norm": 0.5 + rng.random() * 0.2,
             "tokens": 2048 * step, "balance": 1.0 + 0.1 * rng.random()})
         log.timings("pretrain", step, {"step_s": 0.07, "train_tok_s": 29000 + rng.gauss(0, 800)})
-    log.metrics("eval", 0, eval_metrics(0, with_pass_at_k=True))
+    log.metrics("eval", 0, eval_metrics(0, with_pass_at_k=True, seed=seed))
     log.timings("eval", 0, {"eval_s": 4.0})
     for step in range(1, STEPS + 1):
         log.metrics("rl", step, rl_metrics(step, rng))
@@ -109,12 +109,12 @@ def write_fake_run(folder: Path, seed: int = 0, hostile: bool = False) -> Path:
                                  "step_s": rollout_s + train_s + 0.02, "rollout_tok_s": 32000 + rng.gauss(0, 1500),
                                  "train_tok_s": 30000 + rng.gauss(0, 1500), "step_tok_s": 15500.0})
         if step % 10 == 0:
-            log.metrics("eval", step, eval_metrics(step, with_pass_at_k=step == STEPS))
+            log.metrics("eval", step, eval_metrics(step, with_pass_at_k=step == STEPS, seed=seed))
             log.timings("eval", step, {"eval_s": 1.1})
         if step == 1 or step % 10 == 0:
             log.rollouts(step, [_hostile(row) if hostile else row for row in rollout_rows(step, rng)])
     log.close()
-    first, last = eval_metrics(0, False), eval_metrics(STEPS, False)
+    first, last = eval_metrics(0, False, seed), eval_metrics(STEPS, False, seed)
     (folder / "summary.json").write_text(json.dumps({
         "base_accuracy": first["accuracy"], "final_accuracy": last["accuracy"],
         "base_mean_thinking_tokens": first["mean_thinking_tokens"],

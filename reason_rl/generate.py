@@ -1,0 +1,81 @@
+"""Talk to a checkpoint: `python -m reason_rl.generate runs/program/checkpoints/final "a2,b*3,c-1?"` streams thought and answer.
+
+The thought is shown dim, the answer bold (plain text where the output is no terminal). `--samples 3` draws several,
+`--temperature 0` is greedy, `--seed` picks other draws. The text goes in as it stands, without a chat template.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+
+from reason_rl.config import EngineConfig
+from reason_rl.data import Tokenizer
+from reason_rl.engine import Engine
+from reason_rl.model.weights import load_model
+from reason_rl.types import Problem, SamplingParams
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m reason_rl.generate", description="Stream a model's thought and answer.")
+    parser.add_argument("checkpoint", help="a checkpoint folder, e.g. runs/program/checkpoints/final")
+    parser.add_argument("prompt", nargs="?", help="the problem as text; without it, problems are read line by line")
+    parser.add_argument("--samples", type=int, default=1, help="completions to draw (default 1)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--max-tokens", type=int, default=0, help="0: what the context leaves (default)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args(arguments)
+
+
+def printer(tokenizer: Tokenizer, console: Console) -> Callable[[int], None]:
+    """-> a function that shows one token: the thought dim, the answer bold, the end token not at all."""
+    style = ""
+
+    def show(token: int) -> None:
+        nonlocal style
+        if token == tokenizer.eos_id:
+            return
+        text = tokenizer.token_text(token)
+        style = {"<think>": "dim", "<answer>": "bold green"}.get(text, style)
+        console.print(text, end="", style=style, markup=False, highlight=False, soft_wrap=True)
+        console.file.flush()
+        if text in ("</think>", "</answer>"):
+            style = ""
+
+    return show
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        tokenizer, model = Tokenizer.load(options.checkpoint), load_model(options.checkpoint).to(options.device).eval()
+        engine, console = Engine(model, EngineConfig(), options.seed), Console()
+        prompts = [options.prompt] if options.prompt is not None else (line.rstrip("\n") for line in sys.stdin)
+        for number, prompt in enumerate(prompts):
+            ids = tuple(tokenizer.encode(prompt))
+            room = model.config.max_positions - len(ids)
+            sampling = SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p,
+                                      options.max_tokens or max(1, room), (tokenizer.eos_id,))
+            for sample in range(options.samples):
+                show = printer(tokenizer, console)
+                # One sample at a time, so that tokens stream; the step keeps their draws apart.
+                engine.generate([Problem(number, "", prompt, ids, "")], 1, sampling, step=sample,
+                                on_token=lambda problem, index, token, show=show: show(token))  # type: ignore[misc]
+                console.print()
+    except (ValueError, RuntimeError) as error:
+        print(f"generate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    sys.exit(main())
