@@ -8,5 +8,5 @@ from setuptools import find_packages, setup
 
 setup(
     packages=find_packages(include=["reason_rl", "reason_rl.*", "kernels", "kernels.*"]),
-    package_data={"reason_rl": ["**/*.jinja"]},
+    package_data={"reason_rl": ["**/*.jinja", "**/*.css", "**/*.js"]},
 )

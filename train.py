@@ -13,6 +13,7 @@ import sys
 import time
 
 from reason_rl.config import Config, ConfigError, parse_command_line
+from reason_rl.config_help import help_text
 from reason_rl.pretrain import Interrupted
 from reason_rl.rl.advantages import compute_advantages
 from reason_rl.rl.packing import pack_samples, select_samples, split_updates
@@ -20,7 +21,7 @@ from reason_rl.run import Run, finish_run, prepare_run
 from reason_rl.run_folder import StopSignal, open_run
 from reason_rl.session import Session, collect_groups, evaluate
 from reason_rl.statistics import rollout_metrics, update_metrics
-from reason_rl.trainer.distributed import close_world, init_world
+from reason_rl.trainer.distributed import close_world, end_process, init_world
 from reason_rl.trainer.optimizer import lr_factor
 from reason_rl.trainer.step import fill_logprobs, policy_update
 from reason_rl.trainer.terminal import make_view
@@ -98,7 +99,8 @@ def main(config: Config) -> int:
             try:
                 train(prepare_run(config, world, folder, view, should_stop))
             except Interrupted as stopped:
-                view.message(f"Saved: {stopped}. The same command goes on from here.")
+                again = "The same command" if config.run.resume == "auto" else f"train.py {folder.path}/config.toml"
+                view.message(f"Saved: {stopped}. {again} goes on from here.")
                 return 130
         if world.is_main:
             print(f"Done. The report: {folder.path}/report.html · talk to the model: "
@@ -109,7 +111,10 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text())
+        sys.exit(0)
     try:
-        sys.exit(main(parse_command_line(sys.argv[1:])))
+        end_process(main(parse_command_line(sys.argv[1:])))
     except (ConfigError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")

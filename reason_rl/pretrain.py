@@ -103,7 +103,8 @@ def pretrain(
         factor = lr_factor(config.pretrain_optim, step, steps)
         metrics = supervised_update(
             model, optimizer, pack_documents(batch, config.pretrain_optim.microbatch_tokens), world, lr_factor=factor,
-            balance_coef=settings.balance_coef, expert_bias_rate=settings.expert_bias_rate)
+            balance_coef=settings.balance_coef,
+            expert_bias_rate=settings.expert_bias_rate if config.model.expert_bias else 0.0)
         now = time.perf_counter()
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
             metrics |= {"lr": factor * config.pretrain_optim.lr, "tokens": tokens}
@@ -113,7 +114,9 @@ def pretrain(
             logged, tokens_since = now, 0
             # Ranks agree on when to save and stop, for saving is a collective.
             wishes = world.gather((should_stop(), now - saved > SAVE_EVERY_S))
-            if any(stop or due for stop, due in wishes) and step + 1 < steps:
+            if step + 1 == steps:
+                break  # also when asked to stop: the base is whole, and the RL loop will ask again
+            if any(stop or due for stop, due in wishes):
                 save(step_folder(partial, step + 1), step + 1)
                 prune_checkpoints(partial, 1, world)
                 saved = now

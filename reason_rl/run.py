@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from reason_rl.config import Config, ConfigError
@@ -18,7 +18,7 @@ from reason_rl.data import Tokenizer, char_tokenizer
 from reason_rl.model.transformer import Transformer, num_active_parameters, num_parameters
 from reason_rl.model.weights import load_model
 from reason_rl.pretrain import HISTORY_FILE, base_folder, pretrain, pretrain_seconds
-from reason_rl.run_folder import RunFolder, config_table, describe_source, write_summary
+from reason_rl.run_folder import RunFolder, begin_run, config_table, describe_source, write_summary
 from reason_rl.session import Session, build_session, check_task
 from reason_rl.statistics import rollout_rows
 from reason_rl.trainer.checkpoint import Progress, load_checkpoint, prune_checkpoints, save_checkpoint, step_folder
@@ -103,7 +103,10 @@ def prepare_run(config: Config, world: World, folder: RunFolder, view: View, sho
     """Check everything that can fail, then base model or checkpoint, sharded and ready to step."""
     started = time.perf_counter()
     tokenizer = Tokenizer.load(config.model.init_from) if config.model.init_from else char_tokenizer()
-    check_task(config, tokenizer)
+    given = load_model(config.model.init_from) if config.model.init_from else None
+    check_task(config if given is None else _as_given(config, given, tokenizer), tokenizer)
+    if world.is_main:
+        begin_run(folder, config)
     log = _open_log(config, folder) if world.is_main else None
     seconds = {"pretrain_s": 0.0}
     base = Path(config.model.init_from)
@@ -118,9 +121,7 @@ def prepare_run(config: Config, world: World, folder: RunFolder, view: View, sho
             for line in read_jsonl(base / HISTORY_FILE):
                 log.metrics("pretrain", line["step"], line["metrics"])
                 log.timings("pretrain", line["step"], line["timings"])
-    policy = load_model(base)
-    if config.model.init_from:
-        _check_fits(config, policy, tokenizer)
+    policy = load_model(base) if given is None else given
     reference_state = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     progress, optimizer_state = None, None
     if folder.resume_from is not None:
@@ -143,10 +144,12 @@ def _open_log(config: Config, folder: RunFolder) -> RunLog:
     return RunLog(folder.path, config.run.tensorboard, config.run.wandb_project, config_table(config), resume_step=resume_step)
 
 
-def _check_fits(config: Config, policy: Transformer, tokenizer: Tokenizer) -> None:
+def _as_given(config: Config, policy: Transformer, tokenizer: Tokenizer) -> Config:
+    """The config with the shape of the model that it names in init_from: its context is what prompts must fit."""
     if tokenizer.vocab_size > policy.vocab_size:
         raise ConfigError(f"{config.model.init_from}: its tokenizer has {tokenizer.vocab_size} tokens, "
                           f"its model only {policy.vocab_size}")
+    return replace(config, model=replace(policy.config, init_from=config.model.init_from))
 
 
 def finish_run(run: Run) -> None:

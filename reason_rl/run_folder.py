@@ -38,7 +38,7 @@ class RunFolder:
 
 
 def open_run(config: Config, world: World) -> RunFolder:
-    """Rank 0 looks, decides and writes config.toml; all ranks get the same answer or the same error."""
+    """Rank 0 looks and decides; all ranks get the same answer or the same error. Nothing is written yet."""
     answer: tuple[RunFolder | None, str] = (None, "")
     if world.is_main:
         try:
@@ -66,9 +66,22 @@ def _decide(config: Config) -> RunFolder:
             raise ConfigError(f"{path} holds a run of another config; give this one a --name of its own, or --resume never. "
                               "The differences:\n  " + "\n  ".join(differences))
         return RunFolder(path, (path / SUMMARY_FILE).is_file(), newest_checkpoint(path / "checkpoints"))
-    path.mkdir(parents=True, exist_ok=True)
-    written.write_text(f"# The run as resolved; `torchrun train.py {written}` runs it again.\n\n{dump_config(config)}")
     return RunFolder(path, False, None)
+
+
+def begin_run(folder: RunFolder, config: Config) -> None:
+    """Write config.toml, once everything that can fail before work starts has been checked: a refused run leaves no trace.
+
+    It holds the folder's own name and resume = "auto", so that a run begun with `--resume never` can be gone on with too.
+    """
+    written = folder.path / CONFIG_FILE
+    if written.is_file():
+        return
+    own = dataclasses.replace(config, run=dataclasses.replace(config.run, name=folder.path.name, resume="auto"))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    partial = folder.path / f".{CONFIG_FILE}.partial"
+    partial.write_text(f"# The run as resolved; `torchrun train.py {written}` runs it again.\n\n{dump_config(own)}")
+    os.replace(partial, written)
 
 
 def write_summary(folder: RunFolder, values: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 from kernels.grpo_loss.spec import LossSpec
 from reason_rl.config import Config, ConfigError
 from reason_rl.data import Tokenizer, check_problems, heldout_problems, rl_problems
-from reason_rl.engine import Engine
+from reason_rl.engine import Engine, check_fits
 from reason_rl.model.transformer import Transformer
 from reason_rl.reward import grade_group, load_rewards
 from reason_rl.reward.custom import Reward
@@ -93,9 +93,10 @@ def build_session(
 def check_task(config: Config, tokenizer: Tokenizer) -> None:
     """Everything about the task that can fail, before any work: an empty task, prompts that do not fit, a missing reward."""
     load_rewards(config)
-    check_problems(rl_problems(config, tokenizer, 0, config.rl.prompts_per_step), config)
     count = max(config.eval.final_problems, config.eval.problems)
-    check_problems(heldout_problems(config, tokenizer, count), config)
+    problems = rl_problems(config, tokenizer, 0, config.rl.prompts_per_step) + heldout_problems(config, tokenizer, count)
+    check_problems(problems, config)
+    check_fits(problems, config.sampling.max_tokens, config.model.max_positions, config.engine.num_blocks)
     if tokenizer.vocab_size < 2:
         raise ConfigError(f"the tokenizer holds {tokenizer.vocab_size} tokens")
 

@@ -86,7 +86,7 @@ def update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float | Non
 
 
 def eval_metrics(groups: Sequence[Group], tokenizer: Tokenizer) -> dict[str, float | None]:
-    """Of held-out problems, over all samples; a completion that could not be graded counts as wrong."""
+    """Of held-out problems, over all samples; one whose accuracy could not be graded counts as wrong."""
     rows = _rows(groups, tokenizer)
     return {
         "problems": len(groups), "samples": len(rows) // max(1, len(groups)), **_common(rows),

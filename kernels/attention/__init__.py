@@ -4,11 +4,11 @@
 
 `attention`: training and prefill. A segment sees all of its prefix (a group's prompt, standing once in the pack for its G
 completions), then causally itself.
-`paged_attention`: decoding, one query a sequence. Its block table lists the prompt's blocks, shared by the group, then
-its own; the prompt's last block may be partly filled, the completion starts on a fresh one.
+`paged_attention`: decoding, one query a sequence. The rows of a group name one prefix, whose blocks are read once for all of them;
+each row's own keys follow on blocks of its own.
 
 Scores, softmax and sums are f32 (f64 for f64 inputs); the result is rounded once to q's dtype. Keys are summed in tiles of fixed
-size from the layout's start, so that both forms give a token the same bits. Saved for backward: q, k, v and the weights.
+size, prefix first, so that both forms give a token the same bits. Saved for backward: q, k, v and the weights.
 Flops: 4 * H * C per query-key pair. Siblings: plan.py and reference.py here, tests/kernels/test_attention.py.
 """
 
@@ -49,20 +49,25 @@ def attention(
 
 
 def paged_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    prefix_lens: torch.Tensor, own_lens: torch.Tensor, scale: float | None = None, impl: str = "auto",
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, prefix_table: torch.Tensor, prefix_lens: torch.Tensor,
+    prefix_index: torch.Tensor, own_table: torch.Tensor, own_lens: torch.Tensor, scale: float | None = None, impl: str = "auto",
 ) -> torch.Tensor:
-    """q: float[R, H, C]; caches: float[K, num_blocks, BLOCK_SIZE, C]; block_table: i64[R, NB]; lens: i64[R] -> float[R, H, C].
+    """q: float[R, H, C]; caches: float[K, num_blocks, BLOCK_SIZE, C], finite wherever a table points -> float[R, H, C].
 
-    Row r reads prefix_lens[r] keys from its first ceil(prefix_lens[r] / BLOCK_SIZE) blocks, then own_lens[r] from the next ones.
+    Prefix b has prefix_lens[b] keys in the blocks prefix_table[b] (i64[B, NP]); row r reads prefix prefix_index[r] (i64[R]),
+    then own_lens[r] >= 1 keys in the blocks own_table[r] (i64[R, NO]). Tables are padded with any block.
     """
-    check("paged_attention", "q", q, ("R", "H", "C"), FLOATS)
-    check("paged_attention", "k_cache", k_cache, ("K", "num_blocks", BLOCK_SIZE, q.shape[2]), q.dtype, like=q)
-    check("paged_attention", "v_cache", v_cache, tuple(k_cache.shape), q.dtype, like=q)
-    check("paged_attention", "block_table", block_table, (q.shape[0], "NB"), torch.int64, like=q)
-    check("paged_attention", "prefix_lens", prefix_lens, (q.shape[0],), torch.int64, like=q)
-    check("paged_attention", "own_lens", own_lens, (q.shape[0],), torch.int64, like=q)
-    _check_heads("paged_attention", q.shape[1], k_cache.shape[0])
+    op, num_rows = "paged_attention", q.shape[0]
+    check(op, "q", q, ("R", "H", "C"), FLOATS)
+    check(op, "k_cache", k_cache, ("K", "num_blocks", BLOCK_SIZE, q.shape[2]), q.dtype, like=q)
+    check(op, "v_cache", v_cache, tuple(k_cache.shape), q.dtype, like=q)
+    check(op, "prefix_table", prefix_table, ("B", "NP"), torch.int64, like=q)
+    check(op, "prefix_lens", prefix_lens, (prefix_table.shape[0],), torch.int64, like=q)
+    check(op, "prefix_index", prefix_index, (num_rows,), torch.int64, like=q)
+    check(op, "own_table", own_table, (num_rows, "NO"), torch.int64, like=q)
+    check(op, "own_lens", own_lens, (num_rows,), torch.int64, like=q)
+    _check_heads(op, q.shape[1], k_cache.shape[0])
     result: torch.Tensor = PAGED_OP.choose(q.device, impl).run(
-        q, k_cache, v_cache, block_table, prefix_lens, own_lens, q.shape[2] ** -0.5 if scale is None else scale)
+        q, k_cache, v_cache, prefix_table, prefix_lens, prefix_index, own_table, own_lens,
+        q.shape[2] ** -0.5 if scale is None else scale)
     return result

@@ -1,8 +1,8 @@
 """`SegmentPlan`: where each segment's queries and keys stand, worked out once per pack and used by every layer.
 
-A segment (start, length, prefix_start, prefix_length) attends to all of its prefix, then causally to itself. Its keys are
-laid out as [prefix, padded to whole blocks | own], which is also how the paged cache holds them: a completion starts on
-a fresh block. So training and decoding sum over the same keys in the same places, key tile by key tile.
+A segment (start, length, prefix_start, prefix_length) attends to all of its prefix, then causally to itself. Prefix and own
+keys are two parts, each counted from its own start, which is also how the paged cache holds them: a completion starts on a
+fresh block. So training and decoding sum over the same keys in the same order, key tile by key tile.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ def ceil_to(value: int, step: int) -> int:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Segments of alike sizes, padded to M queries and J keys."""
+    """Segments of alike sizes, padded to M queries (as many own keys) and P prefix keys."""
 
-    query_index: torch.Tensor
+    own_index: torch.Tensor
     """i64[S', M]: packed rows; padding points at row T, which is zero."""
-    key_index: torch.Tensor
-    """i64[S', J]"""
-    mask: torch.Tensor
-    """bool[S', M, J]: True where the query may see the key."""
+    own_mask: torch.Tensor
+    """bool[S', M, M]: True where the query may see the own key."""
+    prefix_index: torch.Tensor
+    """i64[S', P]; P = 0 for segments without a prefix."""
+    prefix_mask: torch.Tensor
+    """bool[S', P]"""
 
 
 @dataclass(frozen=True)
@@ -66,38 +68,31 @@ def plan_segments(segments: torch.Tensor, num_tokens: int, device: torch.device 
     """segments i32[S, 4] on the CPU -> the plan, its tensors on `device`."""
     check_segments(segments, num_tokens)
     table = segments.long()
-    own, prefix = table[:, 1], table[:, 3]
-    padded_prefix = (prefix + BLOCK_SIZE - 1) // BLOCK_SIZE * BLOCK_SIZE
-    num_queries = (own + QUERY_STEP - 1) // QUERY_STEP * QUERY_STEP
-    num_keys = (padded_prefix + own + QUERY_STEP - 1) // QUERY_STEP * QUERY_STEP
+    queries, prefixes = (-(-table[:, column] // QUERY_STEP) * QUERY_STEP for column in (1, 3))
     buckets: dict[tuple[int, int], list[int]] = {}
-    for row, size in enumerate(zip(num_queries.tolist(), num_keys.tolist(), strict=True)):
+    for row, size in enumerate(zip(queries.tolist(), prefixes.tolist(), strict=True)):
         buckets.setdefault(size, []).append(row)
 
     chunks = []
     output_index = torch.zeros(num_tokens, dtype=torch.int64)
     offset = 0
-    for (queries, keys), rows in sorted(buckets.items()):
-        per_chunk = max(1, MAX_SCORES // (queries * keys))
+    for (num_queries, num_prefix), rows in sorted(buckets.items()):
+        per_chunk = max(1, MAX_SCORES // (num_queries * (num_queries + num_prefix)))
         for first in range(0, len(rows), per_chunk):
-            part = table[rows[first : first + per_chunk]]
-            chunk = _chunk(part, padded_prefix[rows[first : first + per_chunk]], queries, keys, num_tokens)
-            slots = offset + torch.arange(chunk.query_index.numel()).view_as(chunk.query_index)
-            real = chunk.query_index < num_tokens
-            output_index[chunk.query_index[real]] = slots[real]
-            offset += chunk.query_index.numel()
-            chunks.append(Chunk(chunk.query_index.to(device), chunk.key_index.to(device), chunk.mask.to(device)))
+            chunk = _chunk(table[rows[first : first + per_chunk]], num_queries, num_prefix, num_tokens)
+            slots = offset + torch.arange(chunk.own_index.numel()).view_as(chunk.own_index)
+            real = chunk.own_index < num_tokens
+            output_index[chunk.own_index[real]] = slots[real]
+            offset += chunk.own_index.numel()
+            chunks.append(Chunk(*(tensor.to(device) for tensor in vars(chunk).values())))
     return SegmentPlan(num_tokens, tuple(chunks), output_index.to(device))
 
 
-def _chunk(table: torch.Tensor, padded_prefix: torch.Tensor, num_queries: int, num_keys: int, num_tokens: int) -> Chunk:
+def _chunk(table: torch.Tensor, num_queries: int, num_prefix: int, num_tokens: int) -> Chunk:
     start, own, prefix_start, prefix = (column[:, None] for column in table.unbind(1))  # i64[S', 1] each
-    query = torch.arange(num_queries)[None]
-    query_index = torch.where(query < own, start + query, num_tokens)
-    place = torch.arange(num_keys)[None]
-    own_place = place - padded_prefix[:, None]
-    in_prefix, in_own = place < prefix, (own_place >= 0) & (own_place < own)
-    key_index = torch.where(in_prefix, prefix_start + place, torch.where(in_own, start + own_place, num_tokens))
-    causal = own_place[:, None, :] <= query[:, :, None]
-    mask = in_prefix[:, None, :] | (in_own[:, None, :] & causal)
-    return Chunk(query_index, key_index, mask)
+    place = torch.arange(num_queries)[None]
+    own_index = torch.where(place < own, start + place, num_tokens)
+    own_mask = (place[:, None, :] <= place[:, :, None]) & (place < own)[:, None, :]
+    place = torch.arange(num_prefix)[None]
+    prefix_mask = place < prefix
+    return Chunk(own_index, own_mask, torch.where(prefix_mask, prefix_start + place, num_tokens), prefix_mask)

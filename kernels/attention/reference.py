@@ -2,34 +2,58 @@
 
 What makes the two agree to the bit in float32 on the CPU (seen with torch 2.13; tests/kernels/test_attention.py watches it):
 torch.bmm gives a row the same bits in any batch of 4 rows or more, and sums over the inner dimension one after the other
-up to at least 128 terms. So queries are padded to 8 rows, keys are taken in tiles of 128 counted from the start of the
-layout, and masked keys add exact zeros. The row maximum is exact in any order; the denominator is one more column of the
-product with the values, so that it is summed in that same order.
+up to at least 128 terms, so that zeros at its end change nothing. So queries are padded to 8 rows; the keys of the prefix, then
+the own keys, are taken in tiles of 128 counted from each part's start; and masked keys add exact zeros. The row maximum is exact
+in any order; the denominator is one more column of the product with the values, so that it is summed in that same order. A
+product of fewer than 12 columns is summed in another order, by its inner length; so the values of small heads are padded to 16.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
-from kernels.attention.plan import BLOCK_SIZE, SegmentPlan, ceil_to
+from kernels.attention.plan import SegmentPlan
 
 KEY_TILE = 128
-MIN_QUERIES = 8
+MIN_ROWS = 8
+MIN_COLUMNS = 16
 MASKED = -1e30
 """exp(MASKED - max) is exactly 0 beside any real score; a padding row, all masked, stays finite."""
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """q [B, K, M, C], k and v [B, K, J, C], mask bool[B, 1, M, J] -> [B, K, M, C]; all in one float dtype, f32 or f64."""
-    scores = torch.matmul(q, k.transpose(-1, -2)) * scale  # [B, K, M, J]
-    scores = torch.where(mask, scores, MASKED)
-    weights = torch.exp(scores - scores.detach().amax(-1, keepdim=True))
-    values = F.pad(v, (0, 1), value=1.0)  # [B, K, J, C + 1]: the last column sums the weights
-    total = torch.matmul(weights[..., :KEY_TILE], values[..., :KEY_TILE, :])
-    for first in range(KEY_TILE, k.shape[2], KEY_TILE):
-        total = total + torch.matmul(weights[..., first : first + KEY_TILE], values[..., first : first + KEY_TILE, :])
-    return total[..., :-1] / total[..., -1:]
+def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """rows [..., M, A] @ matrix [..., A, N], with at least MIN_ROWS rows."""
+    num_rows = rows.shape[-2]
+    if num_rows >= MIN_ROWS:
+        return torch.matmul(rows, matrix)
+    return torch.matmul(F.pad(rows, (0, 0, 0, MIN_ROWS - num_rows)), matrix)[..., :num_rows, :]
+
+
+def weigh(scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Masked scores [..., J_i] of each part -> exp(score - the row's maximum over all parts)."""
+    top = torch.stack([part.detach().amax(-1) for part in scores]).amax(0)[..., None]
+    return [torch.exp(part - top) for part in scores]
+
+
+def sum_values(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """weights [..., M, J], v [..., J, C] -> [..., M, C + 1 or more]: the weighted sum of v; column C sums the weights."""
+    values = F.pad(v, (0, max(1, MIN_COLUMNS - v.shape[-1])), value=1.0)
+    total = _product(weights[..., :KEY_TILE], values[..., :KEY_TILE, :])
+    for first in range(KEY_TILE, v.shape[-2], KEY_TILE):
+        total = total + _product(weights[..., first : first + KEY_TILE], values[..., first : first + KEY_TILE, :])
+    return total
+
+
+def normalise(total: torch.Tensor, head_dim: int) -> torch.Tensor:
+    return total[..., :head_dim] / total[..., head_dim : head_dim + 1]
+
+
+def masked_scores(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """q [..., M, C], k [..., J, C], mask bool -> [..., M, J]"""
+    return torch.where(mask, _product(q, k.transpose(-1, -2)) * scale, MASKED)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -42,48 +66,79 @@ def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan:
     num_kv_heads = k.shape[1]
     repeat = num_heads // num_kv_heads
     q_rows, k_rows, v_rows = (F.pad(_wide(x).flatten(1), (0, 0, 0, 1)) for x in (q, k, v))  # row T is zero
+
+    def take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """[T + 1, K * C] -> [S', K, J, C]"""
+        return rows.index_select(0, index.flatten()).view(*index.shape, num_kv_heads, head_dim).transpose(1, 2)
+
     outputs = []
     for chunk in plan.chunks:
-        num_segments, num_queries = chunk.query_index.shape
-        num_keys = chunk.key_index.shape[1]
+        num_segments, num_queries = chunk.own_index.shape
         # [S', M, K, R, C] -> [S', K, M * R, C]: the R query heads of a kv head stand side by side as rows
-        qc = q_rows.index_select(0, chunk.query_index.flatten()).view(num_segments, num_queries, num_kv_heads, repeat, head_dim)
+        qc = q_rows.index_select(0, chunk.own_index.flatten()).view(num_segments, num_queries, num_kv_heads, repeat, head_dim)
         qc = qc.permute(0, 2, 1, 3, 4).reshape(num_segments, num_kv_heads, num_queries * repeat, head_dim)
-        kc, vc = (
-            x.index_select(0, chunk.key_index.flatten()).view(num_segments, num_keys, num_kv_heads, head_dim).transpose(1, 2)
-            for x in (k_rows, v_rows)
-        )
-        mask = chunk.mask.repeat_interleave(repeat, dim=1)[:, None]  # [S', 1, M * R, J]
-        out = attend(qc, kc, vc, mask, scale).view(num_segments, num_kv_heads, num_queries, repeat, head_dim)
-        outputs.append(out.permute(0, 2, 1, 3, 4).reshape(num_segments * num_queries, num_heads * head_dim))
+        parts = [(chunk.own_index, chunk.own_mask.repeat_interleave(repeat, dim=1)[:, None])]  # mask [S', 1, M * R, M]
+        if chunk.prefix_index.shape[1]:
+            parts.insert(0, (chunk.prefix_index, chunk.prefix_mask[:, None, None]))
+        weights = weigh([masked_scores(qc, take(k_rows, index), mask, scale) for index, mask in parts])
+        sums = [sum_values(w, take(v_rows, index)) for w, (index, _) in zip(weights, parts, strict=True)]
+        out = normalise(sums[0] if len(sums) == 1 else sums[0] + sums[1], head_dim)
+        out = out.view(num_segments, num_kv_heads, num_queries, repeat, head_dim).permute(0, 2, 1, 3, 4)
+        outputs.append(out.reshape(num_segments * num_queries, num_heads * head_dim))
     if not outputs:
         return q.clone()
     packed = torch.cat(outputs).index_select(0, plan.output_index)
     return packed.view(num_tokens, num_heads, head_dim).to(q.dtype)
 
 
+def _read_blocks(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """cache [K, num_blocks, BLOCK_SIZE, C], table i64[B, NB] -> [B, K, NB * BLOCK_SIZE, C]; whole blocks are copied at a time."""
+    num_kv_heads, num_blocks, _, head_dim = cache.shape
+    heads = torch.arange(num_kv_heads, device=cache.device)[None, :, None] * num_blocks
+    blocks = cache.view(num_kv_heads * num_blocks, -1).index_select(0, (heads + table[:, None, :]).flatten())
+    return _wide(blocks).view(table.shape[0], num_kv_heads, -1, head_dim)
+
+
 def paged_attention_reference(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, block_table: torch.Tensor,
-    prefix_lens: torch.Tensor, own_lens: torch.Tensor, scale: float,
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, prefix_table: torch.Tensor, prefix_lens: torch.Tensor,
+    prefix_index: torch.Tensor, own_table: torch.Tensor, own_lens: torch.Tensor, scale: float,
 ) -> torch.Tensor:
-    """q [R, H, C], caches [K, num_blocks, BLOCK_SIZE, C], block_table i64[R, NB] -> [R, H, C]."""
+    """q [R, H, C], caches [K, num_blocks, BLOCK_SIZE, C] -> [R, H, C]; the rows of one prefix read it together, once."""
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads, num_blocks = k_cache.shape[:2]
-    repeat = num_heads // num_kv_heads
-    heads = torch.arange(num_kv_heads, device=q.device)[None, :, None] * num_blocks
-    index = (heads + block_table[:, None, :]).flatten()  # [R * K * NB]: whole blocks are copied at a time
-    k, v = (
-        _wide(cache.view(num_kv_heads * num_blocks, -1).index_select(0, index)).view(num_rows, num_kv_heads, -1, head_dim)
-        for cache in (k_cache, v_cache)
-    )
-    place = torch.arange(k.shape[2], device=q.device)[None]
-    own_place = place - (prefix_lens[:, None] + BLOCK_SIZE - 1) // BLOCK_SIZE * BLOCK_SIZE
-    mask = (place < prefix_lens[:, None]) | ((own_place >= 0) & (own_place < own_lens[:, None]))
-    # A block may hold what a freed sequence left; its weight is 0, but 0 * NaN would not be.
-    v = torch.where(mask[:, None, :, None], v, 0.0)
-    rows = F.pad(_wide(q).view(num_rows, num_kv_heads, repeat, head_dim), (0, 0, 0, max(0, MIN_QUERIES - repeat)))
-    out = attend(rows, k, v, mask[:, None, None, :], scale)[:, :, :repeat]
-    return out.reshape(num_rows, num_heads, head_dim).to(q.dtype)
+    num_kv_heads = k_cache.shape[0]
+    num_prefixes = prefix_table.shape[0]
+    if not num_rows:
+        return q.clone()
+    rows = _wide(q).view(num_rows, num_kv_heads, -1, head_dim)  # [R, K, H / K, C]
+    repeat = rows.shape[2]
+
+    # Rows by prefix: place[r] is row r's slot among num_prefixes * G, where G is the largest number of rows of one prefix.
+    order = torch.sort(prefix_index, stable=True).indices
+    counts = torch.bincount(prefix_index, minlength=num_prefixes)
+    group_size = int(counts.max())
+    rank = torch.arange(num_rows, device=q.device) - (counts.cumsum(0) - counts).index_select(0, prefix_index[order])
+    place = torch.empty_like(order).index_copy_(0, order, prefix_index[order] * group_size + rank)
+
+    def group(x: torch.Tensor) -> torch.Tensor:
+        """[R, K, H / K, A] -> [B, K, G * H / K, A]"""
+        slots = x.new_zeros(num_prefixes * group_size, *x.shape[1:]).index_copy_(0, place, x)
+        slots = slots.view(num_prefixes, group_size, num_kv_heads, repeat, -1).transpose(1, 2)
+        return slots.reshape(num_prefixes, num_kv_heads, group_size * repeat, -1)
+
+    def ungroup(x: torch.Tensor) -> torch.Tensor:
+        x = x.view(num_prefixes, num_kv_heads, group_size, repeat, -1).transpose(1, 2)
+        return x.reshape(num_prefixes * group_size, num_kv_heads, repeat, -1).index_select(0, place)
+
+    def mask_of(lens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return (torch.arange(keys.shape[2], device=q.device)[None] < lens[:, None])[:, None, None]
+
+    prefix_k, own_k = _read_blocks(k_cache, prefix_table), _read_blocks(k_cache, own_table)
+    prefix_scores = ungroup(masked_scores(group(rows), prefix_k, mask_of(prefix_lens, prefix_k), scale))
+    own_scores = masked_scores(rows, own_k, mask_of(own_lens, own_k), scale)
+    prefix_weights, own_weights = weigh([prefix_scores, own_scores])
+    prefix_sum = ungroup(sum_values(group(prefix_weights), _read_blocks(v_cache, prefix_table)))
+    total = prefix_sum + sum_values(own_weights, _read_blocks(v_cache, own_table))
+    return normalise(total, head_dim).reshape(num_rows, num_heads, head_dim).to(q.dtype)
 
 
 def make_inputs(
@@ -98,5 +153,3 @@ def make_inputs(
     )
     return {"q": q, "k": k, "v": v, "segments": torch.tensor(segments, dtype=torch.int32).view(-1, 4)}
 
-
-__all__ = ["attend", "attention_reference", "ceil_to", "make_inputs", "paged_attention_reference"]

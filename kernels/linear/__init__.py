@@ -3,7 +3,8 @@
     y[m, n] = sum_k x[m, k] * weight[n, k]        x [M, K], weight [N, K] -> y [M, N]
 
 The order of the sum over K depends on (N, K) alone, never on M: a token's row has the same bits alone, in a decode batch
-and in a training pack. That is what makes the sampler's logprobs equal the trainer's.
+and in a training pack. That is what makes the sampler's logprobs equal the trainer's. Held for f32 and bf16 with N > 1;
+f64, which only tests use, goes without.
 
 Saved for backward: x and weight. Flops: 2MNK forward, 4MNK backward. Bytes: (MK + NK + MN) * itemsize.
 Siblings: reference.py here, tests/kernels/test_linear.py.

@@ -8,26 +8,32 @@ from kernels.linear import linear
 
 
 def scaled_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden [N, D], weight [V, D] -> (logits / temperature f32[N, V], their logsumexp f32[N]).
+    """hidden [N, D], weight [V, D] -> (logits / temperature less the row's largest f32[N, V], log of their exp's sum f32[N]).
 
+    A token's logprob is the one less the other: with the largest gone first, logits of 1e4 keep their digits.
     `sample` calls this too: the two then agree on every bit of a token's logprob.
     """
-    logits = linear(hidden, weight)
-    logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
-    top = logits.detach().amax(-1, keepdim=True)
-    # The last log in float64: log's own rounding on the CPU may differ by position in a batch, and this hides it.
-    logsumexp = torch.exp(logits - top).sum(-1).double().log().to(logits.dtype) + top.squeeze(-1)
-    return logits, logsumexp
+    if hidden.dtype != torch.float64:
+        hidden, weight = hidden.float(), weight.float()  # a bf16 product would round the logits themselves to 8 bits
+    logits = linear(hidden, weight) / temperature
+    shifted = logits - logits.detach().amax(-1, keepdim=True)
+    # The log in float64: log's own rounding on the CPU may differ by position in a batch, and this hides it.
+    return shifted, row_sum(torch.exp(shifted)).double().log().to(logits.dtype)
+
+
+def row_sum(x: torch.Tensor) -> torch.Tensor:
+    """x [N, V] -> [N]. torch splits a long sum with one result over its threads, so a lone row is given company."""
+    return x.sum(-1) if x.shape[0] != 1 else torch.cat((x, x)).sum(-1)[:1]
 
 
 def linear_logprob_reference(
     hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> (logprob f32[N], entropy f32[N])."""
-    logits, logsumexp = scaled_logits(hidden, weight, temperature)
-    logprob = logits.gather(1, target_ids[:, None]).squeeze(1) - logsumexp
-    probability = torch.exp(logits - logsumexp[:, None])
-    entropy = logsumexp - (probability * logits).sum(-1)
+    logits, log_sum = scaled_logits(hidden, weight, temperature)
+    logprob = logits.gather(1, target_ids[:, None]).squeeze(1) - log_sum
+    probability = torch.exp(logits - log_sum[:, None])
+    entropy = log_sum - row_sum(probability * logits)
     return logprob, entropy
 
 

@@ -58,7 +58,7 @@ def experts_reference(
         for part, gate_up_e, down_e in zip(rows.split(counts), gate_up.unbind(0), down.unbind(0), strict=True)
     ]
     place = torch.empty_like(order).index_copy_(0, order, torch.arange(order.numel(), device=order.device))
-    gathered = torch.cat(outputs).index_select(0, place).view(num_tokens, k, -1)  # back in token order, choice by choice
+    gathered = torch.cat(outputs).index_select(0, place).view(num_tokens, k, down.shape[1])  # back in token order, choice by choice
     gathered = gathered if gathered.dtype == torch.float64 else gathered.float()
     combined = gathered[:, 0] * weights[:, 0, None]
     for choice in range(1, k):  # in order of k, never by atomics

@@ -35,7 +35,7 @@ def sample(
     check("sample", "weight", weight, ("V", hidden.shape[1]), hidden.dtype, like=hidden)
     check("sample", "keys", keys, (hidden.shape[0],), torch.int64, like=hidden)
     check("sample", "positions", positions, (hidden.shape[0],), torch.int64, like=hidden)
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
+    if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
         raise ValueError("sample: needs temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1, "
                          f"got {temperature}, {top_k}, {top_p}, {min_p}")
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = OP.choose(hidden.device, impl).run(

@@ -19,11 +19,12 @@ def _high_low(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (product >> 32) & MASK, product & MASK
 
 
-def philox(key: torch.Tensor, counter: tuple[torch.Tensor | int, torch.Tensor | int]) -> torch.Tensor:
-    """key i64[...] (64 bits), counter words (c0, c1) i64, broadcastable with key -> i64[..., 4], each in [0, 2^32)."""
+def philox(key: torch.Tensor, counter: tuple[torch.Tensor | int, ...]) -> torch.Tensor:
+    """key i64[...] (64 bits), counter: up to four words i64, broadcastable with key, the rest 0 -> i64[..., 4] in [0, 2^32)."""
     key_a, key_b = key & MASK, (key >> 32) & MASK
     zero = torch.zeros_like(key)
-    c0, c1, c2, c3 = torch.broadcast_tensors(zero + counter[0], zero + counter[1], zero, zero)
+    words = [(zero + word) & MASK for word in counter]
+    c0, c1, c2, c3 = torch.broadcast_tensors(*words, *[zero] * (4 - len(words)))
     for _ in range(NUM_ROUNDS):
         high_a, low_a = _high_low(MULTIPLIER_A, c0)
         high_b, low_b = _high_low(MULTIPLIER_B, c2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.linear_logprob.reference import scaled_logits
+from kernels.linear_logprob.reference import row_sum, scaled_logits
 from kernels.sample.philox import gumbel
 
 
@@ -32,24 +32,24 @@ def sample_reference(
     temperature: float, top_k: int, top_p: float, min_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> (token i64[R], logprob f32[R], kept_logmass f32[R])."""
-    logits, logsumexp = scaled_logits(hidden, weight, temperature or 1.0)
-    finite = torch.isfinite(logsumexp)
+    logits, log_sum = scaled_logits(hidden, weight, temperature or 1.0)
+    finite = torch.isfinite(logits).all(-1)
     if not finite.all():
         row = int((~finite).nonzero()[0])
         raise ValueError(f"sample: the logits of row {row} hold NaN or inf; the weights or the hidden states are broken")
-    kept_logmass = torch.zeros_like(logsumexp)
+    kept_logmass = torch.zeros_like(log_sum)
     scores = logits
     if temperature and (top_k or top_p < 1 or min_p > 0):
-        logprobs = logits - logsumexp[:, None]
+        logprobs = logits - log_sum[:, None]
         keep = truncation_mask(logprobs, top_k, top_p, min_p)
-        kept = torch.where(keep, logprobs, -torch.inf).double().exp().sum(-1).log().float()
+        kept = row_sum(torch.where(keep, logprobs, -torch.inf).double().exp()).log().to(log_sum.dtype)
         # Keeping everything must read as exactly nothing cut, not as the rounding of a sum.
         kept_logmass = torch.where(keep.all(-1), 0.0, kept.clamp(max=0.0))
         scores = torch.where(keep, logits, -torch.inf)
     if temperature:
         scores = scores + gumbel(keys, positions, logits.shape[1])
     token = scores.argmax(-1)
-    logprob = logits.gather(1, token[:, None]).squeeze(1) - logsumexp
+    logprob = logits.gather(1, token[:, None]).squeeze(1) - log_sum
     return token, logprob, kept_logmass
 
 

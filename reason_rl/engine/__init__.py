@@ -9,6 +9,6 @@ From the same weights a completion depends on (run_seed, step, problem, sample) 
 or the number of processes: the noise is keyed, and every op gives a row the same bits in any batch.
 """
 
-from reason_rl.engine.engine import Engine
+from reason_rl.engine.engine import Engine, check_fits
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "check_fits"]

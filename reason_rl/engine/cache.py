@@ -41,14 +41,19 @@ class DecodeAttend:
     cache: KVCache
     slots: torch.Tensor
     """i64[R]: where each sequence's newest key goes."""
-    block_table: torch.Tensor
-    """i64[R, NB]"""
+    prefix_table: torch.Tensor
+    """i64[B, NP]: the blocks of each prompt."""
     prefix_lens: torch.Tensor
-    """i64[R]"""
+    """i64[B]"""
+    prefix_index: torch.Tensor
+    """i64[R]: each sequence's prompt."""
+    own_table: torch.Tensor
+    """i64[R, NO]"""
     own_lens: torch.Tensor
     """i64[R], the newest key counted."""
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.cache.store(layer, k, v, self.slots)
         return paged_attention(
-            q, self.cache.keys[layer], self.cache.values[layer], self.block_table, self.prefix_lens, self.own_lens)
+            q, self.cache.keys[layer], self.cache.values[layer], prefix_table=self.prefix_table, prefix_lens=self.prefix_lens,
+            prefix_index=self.prefix_index, own_table=self.own_table, own_lens=self.own_lens)

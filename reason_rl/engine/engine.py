@@ -35,6 +35,20 @@ def noise_key(run_seed: int, step: int, problem_id: int, sample_index: int) -> i
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
+def check_fits(problems: SequenceOf[Problem], max_tokens: int, max_positions: int, num_blocks: int) -> None:
+    """Raises when a prompt is empty, or leaves no room for max_tokens in the context or in a cache of num_blocks (0: any)."""
+    longest = max(len(p.prompt_ids) for p in problems)
+    if min(len(p.prompt_ids) for p in problems) == 0:
+        raise ValueError("a prompt must hold at least one token, got an empty one")
+    if longest + max_tokens > max_positions:
+        raise ValueError(f"a prompt of {longest} tokens and sampling.max_tokens = {max_tokens} "
+                         f"do not fit model.max_positions = {max_positions}")
+    needed = 1 + num_blocks_for(longest) + num_blocks_for(max_tokens)
+    if num_blocks and needed > num_blocks:
+        raise ValueError(f"a prompt of {longest} tokens with sampling.max_tokens = {max_tokens} needs {needed} KV "
+                         f"blocks of {BLOCK_SIZE}, but engine.num_blocks = {num_blocks}")
+
+
 class Engine:
     """Holds the KV cache; the weights are whatever `model` holds when `generate` is called."""
 
@@ -75,18 +89,9 @@ class Engine:
         return _to_groups(problems, group_size, sequences, policy_version)
 
     def _pool(self, problems: SequenceOf[Problem], group_size: int, sampling: SamplingParams) -> BlockPool:
-        """Checks that the longest sequence fits, and makes the cache large enough."""
+        """Makes the cache large enough for the longest sequence at least."""
+        check_fits(problems, sampling.max_tokens, self.model.config.max_positions, self.config.num_blocks)
         longest = max(len(p.prompt_ids) for p in problems)
-        limit = self.model.config.max_positions
-        if min(len(p.prompt_ids) for p in problems) == 0:
-            raise ValueError("a prompt must hold at least one token, got an empty one")
-        if longest + sampling.max_tokens > limit:
-            raise ValueError(f"a prompt of {longest} tokens and sampling.max_tokens = {sampling.max_tokens} "
-                             f"do not fit model.max_positions = {limit}")
-        one = num_blocks_for(longest) + num_blocks_for(sampling.max_tokens)
-        if self.config.num_blocks and one + 1 > self.config.num_blocks:
-            raise ValueError(f"a prompt of {longest} tokens with sampling.max_tokens = {sampling.max_tokens} needs {one + 1} KV "
-                             f"blocks of {BLOCK_SIZE}, but engine.num_blocks = {self.config.num_blocks}")
         num_seqs = min(self.config.max_num_seqs, len(problems) * group_size)
         # Enough for all that may run at once, plus what `Scheduler.admit` keeps in hand.
         own, shared = num_seqs * num_blocks_for(sampling.max_tokens), min(num_seqs, len(problems)) * num_blocks_for(longest)
@@ -147,17 +152,17 @@ class Engine:
         assert self._cache is not None
         newest = np.array([s.token_ids[-1] for s in running])
         own = np.array([len(s.token_ids) for s in running])
-        prefix = np.array([s.prompt.length for s in running])
-        width = max(len(s.prompt.blocks) + len(s.blocks) for s in running)
-        table = np.zeros((len(running), width), dtype=np.int64)
-        for row, sequence in enumerate(running):
-            blocks = sequence.prompt.blocks + sequence.blocks
-            table[row, : len(blocks)] = blocks
+        prompts = list(dict.fromkeys(s.prompt for s in running))
+        number = {prompt: i for i, prompt in enumerate(prompts)}
+        prefix_index = np.array([number[s.prompt] for s in running])
+        prefix_lens = np.array([prompt.length for prompt in prompts])
         last_block = np.array([s.blocks[(len(s.token_ids) - 1) // BLOCK_SIZE] for s in running])
         attend = DecodeAttend(
-            self._cache, self._tensor(last_block * BLOCK_SIZE + (own - 1) % BLOCK_SIZE), self._tensor(table),
-            self._tensor(prefix), self._tensor(own))
-        hidden: torch.Tensor = self.model(self._tensor(newest), self._tensor(prefix + own - 1), attend).hidden
+            self._cache, self._tensor(last_block * BLOCK_SIZE + (own - 1) % BLOCK_SIZE),
+            self._tensor(_table([p.blocks for p in prompts])), self._tensor(prefix_lens), self._tensor(prefix_index),
+            self._tensor(_table([s.blocks for s in running])), self._tensor(own))
+        positions = prefix_lens[prefix_index] + own - 1
+        hidden: torch.Tensor = self.model(self._tensor(newest), self._tensor(positions), attend).hidden
         return hidden
 
     def _sample(
@@ -184,6 +189,14 @@ class Engine:
 
     def _tensor(self, values: list[int] | np.ndarray) -> torch.Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(self.device, non_blocking=True)
+
+
+def _table(blocks: list[list[int]]) -> np.ndarray:
+    """Lists of blocks -> i64[rows, longest], padded with block 0."""
+    table = np.zeros((len(blocks), max(map(len, blocks))), dtype=np.int64)
+    for row, held in enumerate(blocks):
+        table[row, : len(held)] = held
+    return table
 
 
 def _to_groups(

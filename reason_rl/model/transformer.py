@@ -123,8 +123,8 @@ class MoE(nn.Module):
     def forward(self, x: torch.Tensor, with_stats: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         config = self.config
         picked = route(
-            linear(x.float(), self.router), config.num_experts_per_tok, score=config.router_score, normalize=config.norm_topk,
-            expert_bias=self.expert_bias if config.expert_bias else None)
+            linear(x.to(self.router.dtype), self.router), config.num_experts_per_tok, score=config.router_score,
+            normalize=config.norm_topk, expert_bias=self.expert_bias if config.expert_bias else None)
         out = experts(x, self.gate_up.to(x.dtype), self.down.to(x.dtype), picked.expert_ids, picked.weights)
         if self.shared is not None:
             out = out + self.shared(x)

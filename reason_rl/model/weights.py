@@ -117,23 +117,27 @@ def config_from_json(values: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     family = values.get("model_type")
     if family not in ("qwen3_moe", "qwen3"):
         raise ValueError(f"config.json: model_type must be 'qwen3_moe' or 'qwen3', got {family!r}")
-    if values.get("use_sliding_window") or values.get("attention_bias") or values.get("mlp_only_layers"):
-        raise ValueError("config.json: use_sliding_window, attention_bias and mlp_only_layers are not supported")
-    if values.get("rope_scaling"):
-        raise ValueError(f"config.json: rope_scaling is not supported, got {values['rope_scaling']!r}")
+    for key, only in (("use_sliding_window", False), ("attention_bias", False), ("mlp_only_layers", []),
+                      ("decoder_sparse_step", 1), ("hidden_act", "silu"), ("rope_scaling", None)):
+        if values.get(key) not in (only, None):
+            raise ValueError(f"config.json: {key} must be {only!r}, got {values[key]!r}")
+    # transformers 5 writes rope_parameters and num_local_experts where earlier ones had rope_theta and num_experts.
+    rotary = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10000.0)}
+    if rotary.get("rope_type", "default") != "default":
+        raise ValueError(f"config.json: rope_parameters.rope_type must be 'default', got {rotary['rope_type']!r}")
     is_moe, own = family == "qwen3_moe", values.get("reason_rl", {})
     try:
         config = ModelConfig(
             num_layers=values["num_hidden_layers"], hidden_size=values["hidden_size"], num_heads=values["num_attention_heads"],
             num_kv_heads=values["num_key_value_heads"],
             head_dim=values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"],
-            num_experts=values["num_experts"] if is_moe else 1,
+            num_experts=(values.get("num_local_experts") or values["num_experts"]) if is_moe else 1,
             num_experts_per_tok=values["num_experts_per_tok"] if is_moe else 1,
             expert_size=values["moe_intermediate_size"] if is_moe else values["intermediate_size"],
             num_shared_experts=own.get("num_shared_experts", 0), router_score=own.get("router_score", "softmax"),
-            norm_topk=values.get("norm_topk_prob", True), expert_bias=own.get("expert_bias", False),
+            norm_topk=values.get("norm_topk_prob", not is_moe), expert_bias=own.get("expert_bias", False),
             qk_norm=own.get("qk_norm", True), tie_embeddings=values.get("tie_word_embeddings", False),
-            rope_theta=float(values.get("rope_theta", 10000.0)), rms_norm_eps=values.get("rms_norm_eps", 1e-6),
+            rope_theta=float(rotary["rope_theta"]), rms_norm_eps=values.get("rms_norm_eps", 1e-6),
             max_positions=values["max_position_embeddings"])
         return config, int(values["vocab_size"])
     except KeyError as error:
@@ -160,6 +164,8 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, int]:
         values = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it must hold a table, got {type(values).__name__}")
     return config_from_json(values)
 
 

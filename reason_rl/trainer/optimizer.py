@@ -56,6 +56,7 @@ class MatrixMuon:
             for matrix, part in zip(matrices, gradient.unbind(0) if gradient.dim() == 3 else [gradient], strict=True):
                 matrix.grad = part
         self.inner.step()
+        self.inner.zero_grad()  # or a parameter without a gradient next time would be moved by this one again
         for parameter, whole in zip(self.parameters, self.whole, strict=True):
             if isinstance(parameter, DTensor):
                 parameter.to_local().copy_(_reshard(whole, parameter).to_local())

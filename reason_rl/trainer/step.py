@@ -81,6 +81,7 @@ def policy_update(
     spec: LossSpec, temperature: float, lr_factor: float, max_gap: float = 0.0,
 ) -> dict[str, float]:
     """One policy-gradient update -> the loss's metrics. Without old_logprobs filled in, the engine's record serves as them.
+    Where top-k, top-p or min-p cut the policy that sampled, loss.importance weighs old_logprobs against its logprobs.
 
     `max_abs_logprob_gap` compares the trainer's logprobs with that record: on policy (a step's first update) it is how far the
     sampler and the trainer drift apart. Above `max_gap` (unless 0) the update is not made.
@@ -99,8 +100,7 @@ def policy_update(
             logprob, old_logprobs=rollout if microbatch.old_logprobs is None else microbatch.old_logprobs, advantages=advantages,
             sequence_index=microbatch.sequence_index, num_sequences=microbatch.num_sequences, spec=spec,
             total_loss_tokens=total_tokens, total_sequences=total_sequences,
-            rollout_logprobs=rollout - kept,
-            ref_logprobs=microbatch.ref_logprobs, entropy=entropy)
+            rollout_logprobs=rollout - kept, ref_logprobs=microbatch.ref_logprobs, entropy=entropy)
         (loss * world.size).backward()
         loss_sum += float(loss.detach())
         if local.num_loss_tokens:

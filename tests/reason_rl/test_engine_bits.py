@@ -63,7 +63,8 @@ def moe() -> Transformer:
 def test_logprobs_of_any_batch_are_the_trainers_in_any_packing(name: str, num_sequences: int):
     model = tiny_model(MODELS[name])
     groups = generate(model, num_sequences)
-    assert [num_different(model, groups, tokens) for tokens in (1 << 20, 150, 1)] == [0, 0, 0]
+    assert [num_different(model, groups, tokens) for tokens in (1 << 20, 150)] == [0, 0]
+    assert num_different(model, groups[:11], 1) == 0  # each sequence in a pack of its own
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -136,11 +137,12 @@ def test_completions_do_not_depend_on_order_batch_or_group_size(moe: Transformer
     assert [g.completions[:3] for g in larger] == [g.completions for g in together]
 
 
+@pytest.mark.long  # two threads on cores that other tests keep busy wait for each other
 def test_completions_do_not_depend_on_the_number_of_threads(moe: Transformer):
     torch.set_num_threads(1)
-    one = generate(moe, 16)
+    one = generate(moe, 12)
     torch.set_num_threads(2)
-    two = generate(moe, 16)
+    two = generate(moe, 12)
     assert [g.completions[0].token_ids for g in two] == [g.completions[0].token_ids for g in one]
     assert num_different(moe, two) == 0
 

@@ -20,7 +20,7 @@ VOCAB_SIZE = 40
 CPU = torch.device("cpu")
 WORLD = World(0, 1, CPU, torch.float32)
 MOE = ModelConfig(num_layers=2, hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=16, num_experts=6,
-                  num_experts_per_tok=2, expert_size=40, max_positions=512)
+                  num_experts_per_tok=2, expert_size=40, expert_bias=True, max_positions=512)
 DENSE = replace(MOE, num_experts=1, num_experts_per_tok=1, expert_size=80, tie_embeddings=False, qk_norm=False)
 
 

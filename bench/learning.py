@@ -1,0 +1,108 @@
+"""Run a preset from random weights on several seeds, and hold what was learned against what the project promises.
+
+    python -m bench.learning --json bench/results/program_cpu.json --plot docs/program.png
+    python -m bench.learning --preset countdown --json bench/results/countdown_cpu.json --plot docs/countdown.png
+
+Each seed is a run of train.py in a process of its own, in an empty folder, so its base model is pretrained too. The record holds
+every seed's summary and evaluation curve, and the machine. Left out: choosing seeds; they are the ones named, all shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.harness import CHECKOUT, add_json_option, describe_setting, write_json
+from reason_rl.trainer.metrics import METRICS, read_jsonl
+from reason_rl.trainer.plot import plot_runs
+
+
+@dataclass(frozen=True)
+class Promise:
+    config: str | None
+    seeds: tuple[int, ...]
+    most_base_accuracy: float
+    least_final_accuracy: float
+    least_thinking_ratio: float
+    least_format_rate: float
+    most_wall_s: float
+
+
+PROMISES = {
+    "program": Promise(None, (0, 1, 2), 0.28, 0.88, 3.0, 0.97, 8 * 60),
+    "countdown": Promise("configs/countdown_cpu.toml", (0,), 0.35, 0.80, 0.0, 0.0, 25 * 60),
+}
+SHOWN = ("base_accuracy", "final_accuracy", "base_mean_thinking_tokens", "final_mean_thinking_tokens", "final_format_rate",
+         "max_abs_logprob_gap", "wall_s")
+
+
+def run_seed(preset: str, promise: Promise, seed: int, out_dir: Path, extra: list[str]) -> tuple[dict[str, Any], Path]:
+    """-> (summary with its evaluation curve, run folder)."""
+    name = f"{preset}-seed{seed}"
+    command = [sys.executable, "train.py", *([promise.config] if promise.config else []), "--seed", str(seed), "--name", name,
+               f"--run.out_dir={out_dir}", *extra]
+    print(" ".join(command[1:]), flush=True)
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"train.py ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    folder = out_dir / name
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    rows = [row for row in read_jsonl(folder / METRICS) if row["phase"] == "eval"]
+    keys = ("step", "problems", "samples", "accuracy", "mean_thinking_tokens", "thinks_share", "accuracy_given_thought",
+            "accuracy_given_none", "format_rate")
+    return summary | {"curve": [{key: row[key] for key in keys} for row in rows]}, folder
+
+
+def unkept(summary: dict[str, Any], promise: Promise) -> list[str]:
+    """What a seed promised and did not keep, in words."""
+    ratio = summary["final_mean_thinking_tokens"] / max(summary["base_mean_thinking_tokens"], 1e-9)
+    checks = {
+        f"base accuracy {summary['base_accuracy']:.3f} > {promise.most_base_accuracy}":
+            summary["base_accuracy"] <= promise.most_base_accuracy,
+        f"final accuracy {summary['final_accuracy']:.3f} < {promise.least_final_accuracy}":
+            summary["final_accuracy"] >= promise.least_final_accuracy,
+        f"thinking grew {ratio:.2f}x < {promise.least_thinking_ratio}x": ratio >= promise.least_thinking_ratio,
+        f"format {summary['final_format_rate']:.3f} < {promise.least_format_rate}":
+            summary["final_format_rate"] >= promise.least_format_rate,
+        f"{summary['wall_s']:.0f} s > {promise.most_wall_s:.0f} s": summary["wall_s"] <= promise.most_wall_s,
+    }
+    return [words for words, is_kept in checks.items() if not is_kept]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.learning", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", choices=sorted(PROMISES), default="program")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
+    parser.add_argument("--out-dir", type=Path, help="an empty folder for the runs (default: a temporary one)")
+    parser.add_argument("--plot", help="write the curve to this PNG")
+    add_json_option(parser)
+    options, extra = parser.parse_known_args(arguments)
+    promise = PROMISES[options.preset]
+    out_dir = options.out_dir or Path(tempfile.mkdtemp(prefix="reason_rl-"))
+    if out_dir.exists() and any(out_dir.iterdir()):
+        parser.error(f"--out-dir must be empty, so that no base model is reused: {out_dir}")
+    setting = describe_setting()
+    summaries, folders, broken = [], [], 0
+    for seed in options.seeds or promise.seeds:
+        summary, folder = run_seed(options.preset, promise, seed, out_dir, extra)
+        summaries.append(summary)
+        folders.append(folder)
+        failures = unkept(summary, promise)
+        broken += bool(failures)
+        print(f"seed {seed}: " + "  ".join(f"{key} {summary[key]:.4g}" for key in SHOWN) + "  "
+              + ("kept" if not failures else "NOT KEPT: " + "; ".join(failures)), flush=True)
+    if options.plot:
+        plot_runs(folders, options.plot)
+    write_json({"bench": "learning", "preset": options.preset, "arguments": extra, "promise": vars(promise), "seeds": summaries,
+                "setting": setting}, options.json)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

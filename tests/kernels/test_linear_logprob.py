@@ -1,0 +1,144 @@
+"""linear_logprob: logprob and entropy against float64, far logits, temperature, gradients, and bits in any batch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.linear_logprob import linear_logprob, make_inputs
+from tests.kernels.compare import NUM_ROWS, THREADS, assert_no_worse_than_plain, assert_rows_keep_their_bits, same_bits
+
+F32, BF16 = torch.float32, torch.bfloat16
+TEMPERATURES = [1.0, 0.6, 2.5]
+
+
+def definition(
+    hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By torch's own log_softmax, in the operands' dtype (logprobs of bf16 operands in f32, as a trainer would)."""
+    logits = hidden @ weight.T / temperature
+    logprobs = F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    return logprobs.gather(1, target_ids[:, None]).squeeze(1), -(logprobs.exp() * logprobs).sum(-1)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("shape", [(20, 16, 43), (33, 64, 128), (17, 8, 5), (3, 4, 1)], ids=str)
+def test_values_and_gradients_are_no_worse_than_log_softmax(shape: tuple[int, int, int], temperature: float, dtype: torch.dtype):
+    op, plain = (
+        lambda hidden, weight, ids, f=f: f(hidden, weight, ids, temperature) for f in (linear_logprob, definition))
+    assert_no_worse_than_plain(op, plain, plain, list(make_inputs(*shape, dtype).values()))
+
+
+def test_one_token_by_hand():
+    hidden, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0], [math.log(2), 0.0], [0.0, math.log(5) / 2]])
+    # logits 0, log 2, log 5: probabilities 1/8, 2/8, 5/8
+    for target, p in enumerate([1 / 8, 2 / 8, 5 / 8]):
+        logprob, entropy = linear_logprob(hidden, weight, torch.tensor([target]))
+        assert float(logprob) == pytest.approx(math.log(p), rel=1e-6)  # a few roundings of 6e-8
+        assert float(entropy) == pytest.approx(-sum(q * math.log(q) for q in (1 / 8, 2 / 8, 5 / 8)), rel=1e-6)
+
+
+def test_temperature_divides_the_logits():
+    inputs = make_inputs(9, 16, 20, F32)
+    cooled = linear_logprob(**inputs, temperature=0.5)
+    doubled = linear_logprob(inputs["hidden"] * 2, inputs["weight"], inputs["target_ids"])  # exact: a power of two
+    assert all(map(same_bits, cooled, doubled))
+
+
+@pytest.mark.parametrize("far", [1e2, 1e4, -1e4])
+def test_a_shift_of_all_logits_changes_nothing_even_at_ten_thousand(far: float):
+    """Logits whose differences are exact in f32 beside the shift: so must the logprobs be, to a few ulp."""
+    near = torch.tensor([[0.0, 0.5, -1.0, 2.0, 1.5]])
+    hidden, targets = torch.tensor([[1.0, far]]), torch.tensor([2])
+    weight = torch.stack((near[0], torch.ones(5)), dim=1)
+    shifted = linear_logprob(hidden, weight, targets)
+    still = linear_logprob(near, torch.eye(5), targets)
+    for a, b in zip(shifted, still, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-7)  # 2 ulp of 3
+
+
+def test_logits_ten_thousand_apart_stay_finite_with_their_gradients():
+    hidden = torch.tensor([[1e4], [-1e4]]).requires_grad_()
+    weight = torch.tensor([[1.0], [-1.0], [0.5]]).requires_grad_()
+    logprob, entropy = linear_logprob(hidden, weight, torch.tensor([0, 0]))
+    assert logprob.tolist() == [0.0, -2e4] and entropy.tolist() == [0.0, 0.0]
+    dhidden, dweight = torch.autograd.grad(logprob.sum() + entropy.sum(), (hidden, weight))
+    assert dhidden.tolist() == [[0.0], [2.0]] and dweight.isfinite().all()
+
+
+@pytest.mark.parametrize("vocab_size", [2, 43, 1024])
+def test_equal_logits_give_the_uniform_distribution(vocab_size: int):
+    hidden = torch.tensor([[0.0, 0.0], [3.0, 1e4]])
+    logprob, entropy = linear_logprob(hidden, torch.ones(vocab_size, 2), torch.tensor([0, vocab_size - 1]))
+    # log V rounded to f32, plus the roundings of V times log(V) / V
+    torch.testing.assert_close(logprob, torch.full((2,), -math.log(vocab_size)), rtol=2e-7, atol=0)
+    torch.testing.assert_close(entropy, torch.full((2,), math.log(vocab_size)), rtol=1e-6, atol=0)
+
+
+def test_bf16_operands_give_f32_logprobs_without_rounding_the_logits():
+    """Logits near 30 in bf16 step by 0.125: rounding them would show at once."""
+    inputs = make_inputs(64, 64, 128, BF16)
+    inputs["hidden"] *= 8
+    got = linear_logprob(**inputs)
+    want = definition(inputs["hidden"].double(), inputs["weight"].double(), inputs["target_ids"])
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == F32
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=3e-5)  # sums of 64 terms, of size 10, in f32
+
+
+def test_gradients_are_those_of_the_formula():
+    """Against finite differences in float64, of logprob and entropy together."""
+    inputs = make_inputs(4, 3, 5, torch.float64)
+
+    def value(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return linear_logprob(hidden, weight, inputs["target_ids"], temperature=0.7)
+
+    assert torch.autograd.gradcheck(value, (inputs["hidden"].requires_grad_(), inputs["weight"].requires_grad_()))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("hidden_size", "vocab_size"), [(128, 43), (128, 64), (16, 17), (8, 5), (64, 1000)])
+def test_a_row_has_the_same_bits_in_any_batch(hidden_size: int, vocab_size: int, dtype: torch.dtype):
+    inputs = make_inputs(NUM_ROWS, hidden_size, vocab_size, dtype)
+    assert_rows_keep_their_bits(lambda start, end: linear_logprob(
+        inputs["hidden"][start:end], inputs["weight"], inputs["target_ids"][start:end], temperature=0.7))
+
+
+def test_a_large_vocabularys_sum_is_not_split_over_threads_for_a_lone_row():
+    """torch splits a sum of more than 32,768 terms with a single result; then one row's bits would be its thread count's."""
+    inputs = make_inputs(3, 8, 40_000, F32)
+    torch.set_num_threads(1)
+    whole = linear_logprob(**inputs)
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        for row in range(3):
+            alone = linear_logprob(inputs["hidden"][row : row + 1], inputs["weight"], inputs["target_ids"][row : row + 1])
+            assert all(same_bits(a, b[row : row + 1]) for a, b in zip(alone, whole, strict=True))
+
+
+def test_no_rows_give_no_results_and_zero_gradients():
+    inputs = make_inputs(0, 4, 7, F32)
+    weight = inputs["weight"].requires_grad_()
+    logprob, entropy = linear_logprob(**inputs)
+    assert logprob.shape == entropy.shape == (0,)
+    (logprob.sum() + entropy.sum()).backward()
+    assert weight.grad is not None and not weight.grad.any()
+
+
+def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+    hidden, weight, targets = make_inputs(3, 4, 7, F32).values()
+    with pytest.raises(ValueError, match=r"linear_logprob: hidden must be .*\[N, D\], got f32\[4\] on cpu"):
+        linear_logprob(hidden[0], weight, targets)
+    with pytest.raises(ValueError, match=r"linear_logprob: weight must be f32\[V, 4\], got f32\[4, 7\] on cpu"):
+        linear_logprob(hidden, weight.T, targets)
+    with pytest.raises(ValueError, match=r"linear_logprob: weight must be f32\[V, 4\], got bf16\[7, 4\] on cpu"):
+        linear_logprob(hidden, weight.bfloat16(), targets)
+    with pytest.raises(ValueError, match=r"linear_logprob: target_ids must be i64\[3\], got i32\[3\] on cpu"):
+        linear_logprob(hidden, weight, targets.int())
+    for temperature in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match=f"linear_logprob: temperature must be above 0, got {temperature}"):
+            linear_logprob(hidden, weight, targets, temperature)

@@ -1,0 +1,281 @@
+"""Weights on disk: round trips of every variant to the bit, Qwen3-MoE's names and config, and damage that is named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kernels.attention import attention
+from reason_rl.config import ModelConfig
+from reason_rl.model.transformer import Transformer
+from reason_rl.model.weights import (
+    config_from_json,
+    config_to_json,
+    load_model,
+    load_weights,
+    read_model_config,
+    save_weights,
+    to_files,
+)
+from tests.reason_rl.tiny import VOCAB_SIZE, tiny_model
+
+BASE = ModelConfig(num_layers=2, hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+                   expert_size=10, expert_bias=False, max_positions=64)
+VARIANTS = {
+    "plain": BASE,
+    "expert bias": replace(BASE, expert_bias=True),
+    "dense": replace(BASE, num_experts=1, num_experts_per_tok=1),
+    "shared experts": replace(BASE, num_shared_experts=2),
+    "sigmoid": replace(BASE, router_score="sigmoid", norm_topk=False),
+    "no qk-norm": replace(BASE, qk_norm=False),
+    "untied head": replace(BASE, tie_embeddings=False),
+    "everything": replace(BASE, expert_bias=True, num_shared_experts=1, router_score="sigmoid", norm_topk=False, qk_norm=False,
+                          tie_embeddings=False, rope_theta=1e6, rms_norm_eps=1e-5, num_kv_heads=1),
+}
+
+
+def saved(folder: Path, config: ModelConfig = BASE) -> Transformer:
+    model = tiny_model(config)
+    save_weights(folder, model.state_dict(), config, VOCAB_SIZE, eos_id=3)
+    return model
+
+
+def hidden_of(model: Transformer) -> torch.Tensor:
+    tokens = torch.randint(VOCAB_SIZE, (20,), generator=torch.Generator().manual_seed(0))
+    segments = torch.tensor([[0, 20, 0, 0]], dtype=torch.int32)
+    hidden: torch.Tensor = model(tokens, torch.arange(20), lambda layer, q, k, v: attention(q, k, v, segments)).hidden
+    return hidden
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """Change tensors of the saved file; None takes one out."""
+    files = load_file(folder / "model.safetensors")
+    files.update(changes)
+    save_file({name: tensor for name, tensor in files.items() if tensor is not None}, folder / "model.safetensors")
+
+
+# --- round trips ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_was_saved_is_loaded_to_the_bit(name: str, tmp_path: Path):
+    model = saved(tmp_path / "new" / "folder", VARIANTS[name])
+    loaded = load_model(tmp_path / "new" / "folder")
+    assert loaded.config == VARIANTS[name] and loaded.vocab_size == VOCAB_SIZE
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    for key in before:
+        if "expert_bias" not in key or VARIANTS[name].expert_bias:  # a bias that is not in use is not kept
+            assert torch.equal(before[key], after[key]), key
+    assert torch.equal(hidden_of(model), hidden_of(loaded))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_saving_twice_writes_the_same_bytes(name: str, tmp_path: Path):
+    for folder in ("a", "b"):
+        saved(tmp_path / folder, VARIANTS[name])
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_the_compute_dtype_is_the_callers_and_masters_stay_float32(tmp_path: Path):
+    saved(tmp_path)
+    model = load_model(tmp_path, torch.bfloat16)
+    assert model.compute_dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_bf16_file_is_read_into_float32(tmp_path: Path):
+    model = saved(tmp_path)
+    rewrite(tmp_path, **{name: tensor.bfloat16() for name, tensor in load_file(tmp_path / "model.safetensors").items()})
+    loaded = load_model(tmp_path)
+    for (name, a), b in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert b.dtype == torch.float32 and torch.equal(a.bfloat16().float(), b), name
+
+
+# --- Qwen3-MoE's names ---------------------------------------------------------------------------------------------------
+
+QWEN3_MOE = {
+    "model.embed_tokens.weight": [40, 24],
+    "model.layers.0.input_layernorm.weight": [24],
+    "model.layers.0.self_attn.q_proj.weight": [32, 24],
+    "model.layers.0.self_attn.k_proj.weight": [16, 24],
+    "model.layers.0.self_attn.v_proj.weight": [16, 24],
+    "model.layers.0.self_attn.o_proj.weight": [24, 32],
+    "model.layers.0.self_attn.q_norm.weight": [8],
+    "model.layers.0.self_attn.k_norm.weight": [8],
+    "model.layers.0.post_attention_layernorm.weight": [24],
+    "model.layers.0.mlp.gate.weight": [2, 24],
+    "model.layers.0.mlp.experts.0.gate_proj.weight": [10, 24],
+    "model.layers.0.mlp.experts.0.up_proj.weight": [10, 24],
+    "model.layers.0.mlp.experts.0.down_proj.weight": [24, 10],
+    "model.layers.0.mlp.experts.1.gate_proj.weight": [10, 24],
+    "model.layers.0.mlp.experts.1.up_proj.weight": [10, 24],
+    "model.layers.0.mlp.experts.1.down_proj.weight": [24, 10],
+    "model.norm.weight": [24],
+    "lm_head.weight": [40, 24],
+}
+
+
+def test_tensor_names_and_shapes_are_qwen3_moes(tmp_path: Path):
+    saved(tmp_path, replace(BASE, num_layers=1, num_experts=2, tie_embeddings=False))
+    files = load_file(tmp_path / "model.safetensors")
+    assert {name: list(tensor.shape) for name, tensor in files.items()} == QWEN3_MOE
+    assert all(tensor.dtype == torch.float32 for tensor in files.values())
+
+
+def test_a_tied_head_is_not_written(tmp_path: Path):
+    saved(tmp_path, BASE)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+
+
+def test_dense_layers_have_qwen3s_names():
+    names = set(to_files(tiny_model(VARIANTS["dense"]).state_dict(), VARIANTS["dense"]))
+    assert {name for name in names if ".layers.0.mlp." in name} == {
+        f"model.layers.0.mlp.{which}_proj.weight" for which in ("gate", "up", "down")}
+
+
+def test_the_fused_matrices_are_cut_where_they_should_be():
+    """q above k above v; gate above up; expert by expert."""
+    model = tiny_model(BASE)
+    files = to_files(model.state_dict(), BASE)
+    block = model.blocks[1]
+    at = "model.layers.1"
+    assert torch.equal(torch.cat([files[f"{at}.self_attn.{p}_proj.weight"] for p in "qkv"]), block.attention.qkv.weight)
+    for expert in range(4):
+        gate, up, down = (files[f"{at}.mlp.experts.{expert}.{p}_proj.weight"] for p in ("gate", "up", "down"))
+        assert torch.equal(torch.cat((gate, up)), block.mlp.gate_up[expert]) and torch.equal(down, block.mlp.down[expert])
+
+
+def test_what_qwen3_has_no_word_for_has_names_of_its_own():
+    config = VARIANTS["everything"]
+    names = set(to_files(tiny_model(config).state_dict(), config))
+    own = {name for name in names if "e_score_correction_bias" in name or "shared_experts" in name}
+    assert own == {f"model.layers.{i}.mlp.{name}" for i in range(2) for name in (
+        "gate.e_score_correction_bias", "shared_experts.gate_proj.weight", "shared_experts.up_proj.weight",
+        "shared_experts.down_proj.weight")}
+    assert not any("q_norm" in name or "k_norm" in name for name in names)
+
+
+# --- config.json ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_config_json_holds_the_whole_architecture(name: str):
+    values = json.loads(json.dumps(config_to_json(VARIANTS[name], VOCAB_SIZE, eos_id=3)))
+    assert config_from_json(values) == (VARIANTS[name], VOCAB_SIZE)
+    assert values["eos_token_id"] == 3
+    assert values["architectures"] == ["Qwen3ForCausalLM" if name == "dense" else "Qwen3MoeForCausalLM"]
+
+
+def test_a_foreign_config_is_read_in_both_spellings():
+    """The keys of a published Qwen3-MoE config, and the ones that transformers 5 writes."""
+    foreign = {
+        "model_type": "qwen3_moe", "vocab_size": 151936, "num_hidden_layers": 48, "hidden_size": 2048,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768, "intermediate_size": 6144, "norm_topk_prob": True, "tie_word_embeddings": False,
+        "rope_theta": 1000000.0, "rope_scaling": None, "rms_norm_eps": 1e-06, "max_position_embeddings": 40960,
+        "hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "sliding_window": None,
+        "decoder_sparse_step": 1, "mlp_only_layers": []}
+    config, vocab_size = config_from_json(foreign)
+    assert vocab_size == 151936 and config == ModelConfig(
+        num_layers=48, hidden_size=2048, num_heads=32, num_kv_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        expert_size=768, num_shared_experts=0, router_score="softmax", norm_topk=True, expert_bias=False, qk_norm=True,
+        tie_embeddings=False, rope_theta=1e6, rms_norm_eps=1e-6, max_positions=40960)
+    newer = {key: value for key, value in foreign.items() if key not in ("num_experts", "rope_theta", "rope_scaling")}
+    newer.update(num_local_experts=128, rope_parameters={"rope_theta": 1000000.0, "rope_type": "default"})
+    assert config_from_json(newer) == (config, vocab_size)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"model_type": "llama"}, "model_type must be 'qwen3_moe' or 'qwen3', got 'llama'"),
+    ({"attention_bias": True}, "attention_bias must be False, got True"),
+    ({"use_sliding_window": True}, "use_sliding_window must be False, got True"),
+    ({"mlp_only_layers": [0]}, r"mlp_only_layers must be \[\], got \[0\]"),
+    ({"decoder_sparse_step": 2}, "decoder_sparse_step must be 1, got 2"),
+    ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+    ({"rope_scaling": {"type": "yarn"}}, "rope_scaling must be None, got"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type must be 'default', got 'yarn'"),
+])
+def test_an_architecture_that_is_not_ours_is_refused(change: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+        config_from_json({**config_to_json(BASE, VOCAB_SIZE, 3), **change})
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "num_experts", "vocab_size", "max_position_embeddings"])
+def test_a_missing_key_is_named(key: str):
+    values = config_to_json(BASE, VOCAB_SIZE, 3)
+    del values[key]
+    with pytest.raises(ValueError, match=f"config.json: {key} is missing"):
+        config_from_json(values)
+
+
+# --- damage --------------------------------------------------------------------------------------------------------------
+
+def test_a_missing_tensor_is_named(tmp_path: Path):
+    saved(tmp_path)
+    rewrite(tmp_path, **{"model.layers.1.mlp.experts.2.up_proj.weight": None})
+    with pytest.raises(ValueError, match=r"does not fit.*missing model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight \(1\)"):
+        load_model(tmp_path)
+
+
+def test_an_unexpected_tensor_is_named(tmp_path: Path):
+    saved(tmp_path)
+    rewrite(tmp_path, **{"model.layers.2.input_layernorm.weight": torch.ones(24)})
+    with pytest.raises(ValueError, match=r"does not fit.*unexpected model\.layers\.2\.input_layernorm\.weight \(1\)"):
+        load_model(tmp_path)
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path: Path):
+    saved(tmp_path)
+    rewrite(tmp_path, **{"model.layers.0.mlp.gate.weight": torch.zeros(5, 24)})
+    with pytest.raises(ValueError, match=r"misshapen model\.layers\.0\.mlp\.gate\.weight: expected \[4, 24\], got \[5, 24\] \(1\)"):
+        load_model(tmp_path)
+
+
+def test_the_weights_of_another_model_are_refused_in_one_line(tmp_path: Path):
+    saved(tmp_path, VARIANTS["no qk-norm"])
+    with pytest.raises(ValueError, match=r"missing .*q_norm.* \(\d+\); unexpected .* \(\d+\)|missing .*mlp\.down_proj") as caught:
+        load_weights(tmp_path, Transformer(VARIANTS["dense"], VOCAB_SIZE))
+    assert len(str(caught.value)) < 1500  # a few names and a count, not a thousand
+
+
+def test_a_failed_load_leaves_the_model_as_it_was(tmp_path: Path):
+    saved(tmp_path)
+    rewrite(tmp_path, **{"model.norm.weight": None})
+    model = tiny_model(BASE, seed=9)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="missing"):
+        load_weights(tmp_path, model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -10])
+def test_a_cut_off_weights_file_is_damaged(keep: int, tmp_path: Path):
+    saved(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"\xff\xfe", b"null"])
+def test_a_damaged_config_is_said_to_be_so(content: bytes, tmp_path: Path):
+    saved(tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        load_model(tmp_path)
+
+
+def test_missing_files_are_named(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"no checkpoint folder at .*nowhere"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"is not a checkpoint: it has no config\.json"):
+        read_model_config(tmp_path)
+    saved(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"is not a checkpoint: it has no model\.safetensors"):
+        load_model(tmp_path)
