@@ -23,6 +23,7 @@ from reason_rl.session import Session, collect_groups, evaluate
 from reason_rl.statistics import rollout_metrics, update_metrics
 from reason_rl.trainer.distributed import close_world, end_process, init_world
 from reason_rl.trainer.optimizer import lr_factor
+from reason_rl.trainer.report import write_report
 from reason_rl.trainer.step import fill_logprobs, policy_update
 from reason_rl.trainer.terminal import make_view
 from reason_rl.types import StepStats
@@ -75,14 +76,15 @@ def train(run: Run) -> None:
         stats = grpo_step(session, step)
         run.log_step(stats)
         done = step + 1
-        if run.is_due(run.config.eval.every, done) and done < rl.steps:
+        if done == rl.steps:
+            run.log_evaluation(done, *evaluate(session, done, *run.final_size, with_pass_at_k=True))
+        elif run.is_due(run.config.eval.every, done):
             run.log_evaluation(done, *evaluate(session, done, *run.small_size))
         is_stopping = any(session.world.gather(run.should_stop()))
         if run.is_due(run.config.run.checkpoint_every, done) or is_stopping:
             run.save(done)
         if is_stopping and done < rl.steps:
             raise Interrupted(f"RL stopped after {done} of {rl.steps} steps")
-    run.log_evaluation(rl.steps, *evaluate(session, rl.steps, *run.final_size, with_pass_at_k=True))
     finish_run(run)
 
 
@@ -92,7 +94,7 @@ def main(config: Config) -> int:
         folder = open_run(config, world)
         if folder.is_finished:
             if world.is_main:
-                print(f"{folder.path} is finished: see {folder.path}/report.html. --resume never runs it afresh in a new folder.")
+                print(f"{folder.path} is finished: see {write_report(folder.path)}. --resume never runs it afresh in a new folder.")
             return 0
         with make_view(f"reason_rl · {config.run.name}", world.rank) as view:
             should_stop = StopSignal(view.message)

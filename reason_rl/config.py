@@ -135,7 +135,7 @@ class OptimConfig:
     """Largest gradient norm, over all parameters; 0 leaves it out."""
     warmup_steps: int = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: down to final_lr_share of the peak at the last step."""
+    """After the warm-up: down towards final_lr_share of the peak, which the step after the last would have."""
     final_lr_share: float = 0.0
     microbatch_tokens: int = 16384
     """Most packed tokens in one forward pass; a longer step accumulates gradients."""

@@ -68,12 +68,9 @@ def check_config(config: Config) -> None:
     if sampling.temperature <= 0 and rl.steps > 0:
         raise ConfigError("sampling.temperature must be above 0 for RL: greedy groups hold G equal completions")
     truncates = sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0
-    if truncates and rl.old_logprobs == "recompute" and loss.importance == "none":
-        raise ConfigError("top_k/top_p/min_p with rl.old_logprobs='recompute' needs loss.importance='tis' or 'icepop': "
-                          "the recomputed policy is not the truncated one that sampled")
-    if loss.importance != "none" and rl.old_logprobs == "rollout":
-        raise ConfigError(f"loss.importance={loss.importance!r} weighs old_logprobs against the rollout's, "
-                          "so it needs rl.old_logprobs='recompute'")
+    if truncates and loss.importance == "none":
+        raise ConfigError("sampling.top_k/top_p/min_p needs loss.importance='tis' or 'icepop': ratios are taken over the "
+                          "full softmax, which is not the truncated policy that sampled")
     if config.reward.overlong and not 0 < config.reward.overlong_buffer <= sampling.max_tokens:
         raise ConfigError(f"reward.overlong_buffer must be in 1..{sampling.max_tokens} (sampling.max_tokens) where "
                           f"reward.overlong is on, got {config.reward.overlong_buffer}")

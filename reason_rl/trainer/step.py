@@ -89,7 +89,7 @@ def policy_update(
     total_tokens = sum(m.num_loss_tokens for m in microbatches)
     total_sequences = sum(m.num_sequences for m in microbatches)
     parts: list[dict[str, torch.Tensor]] = []
-    loss_sum = gap = 0.0
+    loss_sum, gaps = 0.0, [0.0]
     idle = replace(idle_microbatch(microbatches[0]), ref_logprobs=torch.zeros(0) if spec.kl_coef > 0 else None)
     for local in rank_share(microbatches, world, idle):
         microbatch = local.to(world.device)
@@ -104,10 +104,10 @@ def policy_update(
         (loss * world.size).backward()
         loss_sum += float(loss.detach())
         if local.num_loss_tokens:
-            gap = max(gap, float((logprob.detach() - rollout).abs().max()))
+            gaps.append(float((logprob.detach() - rollout).abs().max()))
             parts.append({key: value.cpu() for key, value in metrics.items()})
-    gathered = world.gather((loss_sum, gap, parts))
-    gap = max(g[1] for g in gathered)
+    gathered = world.gather((loss_sum, gaps, parts))
+    gap = float(torch.tensor([value for g in gathered for value in g[1]]).max())  # NaN wins, as it must
     if max_gap and not gap <= max_gap:
         raise FloatingPointError(
             f"the engine's logprobs left the trainer's by {gap:.3g} nats on policy, more than rl.max_logprob_gap = {max_gap}: "

@@ -128,8 +128,7 @@ def literal_fields() -> list[tuple[str, tuple[str, ...]]]:
 def test_a_choice_takes_its_words_and_refuses_others_by_listing_them(dotted: str, choices: tuple[str, ...]):
     assert dotted and choices
     for choice in choices:
-        # loss.importance needs its partner; old_logprobs="recompute" is fine with any.
-        got = load_config(None, ["--rl.old_logprobs=recompute", f"--{dotted}={choice}"])
+        got = load_config(None, [f"--{dotted}={choice}"])
         section, key = dotted.split(".")
         assert getattr(getattr(got, section), key) == choice
     assert refused(f"--{dotted}=nonsense") == f"{dotted} must be one of {list(choices)}, got 'nonsense'"
@@ -204,10 +203,9 @@ def test_a_malformed_command_line_says_what_is_wrong(arguments: list[str], words
     ("sampling.max_tokens=256", "leaves no room for a prompt in model.max_positions = 256"),
     ("sampling.temperature=0", "sampling.temperature must be above 0 for RL"),
     ("sampling.temperature=-1 rl.steps=0", "sampling.temperature must be at least 0, got -1"),
-    ("sampling.top_k=5 rl.old_logprobs=recompute", "needs loss.importance='tis' or 'icepop'"),
-    ("sampling.top_p=0.9 rl.old_logprobs=recompute", "needs loss.importance='tis' or 'icepop'"),
+    ("sampling.top_k=5", "needs loss.importance='tis' or 'icepop'"),
+    ("sampling.top_p=0.9", "needs loss.importance='tis' or 'icepop'"),
     ("sampling.min_p=0.1 rl.old_logprobs=recompute", "needs loss.importance='tis' or 'icepop'"),
-    ("loss.importance=tis", "needs rl.old_logprobs='recompute'"),
     ("pretrain.direct_share=0.8 pretrain.worked_share=0.3", "must be at most 1, got 0.8 + 0.3"),
     ("task.heldout_share=0.5 task.rl_share=0.5", "must leave problems for the corpus, got 0.5 + 0.5"),
     ("task.min_level=9", "task.min_level = 9 is above task.max_level = 8"),
@@ -229,8 +227,8 @@ def test_what_cannot_run_is_refused_before_work_starts(overrides: str, words: st
 @pytest.mark.parametrize("overrides", [
     "sampling.temperature=0 rl.steps=0",
     "sampling.max_tokens=256 model.init_from=checkpoint",
-    "sampling.top_k=5",
     "sampling.top_k=5 rl.old_logprobs=recompute loss.importance=icepop",
+    "sampling.top_p=0.9 loss.importance=tis",
     "sampling.max_tokens=8 reward.overlong_buffer=16",
     "pretrain.direct_share=0.7 pretrain.worked_share=0.3",
     "model.num_experts=1 model.num_experts_per_tok=1",
