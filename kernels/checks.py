@@ -26,13 +26,15 @@ def check(
 ) -> None:
     """Shape entries that are strings are free sizes (they only give the rank and the words of the error)."""
     allowed = dtypes if isinstance(dtypes, tuple) else (dtypes,)
+    if (
+        isinstance(tensor, torch.Tensor) and tensor.dtype in allowed and tensor.dim() == len(shape)
+        and all(isinstance(want, str) or want == have for want, have in zip(shape, tensor.shape, strict=True))
+        and (like is None or tensor.device == like.device)
+    ):
+        return  # the words below are put together only for an error: this runs thousands of times a step
     wanted = f"{'|'.join(SHORT.get(d, str(d)) for d in allowed)}[{', '.join(map(str, shape))}]"
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{op}: {name} must be {wanted}, got {type(tensor).__name__}")
-    right_shape = tensor.dim() == len(shape) and all(
-        isinstance(want, str) or want == have for want, have in zip(shape, tensor.shape, strict=True)
-    )
-    if not right_shape or tensor.dtype not in allowed:
-        raise ValueError(f"{op}: {name} must be {wanted}, got {describe(tensor)}")
     if like is not None and tensor.device != like.device:
-        raise ValueError(f"{op}: {name} must be on {like.device}, got {describe(tensor)}")
+        wanted += f" on {like.device}"
+    raise ValueError(f"{op}: {name} must be {wanted}, got {describe(tensor)}")

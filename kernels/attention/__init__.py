@@ -9,19 +9,20 @@ each row's own keys follow on blocks of its own.
 
 Scores, softmax and sums are f32 (f64 for f64 inputs); the result is rounded once to q's dtype. Keys are summed in tiles of fixed
 size, prefix first, so that both forms give a token the same bits. Saved for backward: q, k, v and the weights.
-Flops: 4 * H * C per query-key pair. Siblings: plan.py and reference.py here, tests/kernels/test_attention.py.
+Flops: 4 * H * C per query-key pair. Siblings: plan.py, pages.py and reference.py here, tests/kernels/test_attention.py.
 """
 
 from __future__ import annotations
 
 import torch
 
-from kernels.attention.plan import BLOCK_SIZE, SegmentPlan, ceil_to, plan_segments
+from kernels.attention.pages import Pages, plan_pages
+from kernels.attention.plan import BLOCK_SIZE, SegmentPlan, plan_segments
 from kernels.attention.reference import attention_reference, make_inputs, paged_attention_reference
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
 
-__all__ = ["BLOCK_SIZE", "SegmentPlan", "attention", "ceil_to", "make_inputs", "paged_attention", "plan_segments"]
+__all__ = ["BLOCK_SIZE", "Pages", "SegmentPlan", "attention", "make_inputs", "paged_attention", "plan_pages", "plan_segments"]
 
 OP = Op("attention", (Implementation("reference", attention_reference),))
 PAGED_OP = Op("paged_attention", (Implementation("reference", paged_attention_reference),))
@@ -49,25 +50,14 @@ def attention(
 
 
 def paged_attention(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, prefix_table: torch.Tensor, prefix_lens: torch.Tensor,
-    prefix_index: torch.Tensor, own_table: torch.Tensor, own_lens: torch.Tensor, scale: float | None = None, impl: str = "auto",
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, pages: Pages, scale: float | None = None, impl: str = "auto"
 ) -> torch.Tensor:
-    """q: float[R, H, C]; caches: float[K, num_blocks, BLOCK_SIZE, C], finite wherever a table points -> float[R, H, C].
-
-    Prefix b has prefix_lens[b] keys in the blocks prefix_table[b] (i64[B, NP]); row r reads prefix prefix_index[r] (i64[R]),
-    then own_lens[r] >= 1 keys in the blocks own_table[r] (i64[R, NO]). Tables are padded with any block.
-    """
-    op, num_rows = "paged_attention", q.shape[0]
-    check(op, "q", q, ("R", "H", "C"), FLOATS)
-    check(op, "k_cache", k_cache, ("K", "num_blocks", BLOCK_SIZE, q.shape[2]), q.dtype, like=q)
+    """q: float[R, H, C]; caches: float[K, num_blocks, BLOCK_SIZE, C], finite wherever `pages` points -> float[R, H, C]."""
+    op = "paged_attention"
+    check(op, "q", q, (pages.num_rows, "H", "C"), FLOATS)
+    check(op, "k_cache", k_cache, (pages.num_kv_heads, pages.num_blocks, BLOCK_SIZE, q.shape[2]), q.dtype, like=q)
     check(op, "v_cache", v_cache, tuple(k_cache.shape), q.dtype, like=q)
-    check(op, "prefix_table", prefix_table, ("B", "NP"), torch.int64, like=q)
-    check(op, "prefix_lens", prefix_lens, (prefix_table.shape[0],), torch.int64, like=q)
-    check(op, "prefix_index", prefix_index, (num_rows,), torch.int64, like=q)
-    check(op, "own_table", own_table, (num_rows, "NO"), torch.int64, like=q)
-    check(op, "own_lens", own_lens, (num_rows,), torch.int64, like=q)
     _check_heads(op, q.shape[1], k_cache.shape[0])
     result: torch.Tensor = PAGED_OP.choose(q.device, impl).run(
-        q, k_cache, v_cache, prefix_table, prefix_lens, prefix_index, own_table, own_lens,
-        q.shape[2] ** -0.5 if scale is None else scale)
+        q, k_cache, v_cache, pages, q.shape[2] ** -0.5 if scale is None else scale)
     return result

@@ -21,10 +21,6 @@ MAX_SCORES = 1 << 23
 """Query-key pairs computed together, per head: bounds the memory of the reference's scores."""
 
 
-def ceil_to(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
 @dataclass(frozen=True)
 class Chunk:
     """Segments of alike sizes, padded to M queries (as many own keys) and P prefix keys."""

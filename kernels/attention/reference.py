@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from kernels.attention.pages import KeySet, Pages
 from kernels.attention.plan import SegmentPlan
 
 KEY_TILE = 128
@@ -91,53 +92,39 @@ def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan:
     return packed.view(num_tokens, num_heads, head_dim).to(q.dtype)
 
 
-def _read_blocks(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """cache [K, num_blocks, BLOCK_SIZE, C], table i64[B, NB] -> [B, K, NB * BLOCK_SIZE, C]; whole blocks are copied at a time."""
+def _read(cache: torch.Tensor, keys: KeySet) -> torch.Tensor:
+    """cache [K, num_blocks, BLOCK_SIZE, C] -> [readers, K, NB * BLOCK_SIZE, C]; whole blocks are copied at a time."""
     num_kv_heads, num_blocks, _, head_dim = cache.shape
-    heads = torch.arange(num_kv_heads, device=cache.device)[None, :, None] * num_blocks
-    blocks = cache.view(num_kv_heads * num_blocks, -1).index_select(0, (heads + table[:, None, :]).flatten())
-    return _wide(blocks).view(table.shape[0], num_kv_heads, -1, head_dim)
+    blocks = cache.view(num_kv_heads * num_blocks, -1).index_select(0, keys.block_index)
+    return _wide(blocks).view(keys.mask.shape[0], num_kv_heads, keys.mask.shape[-1], head_dim)
 
 
 def paged_attention_reference(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, prefix_table: torch.Tensor, prefix_lens: torch.Tensor,
-    prefix_index: torch.Tensor, own_table: torch.Tensor, own_lens: torch.Tensor, scale: float,
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, pages: Pages, scale: float
 ) -> torch.Tensor:
     """q [R, H, C], caches [K, num_blocks, BLOCK_SIZE, C] -> [R, H, C]; the rows of one prefix read it together, once."""
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads = k_cache.shape[0]
-    num_prefixes = prefix_table.shape[0]
+    num_kv_heads, num_prefixes, group_size = k_cache.shape[0], pages.num_prefixes, pages.group_size
     if not num_rows:
         return q.clone()
     rows = _wide(q).view(num_rows, num_kv_heads, -1, head_dim)  # [R, K, H / K, C]
     repeat = rows.shape[2]
 
-    # Rows by prefix: place[r] is row r's slot among num_prefixes * G, where G is the largest number of rows of one prefix.
-    order = torch.sort(prefix_index, stable=True).indices
-    counts = torch.bincount(prefix_index, minlength=num_prefixes)
-    group_size = int(counts.max())
-    rank = torch.arange(num_rows, device=q.device) - (counts.cumsum(0) - counts).index_select(0, prefix_index[order])
-    place = torch.empty_like(order).index_copy_(0, order, prefix_index[order] * group_size + rank)
-
     def group(x: torch.Tensor) -> torch.Tensor:
         """[R, K, H / K, A] -> [B, K, G * H / K, A]"""
-        slots = x.new_zeros(num_prefixes * group_size, *x.shape[1:]).index_copy_(0, place, x)
+        slots = x.new_zeros(num_prefixes * group_size, *x.shape[1:]).index_copy_(0, pages.slots, x)
         slots = slots.view(num_prefixes, group_size, num_kv_heads, repeat, -1).transpose(1, 2)
         return slots.reshape(num_prefixes, num_kv_heads, group_size * repeat, -1)
 
     def ungroup(x: torch.Tensor) -> torch.Tensor:
         x = x.view(num_prefixes, num_kv_heads, group_size, repeat, -1).transpose(1, 2)
-        return x.reshape(num_prefixes * group_size, num_kv_heads, repeat, -1).index_select(0, place)
+        return x.reshape(num_prefixes * group_size, num_kv_heads, repeat, -1).index_select(0, pages.slots)
 
-    def mask_of(lens: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        return (torch.arange(keys.shape[2], device=q.device)[None] < lens[:, None])[:, None, None]
-
-    prefix_k, own_k = _read_blocks(k_cache, prefix_table), _read_blocks(k_cache, own_table)
-    prefix_scores = ungroup(masked_scores(group(rows), prefix_k, mask_of(prefix_lens, prefix_k), scale))
-    own_scores = masked_scores(rows, own_k, mask_of(own_lens, own_k), scale)
+    prefix_scores = ungroup(masked_scores(group(rows), _read(k_cache, pages.prefix), pages.prefix.mask, scale))
+    own_scores = masked_scores(rows, _read(k_cache, pages.own), pages.own.mask, scale)
     prefix_weights, own_weights = weigh([prefix_scores, own_scores])
-    prefix_sum = ungroup(sum_values(group(prefix_weights), _read_blocks(v_cache, prefix_table)))
-    total = prefix_sum + sum_values(own_weights, _read_blocks(v_cache, own_table))
+    prefix_sum = ungroup(sum_values(group(prefix_weights), _read(v_cache, pages.prefix)))
+    total = prefix_sum + sum_values(own_weights, _read(v_cache, pages.own))
     return normalise(total, head_dim).reshape(num_rows, num_heads, head_dim).to(q.dtype)
 
 

@@ -53,10 +53,9 @@ def experts_reference(
     order = torch.sort(expert_ids.flatten(), stable=True).indices  # (token, choice) pairs, expert by expert
     counts = torch.bincount(expert_ids.flatten(), minlength=gate_up.shape[0]).tolist()
     rows = x.index_select(0, order // k)  # [T * k, D]
-    outputs = [
-        linear(swiglu(linear(part, gate_up_e)), down_e)
-        for part, gate_up_e, down_e in zip(rows.split(counts), gate_up.unbind(0), down.unbind(0), strict=True)
-    ]
+    inner = [linear(part, matrix) for part, matrix in zip(rows.split(counts), gate_up.unbind(0), strict=True)]
+    activated = swiglu(torch.cat(inner))  # [T * k, I]
+    outputs = [linear(part, matrix) for part, matrix in zip(activated.split(counts), down.unbind(0), strict=True)]
     place = torch.empty_like(order).index_copy_(0, order, torch.arange(order.numel(), device=order.device))
     gathered = torch.cat(outputs).index_select(0, place).view(num_tokens, k, down.shape[1])  # back in token order, choice by choice
     gathered = gathered if gathered.dtype == torch.float64 else gathered.float()

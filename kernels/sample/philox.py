@@ -34,15 +34,15 @@ def philox(key: torch.Tensor, counter: tuple[torch.Tensor | int, ...]) -> torch.
 
 
 def uniform(key: torch.Tensor, position: torch.Tensor, num: int) -> torch.Tensor:
-    """key, position i64[R] -> f32[R, num], uniform over the 2^23 midpoints (m + 1/2) / 2^23: never 0, never 1.
+    """key, position i64[R] -> f64[R, num], uniform over the 2^32 midpoints (m + 1/2) / 2^32: never 0, never 1.
 
     Number v of row r is word v % 4 of the block with counter (v // 4, position[r]).
     """
     blocks = torch.arange((num + 3) // 4, device=key.device)
     words = philox(key[:, None], (blocks[None, :], position[:, None]))  # [R, num/4, 4]
-    return ((words.flatten(1)[:, :num] >> 9).float() + 0.5) * 2.0**-23
+    return (words.flatten(1)[:, :num].double() + 0.5) * 2.0**-32
 
 
 def gumbel(key: torch.Tensor, position: torch.Tensor, num: int) -> torch.Tensor:
-    """-> f32[R, num] of standard Gumbel noise, -log(-log(u)); f64 inside, where log(u) near 0 keeps its digits."""
-    return -torch.log(-torch.log(uniform(key, position, num).double())).float()
+    """-> f32[R, num] of standard Gumbel noise, -log(-log(u)), up to 22.9; f64 inside, where log(u) near u = 1 keeps its digits."""
+    return -torch.log(-torch.log(uniform(key, position, num))).float()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.attention import BLOCK_SIZE, SegmentPlan, attention, paged_attention
+from kernels.attention import BLOCK_SIZE, Pages, SegmentPlan, attention, paged_attention
 from reason_rl.config import ModelConfig
 
 
@@ -41,19 +41,8 @@ class DecodeAttend:
     cache: KVCache
     slots: torch.Tensor
     """i64[R]: where each sequence's newest key goes."""
-    prefix_table: torch.Tensor
-    """i64[B, NP]: the blocks of each prompt."""
-    prefix_lens: torch.Tensor
-    """i64[B]"""
-    prefix_index: torch.Tensor
-    """i64[R]: each sequence's prompt."""
-    own_table: torch.Tensor
-    """i64[R, NO]"""
-    own_lens: torch.Tensor
-    """i64[R], the newest key counted."""
+    pages: Pages
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.cache.store(layer, k, v, self.slots)
-        return paged_attention(
-            q, self.cache.keys[layer], self.cache.values[layer], prefix_table=self.prefix_table, prefix_lens=self.prefix_lens,
-            prefix_index=self.prefix_index, own_table=self.own_table, own_lens=self.own_lens)
+        return paged_attention(q, self.cache.keys[layer], self.cache.values[layer], self.pages)

@@ -16,7 +16,7 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 import torch
 
-from kernels.attention import BLOCK_SIZE, plan_segments
+from kernels.attention import BLOCK_SIZE, plan_pages, plan_segments
 from kernels.sample import sample
 from reason_rl.config import EngineConfig
 from reason_rl.engine.blocks import BlockPool
@@ -80,7 +80,7 @@ class Engine:
             self._prefill(admitted)
             fresh = [s for s in admitted if not s.token_ids]
             if fresh:
-                hidden = torch.stack([s.prompt.first_hidden for s in fresh])  # type: ignore[misc]
+                hidden = torch.stack([s.prompt.first_hidden for s in fresh if s.prompt.first_hidden is not None])
                 self._sample(scheduler, fresh, hidden, sampling, on_token)
             scheduler.grow()
             if scheduler.running:
@@ -157,10 +157,11 @@ class Engine:
         prefix_index = np.array([number[s.prompt] for s in running])
         prefix_lens = np.array([prompt.length for prompt in prompts])
         last_block = np.array([s.blocks[(len(s.token_ids) - 1) // BLOCK_SIZE] for s in running])
-        attend = DecodeAttend(
-            self._cache, self._tensor(last_block * BLOCK_SIZE + (own - 1) % BLOCK_SIZE),
-            self._tensor(_table([p.blocks for p in prompts])), self._tensor(prefix_lens), self._tensor(prefix_index),
-            self._tensor(_table([s.blocks for s in running])), self._tensor(own))
+        pages = plan_pages(
+            prefix_table=self._tensor(_table([p.blocks for p in prompts])), prefix_lens=self._tensor(prefix_lens),
+            prefix_index=self._tensor(prefix_index), own_table=self._tensor(_table([s.blocks for s in running])),
+            own_lens=self._tensor(own), num_kv_heads=self._cache.keys.shape[1], num_blocks=self._cache.keys.shape[2])
+        attend = DecodeAttend(self._cache, self._tensor(last_block * BLOCK_SIZE + (own - 1) % BLOCK_SIZE), pages)
         positions = prefix_lens[prefix_index] + own - 1
         hidden: torch.Tensor = self.model(self._tensor(newest), self._tensor(positions), attend).hidden
         return hidden

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import torch
+
 from kernels.attention import BLOCK_SIZE
 from reason_rl.engine.blocks import BlockPool
 from reason_rl.types import FinishReason, Problem
@@ -27,7 +29,7 @@ class Prompt:
     num_running: int = 0
     is_cached: bool = False
     """Its keys are in its blocks, and `first_hidden` holds the last row."""
-    first_hidden: object = None
+    first_hidden: torch.Tensor | None = None
     """The hidden state of the prompt's last token, from which every first token of the group is sampled."""
 
     @property
@@ -95,8 +97,8 @@ class Scheduler:
     def grow(self) -> None:
         """Give every running sequence room for the key of its newest token, preempting the youngest where blocks run out."""
         for sequence in list(self.running):
-            if sequence not in self.running:
-                continue  # preempted while making room for an older one
+            if num_blocks_for(sequence.num_cached) <= len(sequence.blocks) or sequence not in self.running:
+                continue  # has room, or was preempted while making room for an older one
             while num_blocks_for(sequence.num_cached) > len(sequence.blocks):
                 if self.pool.num_free:
                     sequence.blocks += self.pool.take(1)

@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-from kernels.attention import BLOCK_SIZE, attention, make_inputs, paged_attention, plan, plan_segments
+from kernels.attention import BLOCK_SIZE, attention, make_inputs, paged_attention, plan, plan_pages, plan_segments
 from kernels.attention.reference import KEY_TILE
 from tests.kernels.compare import ROWS, THREADS, assert_no_worse_than_plain, same_bits, values_and_gradients
 
@@ -211,12 +211,14 @@ class Cache:
         """Queries whose segments share a prefix name it once."""
         prefixes = list(dict.fromkeys(segment[2:] for segment, _ in queries))
         own = [self.store(*segment[:2])[: place // BLOCK_SIZE + 1] for segment, place in queries]
-        return paged_attention(
-            torch.stack([self.inputs["q"][segment[0] + place] for segment, place in queries]), self.keys, self.values,
+        pages = plan_pages(
             prefix_table=padded([self.store(*prefix) for prefix in prefixes], spare_blocks),
             prefix_lens=torch.tensor([length for _, length in prefixes]),
             prefix_index=torch.tensor([prefixes.index(segment[2:]) for segment, _ in queries]),
-            own_table=padded(own, spare_blocks), own_lens=torch.tensor([place + 1 for _, place in queries]))
+            own_table=padded(own, spare_blocks), own_lens=torch.tensor([place + 1 for _, place in queries]),
+            num_kv_heads=self.keys.shape[0], num_blocks=self.keys.shape[1])
+        rows = torch.stack([self.inputs["q"][segment[0] + place] for segment, place in queries])
+        return paged_attention(rows, self.keys, self.values, pages)
 
 
 def padded(tables: list[list[int]], spare_blocks: int) -> torch.Tensor:
@@ -278,9 +280,9 @@ def test_where_the_blocks_lie_changes_no_bit():
 
 def test_paged_attention_of_no_rows_is_empty():
     cache, none = torch.zeros(2, 3, BLOCK_SIZE, 8), torch.zeros(0, dtype=torch.int64)
-    out = paged_attention(
-        torch.zeros(0, 4, 8), cache, cache, prefix_table=none[:, None], prefix_lens=none, prefix_index=none,
-        own_table=none[:, None], own_lens=none)
+    pages = plan_pages(prefix_table=none[:, None], prefix_lens=none, prefix_index=none, own_table=none[:, None], own_lens=none,
+                       num_kv_heads=2, num_blocks=3)
+    out = paged_attention(torch.zeros(0, 4, 8), cache, cache, pages)
     assert out.shape == (0, 4, 8)
 
 
@@ -332,26 +334,27 @@ def test_wrong_cache_arguments_are_named_too():
     zeros = torch.zeros(2, dtype=torch.int64)
 
     def call(**changed: torch.Tensor) -> None:
-        right = {
-            "q": torch.zeros(2, 4, 8), "k_cache": torch.zeros(2, 3, BLOCK_SIZE, 8), "v_cache": torch.zeros(2, 3, BLOCK_SIZE, 8),
-            "prefix_table": zeros[:1, None], "prefix_lens": zeros[:1], "prefix_index": zeros,
-            "own_table": zeros[:, None], "own_lens": zeros + 1}
-        paged_attention(**{**right, **changed})
+        caches = {
+            "q": torch.zeros(2, 4, 8), "k_cache": torch.zeros(2, 3, BLOCK_SIZE, 8), "v_cache": torch.zeros(2, 3, BLOCK_SIZE, 8)}
+        tables = {"prefix_table": zeros[:1, None], "prefix_lens": zeros[:1], "prefix_index": zeros,
+                  "own_table": zeros[:, None], "own_lens": zeros + 1}
+        pages = plan_pages(**{name: changed.get(name, value) for name, value in tables.items()}, num_kv_heads=2, num_blocks=3)
+        paged_attention(**{name: changed.get(name, value) for name, value in caches.items()}, pages=pages)
 
     call()
-    with pytest.raises(ValueError, match=r"paged_attention: k_cache must be f32\[K, num_blocks, 16, 8\], got f32\[2, 3, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"paged_attention: k_cache must be f32\[2, 3, 16, 8\], got f32\[2, 3, 8, 8\]"):
         call(k_cache=torch.zeros(2, 3, 8, 8))
     with pytest.raises(ValueError, match=r"paged_attention: v_cache must be f32\[2, 3, 16, 8\], got f32\[2, 4, 16, 8\]"):
         call(v_cache=torch.zeros(2, 4, BLOCK_SIZE, 8))
-    with pytest.raises(ValueError, match=r"paged_attention: prefix_table must be i64\[B, NP\], got i32\[1, 1\]"):
+    with pytest.raises(ValueError, match=r"plan_pages: prefix_table must be i64\[B, NP\], got i32\[1, 1\]"):
         call(prefix_table=zeros[:1, None].int())
-    with pytest.raises(ValueError, match=r"paged_attention: prefix_lens must be i64\[1\], got i64\[2\]"):
+    with pytest.raises(ValueError, match=r"plan_pages: prefix_lens must be i64\[1\], got i64\[2\]"):
         call(prefix_lens=zeros)
-    with pytest.raises(ValueError, match=r"paged_attention: prefix_index must be i64\[2\], got i64\[1\]"):
+    with pytest.raises(ValueError, match=r"plan_pages: prefix_index must be i64\[2\], got i64\[1\]"):
         call(prefix_index=zeros[:1])
-    with pytest.raises(ValueError, match=r"paged_attention: own_table must be i64\[2, NO\], got i64\[1, 1\]"):
-        call(own_table=zeros[:1, None])
-    with pytest.raises(ValueError, match=r"paged_attention: own_lens must be i64\[2\], got i64\[3\]"):
+    with pytest.raises(ValueError, match=r"plan_pages: own_table must be i64\[R, NO\], got i64\[2\]"):
+        call(own_table=zeros)
+    with pytest.raises(ValueError, match=r"plan_pages: own_lens must be i64\[2\], got i64\[3\]"):
         call(own_lens=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"paged_attention: the heads of q must be a multiple of the heads of k, got 3 and 2"):
         call(q=torch.zeros(2, 3, 8))

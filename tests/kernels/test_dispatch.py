@@ -107,7 +107,7 @@ def test_fixed_sizes_are_held():
 
 
 def test_another_device_is_refused():
-    with pytest.raises(ValueError, match=r"op: x must be on cpu, got f32\[2\] on meta"):
+    with pytest.raises(ValueError, match=r"op: x must be f32\[2\] on cpu, got f32\[2\] on meta"):
         check("op", "x", torch.zeros(2, device="meta"), (2,), torch.float32, like=torch.zeros(1))
 
 
