@@ -59,7 +59,8 @@ def grpo_step(session: Session, step: int) -> StepStats:
 
     end = time.perf_counter()
     num_tokens = sum(len(c.token_ids) for group in sampled for c in group.completions)
-    timings |= {"train_s": end - packed, "step_s": end - start,
+    num_packed = sum(pack.num_tokens for packs in updates for pack in packs)
+    timings |= {"train_s": end - packed, "step_s": end - start, "train_tok_s": num_packed / (end - packed),
                 "rollout_tok_s": num_tokens / timings["rollout_s"], "step_tok_s": num_tokens / (end - start)}
     metrics = rollout_metrics(sampled, session.tokenizer) | update_metrics(losses) | {
         "lr": factor * config.optim.lr, "groups_without_signal": 1 - float(estimate.has_signal.float().mean())}
@@ -99,7 +100,8 @@ def main(config: Config) -> int:
         with make_view(f"reason_rl · {config.run.name}", world.rank) as view:
             should_stop = StopSignal(view.message)
             try:
-                train(prepare_run(config, world, folder, view, should_stop))
+                with prepare_run(config, world, folder, view, should_stop) as run:
+                    train(run)
             except Interrupted as stopped:
                 again = "The same command" if config.run.resume == "auto" else f"train.py {folder.path}/config.toml"
                 view.message(f"Saved: {stopped}. {again} goes on from here.")

@@ -1,14 +1,15 @@
 """Time the trainer's own GRPO step on a fixed workload, beside TRL's GRPOTrainer where it is installed.
 
-    python -m bench.train_step --workload W1                          ours alone
-    python -m bench.train_step --workload W1 --peer trl --json FILE   ours and TRL in turn, `--rounds` times each
-    python -m bench.train_step --trace step.json                      where the time goes, for chrome://tracing
+    python -m bench.train_step --workload W1                          ours, and TRL in turn where it can be imported
+    python -m bench.train_step --peer trl --peer-python P --json F    TRL from another environment's Python, record to F
+    python -m bench.train_step --peer none                            ours alone
+    python -m bench.train_step --trace step.json                      ours alone, and where the time goes (chrome://tracing)
 
 Model of both: Qwen3-MoE shape, V64 D128 I128 L4 H4 K2 C32 E8 top-2, tied, 1.78 M parameters (0.6 M active). Work of one step:
     W1   16 prompts of   6 tokens x  8 completions of exactly  64 tokens
     W2    4 prompts of 256 tokens x 16 completions of exactly 128 tokens
-Temperature 1, no KL, one update a step; rollout, reward, loss, backward, optimizer and logging are all in the step time.
-TRL lives in an environment of its own (`pip install trl transformers accelerate datasets`); --peer-python names its Python.
+Temperature 1, no KL, one update a step; rollout, reward, loss, backward, optimizer and logging are all in `step_s`.
+A peer's `train_s` is its step without its generation. TRL: `pip install trl transformers accelerate datasets`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Collection
-from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,12 +34,15 @@ from reason_rl.model.transformer import Transformer, num_active_parameters, num_
 from reason_rl.session import Session, build_session
 from reason_rl.trainer.distributed import init_world
 from reason_rl.trainer.metrics import RunLog
-from reason_rl.types import Problem
+from reason_rl.types import Problem, StepStats
 from train import grpo_step
 
 WORKLOADS = {"W1": (16, 6, 8, 64), "W2": (4, 256, 16, 128)}
 """prompts, tokens a prompt, completions a prompt, tokens a completion"""
-SHOWN = ("step_s", "rollout_s", "train_s", "rollout_tok_s", "step_tok_s", "startup_mb", "peak_mb")
+SHOWN = ("step_s", "rollout_s", "train_s", "rollout_tok_s", "train_tok_s", "step_tok_s", "startup_mb", "peak_mb")
+PEERS = ("trl float32", "trl bfloat16")
+
+Record = dict[str, Any]
 
 
 def workload_config(workload: str, dtype: str, device: str) -> Config:
@@ -67,45 +72,59 @@ def workload_session(config: Config, workload: str) -> Session:
     return session
 
 
-def measure(workload: str, dtype: str, device: str, steps: int, warmup: int, trace: str | None) -> dict[str, object]:
+def timed_step(session: Session, step: int, log: RunLog) -> tuple[dict[str, float], StepStats]:
+    """One step with its logging -> (its timings; `step_s` holds the logging too, what it did)."""
+    start = time.perf_counter()
+    stats = grpo_step(session, step)
+    log.metrics("rl", step + 1, stats.metrics)
+    log.timings("rl", step + 1, stats.timings)
+    return stats.timings | {"step_s": time.perf_counter() - start}, stats
+
+
+def measure(workload: str, dtype: str, device: str, steps: int, warmup: int, trace: str | None = None) -> Record:
+    """Medians over `steps` steps after `warmup` uncounted ones; the gap is the largest of them all."""
     config = workload_config(workload, dtype, device)
     session = workload_session(config, workload)
     startup_bytes = peak_rss_bytes()
     num_prompts, _, group_size, new_tokens = WORKLOADS[workload]
-    timings = []
+    timings, gaps = [], []
     before = session.model.head_weight.detach().clone()
     with tempfile.TemporaryDirectory() as folder, RunLog(folder) as log:
         for step in range(warmup + steps):
-            stats = grpo_step(session, step)
-            log.metrics("rl", step + 1, stats.metrics)
-            log.timings("rl", step + 1, stats.timings)
+            seconds, stats = timed_step(session, step, log)
             assert all(len(c.token_ids) == new_tokens for group in stats.groups for c in group.completions)
+            gaps.append(float(stats.metrics["max_abs_logprob_gap"]))
             if step >= warmup:
-                timings.append(stats.timings)
-        if trace:
-            with torch.profiler.profile() as profiler:
-                grpo_step(session, warmup + steps)
-            profiler.export_chrome_trace(trace)
-            print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
+                timings.append(seconds)
+    peak_bytes = peak_rss_bytes()
     assert not torch.equal(before, session.model.head_weight.detach()), "the step must change the weights"
+    if trace:
+        write_trace(session, warmup + steps, trace)
     tokens = num_prompts * group_size * new_tokens
     median = {key: statistics.median(t[key] for t in timings) for key in ("step_s", "rollout_s", "reward_s", "train_s")}
     return {
         "impl": "reason_rl", "workload": workload, **median, "step_s_min": min(t["step_s"] for t in timings),
-        "rollout_tok_s": tokens / median["rollout_s"], "step_tok_s": tokens / median["step_s"],
-        "startup_mb": startup_bytes / 2**20, "peak_mb": peak_rss_bytes() / 2**20,
-        "max_abs_logprob_gap": max(float(stats.metrics["max_abs_logprob_gap"]), 0.0),
+        "rollout_tok_s": tokens / median["rollout_s"], "train_tok_s": tokens / median["train_s"],
+        "step_tok_s": tokens / median["step_s"], "startup_mb": startup_bytes / 2**20, "peak_mb": peak_bytes / 2**20,
+        "max_abs_logprob_gap": max(gaps),
         "parameters": num_parameters(session.weights.model), "active_parameters": num_active_parameters(session.weights.model),
         "dtype": str(session.world.dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "steps": steps,
     }
 
 
-def run_child(command: list[str]) -> dict[str, object]:
+def write_trace(session: Session, step: int, path: str) -> None:
+    with torch.profiler.profile() as profiler:
+        grpo_step(session, step)
+    profiler.export_chrome_trace(path)
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
+
+
+def run_child(command: list[str]) -> Record:
     """A fresh process, so that neither side warms the other's memory; its last line is its record."""
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    record: dict[str, object] = json.loads(done.stdout.strip().splitlines()[-1])
+    record: Record = json.loads(done.stdout.strip().splitlines()[-1])
     return record
 
 
@@ -116,57 +135,94 @@ def peer_is_installed(python: str) -> bool:
         return False
 
 
-def alternate(options: argparse.Namespace) -> dict[str, object]:
-    """ours, TRL fp32, TRL bf16, ours, ... -> every record, and TRL's medians over ours."""
-    ours = [sys.executable, "-m", "bench.train_step", "--workload", options.workload, "--dtype", options.dtype,
-            "--steps", str(options.steps), "--warmup", str(options.warmup), "--json"]
-    theirs = [options.peer_python, str(Path("bench/peers/trl_step.py")), "--workload", options.workload,
-              "--steps", str(options.steps), "--warmup", str(options.warmup)]
-    commands = {"reason_rl": ours, "trl float32": theirs, "trl bfloat16": [*theirs, "--bf16"]}
-    records: dict[str, list[dict[str, object]]] = {name: [] for name in commands}
+def side_commands(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Each side's command, ours first."""
+    same = ["--workload", options.workload, "--steps", str(options.steps), "--warmup", str(options.warmup),
+            "--device", options.device]
+    ours = [sys.executable, "-m", "bench.train_step", *same, "--dtype", options.dtype, "--peer", "none", "--no-gemm", "--json"]
+    theirs = [options.peer_python, str(CHECKOUT / "bench/peers/trl_step.py"), *same]
+    return dict(zip(("reason_rl", *PEERS), (ours, theirs, [*theirs, "--bf16"]), strict=True))
+
+
+def alternate(options: argparse.Namespace) -> Record:
+    """ours, TRL fp32, TRL bf16, ours, ... -> every record, each side's medians over the rounds, and the ratios."""
+    commands = side_commands(options)
+    records: dict[str, list[Record]] = {name: [] for name in commands}
     for round_number in range(options.rounds):
         for name, command in commands.items():
             records[name].append(run_child(command))
             print(f"round {round_number + 1}  {name:14} step {records[name][-1]['step_s']:.3f} s", flush=True)
+    sides = {name: over_rounds(rounds) for name, rounds in records.items()}
+    ratios = {name: compare(sides["reason_rl"], sides[name]) for name in PEERS}
+    return {"sides": sides, "ratios": ratios, "faster_peer": min(PEERS, key=lambda name: sides[name]["step_s"]), "records": records}
 
-    def median(name: str, key: str) -> float:
-        return statistics.median(float(str(record[key])) for record in records[name])
 
-    faster = min(("trl float32", "trl bfloat16"), key=lambda name: median(name, "step_s"))
-    ratios = {
-        name: {"step": median(name, "step_s") / median("reason_rl", "step_s"),
-               "rollout_tok_s": median("reason_rl", "rollout_tok_s") / median(name, "rollout_tok_s"),
-               "peak_mb_above_startup": (median("reason_rl", "peak_mb") - median("reason_rl", "startup_mb"))
-               / (median(name, "peak_mb") - median(name, "startup_mb"))}
-        for name in ("trl float32", "trl bfloat16")
+def over_rounds(rounds: list[Record]) -> dict[str, float]:
+    """Medians of what is shown; `step_s` also with the least and the most of the rounds."""
+    steps = [record["step_s"] for record in rounds]
+    above = statistics.median(record["peak_mb"] - record["startup_mb"] for record in rounds)
+    return {key: statistics.median(record[key] for record in rounds) for key in SHOWN} | {
+        "step_s_least_round": min(steps), "step_s_most_round": max(steps), "peak_above_startup_mb": above}
+
+
+def compare(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float | None]:
+    """Speedups are above 1 where ours is faster; memory is below 1 where ours takes less.
+
+    `train_speedup` takes the step without the rollout on both sides: TRL's cannot be had more finely.
+    """
+    memory = theirs["peak_above_startup_mb"]
+    return {
+        "step_speedup": theirs["step_s"] / ours["step_s"],
+        "rollout_speedup": ours["rollout_tok_s"] / theirs["rollout_tok_s"],
+        "train_speedup": (theirs["step_s"] - theirs["rollout_s"]) / (ours["step_s"] - ours["rollout_s"]),
+        "memory_ours_over_theirs": ours["peak_above_startup_mb"] / memory if memory > 0 else None,
     }
-    return {"records": records, "ratios": ratios, "faster_peer": faster}
 
 
-def main(arguments: list[str] | None = None) -> None:
+def print_sides(record: Record) -> None:
+    """A line for each figure, a column for each side; then the ratios."""
+    sides: dict[str, dict[str, float]] = record["sides"]
+    print(f"{'':22}" + "".join(f"{name:>14}" for name in sides))
+    for key in next(iter(sides.values())):
+        print(f"{key:22}" + "".join(f"{side[key]:14.4g}" for side in sides.values()))
+    for name, ratios in record["ratios"].items():
+        print(f"{name:14} " + "  ".join(f"{key} {'-' if value is None else f'{value:.2f}x'}" for key, value in ratios.items()))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.train_step", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="W1")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="ours; TRL runs in both")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--peer", choices=["trl"], help="alternate with this peer")
+    parser.add_argument("--peer", choices=["trl", "none"], help="whom to alternate with (default: trl where it is installed)")
     parser.add_argument("--peer-python", default=sys.executable, help="the Python that has the peer installed")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each side runs, with --peer")
-    parser.add_argument("--trace", help="write a torch profiler trace of one step to this file")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each side runs, with a peer")
+    parser.add_argument("--trace", help="write a torch profiler trace of one step to this file; ours alone")
+    parser.add_argument("--no-gemm", action="store_true", help="leave out the machine's matrix product rates")
     add_json_option(parser)
     options = parser.parse_args(arguments)
-    if options.peer and not peer_is_installed(options.peer_python):
-        print(f"{options.peer}: not installed for {options.peer_python}")
-        options.peer = None
-    if options.peer:
+    if options.trace and options.peer == "trl":
+        parser.error("--trace is of our own step: it takes no --peer trl")
+    if min(options.steps, options.rounds) < 1 or options.warmup < 0:
+        parser.error("--steps and --rounds must be at least 1, --warmup at least 0")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    is_wanted = options.peer != "none" and not options.trace
+    has_peer = is_wanted and peer_is_installed(options.peer_python)
+    if has_peer:
         record = alternate(options)
-        for name, values in record["ratios"].items():  # type: ignore[attr-defined]
-            print(f"{name:14} / ours: " + "  ".join(f"{key} {value:.2f}x" for key, value in values.items()))
+        print_sides(record)
     else:
         record = measure(options.workload, options.dtype, options.device, options.steps, options.warmup, options.trace)
         print("  ".join(f"{key} {record[key]:.4g}" for key in SHOWN))
-    rates = gemm_rates(options.device)
+        if is_wanted:
+            print("trl: not installed")
+    rates = None if options.no_gemm else gemm_rates(options.device)
     setting = describe_setting(options.device)
     write_json({"bench": "train_step", "ops": "torch reference", **record, "gemm_gflops": rates, "setting": setting}, options.json)
 

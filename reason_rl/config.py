@@ -34,7 +34,8 @@ class RunConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; master weights stay float32. "auto": bfloat16 on CUDA, float32 on the CPU."""
     num_threads: int = 0
-    """CPU threads of torch in each process; 0 shares the machine's cores among the processes."""
+    """CPU threads of torch in each process; 0 shares the machine's cores among the processes (a single process goes by
+    OMP_NUM_THREADS where that is set)."""
     resume: Literal["auto", "never"] = "auto"
     """"auto" continues an unfinished run of the same config; "never" starts afresh in a new folder."""
     checkpoint_every: int = 20
@@ -62,6 +63,7 @@ class ModelConfig:
     num_experts: int = 8
     """1 makes every layer dense."""
     num_experts_per_tok: int = 2
+    """Ignored when dense."""
     expert_size: int = 96
     """Inner width of one expert (of the MLP when dense)."""
     num_shared_experts: int = 0
@@ -195,8 +197,9 @@ class RLConfig:
     old_logprobs: Literal["rollout", "recompute"] = "rollout"
     """Where old_logprobs come from: the engine's own record (equal to the trainer's, so no second forward is needed),
     or a forward before the first update."""
-    max_logprob_gap: float = 1e-3
-    """Stop when the engine's logprobs leave the trainer's by more than this on policy; 0 leaves the check out."""
+    max_logprob_gap: float = 0.0
+    """Above 0: stop when the engine's logprobs leave the trainer's by more than this (nats) on policy. 0 goes on: the gap is
+    logged as max_abs_logprob_gap, with one warning where it is more than 0.001."""
 
 
 @dataclass(frozen=True)

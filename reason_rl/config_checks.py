@@ -57,7 +57,7 @@ def check_config(config: Config) -> None:
     if model.num_heads % model.num_kv_heads:
         raise ConfigError(f"model.num_heads = {model.num_heads} must be divisible by "
                           f"model.num_kv_heads = {model.num_kv_heads}")
-    if model.num_experts_per_tok > model.num_experts:
+    if model.num_experts_per_tok > model.num_experts > 1:  # 1 expert is a dense layer, without a choice
         raise ConfigError(f"model.num_experts_per_tok must be at most model.num_experts = {model.num_experts}, "
                           f"got {model.num_experts_per_tok}")
     if model.head_dim % 2:

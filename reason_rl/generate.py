@@ -53,24 +53,42 @@ def printer(tokenizer: Tokenizer, console: Console) -> Callable[[int], None]:
     return show
 
 
+def answer(engine: Engine, tokenizer: Tokenizer, console: Console, options: argparse.Namespace, prompt: str, number: int) -> None:
+    """Stream the samples of one prompt."""
+    ids = tuple(tokenizer.encode(prompt))
+    if not ids:
+        raise ValueError("the prompt is empty")
+    room = engine.model.config.max_positions - len(ids)
+    if room < 1:
+        raise ValueError(f"the prompt has {len(ids)} tokens, which leaves no room in the model's context of "
+                         f"{engine.model.config.max_positions}")
+    sampling = SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p,
+                              options.max_tokens or room, (tokenizer.eos_id,))
+    for sample in range(options.samples):
+        show = printer(tokenizer, console)
+        # One sample at a time, so that tokens stream; the step keeps their draws apart.
+        engine.generate([Problem(number, "", prompt, ids, "")], 1, sampling, step=sample,
+                        on_token=lambda problem, index, token, show=show: show(token))  # type: ignore[misc]
+        console.print()
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         tokenizer, model = Tokenizer.load(options.checkpoint), load_model(options.checkpoint).to(options.device).eval()
         engine, console = Engine(model, EngineConfig(), options.seed), Console()
-        prompts = [options.prompt] if options.prompt is not None else (line.rstrip("\n") for line in sys.stdin)
-        for number, prompt in enumerate(prompts):
-            ids = tuple(tokenizer.encode(prompt))
-            room = model.config.max_positions - len(ids)
-            sampling = SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p,
-                                      options.max_tokens or max(1, room), (tokenizer.eos_id,))
-            for sample in range(options.samples):
-                show = printer(tokenizer, console)
-                # One sample at a time, so that tokens stream; the step keeps their draws apart.
-                engine.generate([Problem(number, "", prompt, ids, "")], 1, sampling, step=sample,
-                                on_token=lambda problem, index, token, show=show: show(token))  # type: ignore[misc]
-                console.print()
-    except (ValueError, RuntimeError) as error:
+        if options.prompt is not None:
+            answer(engine, tokenizer, console, options, options.prompt, 0)
+            return 0
+        for number, line in enumerate(sys.stdin):
+            try:
+                answer(engine, tokenizer, console, options, line.rstrip("\n"), number)
+            except ValueError as error:  # of this line; the next may do better
+                print(f"generate: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print()
+        return 130
+    except (ValueError, RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
         print(f"generate: {error}", file=sys.stderr)
         return 1
     return 0

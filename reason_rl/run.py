@@ -8,16 +8,19 @@ train.py holds the algorithm; this holds what surrounds it. `prepare_run` gives 
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from reason_rl.config import Config, ConfigError
 from reason_rl.data import Tokenizer, char_tokenizer
 from reason_rl.model.transformer import Transformer, num_active_parameters, num_parameters
 from reason_rl.model.weights import load_model
-from reason_rl.pretrain import HISTORY_FILE, base_folder, pretrain, pretrain_seconds
+from reason_rl.pretrain import HISTORY_FILE, make_base, pretrain_seconds
 from reason_rl.run_folder import RunFolder, begin_run, config_table, describe_source, write_summary
 from reason_rl.session import Session, build_session, check_task
 from reason_rl.statistics import rollout_rows
@@ -27,6 +30,9 @@ from reason_rl.trainer.metrics import METRICS, RunLog, read_jsonl
 from reason_rl.trainer.report import write_report
 from reason_rl.trainer.terminal import View
 from reason_rl.types import StepStats
+
+NOTABLE_GAP = 1e-3
+"""Nats between sampler and trainer on policy, from which on a run says so."""
 
 
 @dataclass
@@ -42,8 +48,18 @@ class Run:
     """The checkpoint folder that RL starts from."""
     first_step: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall-clock by part of the run, over all its sessions: pretrain_s, rl_s, eval_s."""
+    """Wall-clock by part of the run, over all its sessions: pretrain_s (what the base took, also where it is reused), start_s,
+    rl_s, eval_s."""
     step_started_s: float = field(default_factory=time.perf_counter)
+    warned: set[str] = field(default_factory=set)
+    """What has been said once and need not be said again."""
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.log is not None:
+            self.log.close()
 
     @property
     def small_size(self) -> tuple[int, int]:
@@ -66,6 +82,7 @@ class Run:
         self.log.metrics("rl", number, stats.metrics)
         self.log.timings("rl", number, stats.timings)
         self.view.update(number, stats.metrics, stats.timings)
+        self._warn(stats)
         if number == 1 or self.is_due(self.config.run.rollout_every, number) or number == self.config.rl.steps:
             self.log.rollouts(number, rollout_rows(stats.groups, stats.advantages, tokenizer, number, self.config))
         if stats.groups:
@@ -93,6 +110,22 @@ class Run:
             eos_id=self.session.tokenizer.eos_id, optimizer=self.session.optimizer, progress=progress)
         prune_checkpoints(checkpoints, self.config.run.keep_checkpoints, self.session.world)
 
+    def _warn(self, stats: StepStats) -> None:
+        """What a run should know of, once each: completions without a grade, a sampler that drifts from the trainer."""
+        causes = [score.cause for group in stats.groups for score in group.scores if not score.is_graded]
+        if causes:
+            self._say_once("ungraded", f"Step {stats.step + 1}: {len(causes)} completions could not be graded and take no part "
+                                       f"(metric 'ungraded' counts on). The first: {causes[0]}")
+        gap = stats.metrics.get("max_abs_logprob_gap")
+        if gap is not None and not gap <= NOTABLE_GAP:
+            self._say_once("gap", f"Step {stats.step + 1}: sampler and trainer differ by {gap:.2g} nats on policy on this device; "
+                                  "rl.old_logprobs='recompute' with loss.importance='tis' allows for it.")
+
+    def _say_once(self, what: str, text: str) -> None:
+        if what not in self.warned:
+            self.warned.add(what)
+            self.view.message(text)
+
     def _spend(self, part: str) -> None:
         now = time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self.step_started_s
@@ -105,24 +138,33 @@ def prepare_run(config: Config, world: World, folder: RunFolder, view: View, sho
     tokenizer = Tokenizer.load(config.model.init_from) if config.model.init_from else char_tokenizer()
     given = load_model(config.model.init_from) if config.model.init_from else None
     check_task(config if given is None else _as_given(config, given, tokenizer), tokenizer)
-    if world.is_main:
-        begin_run(folder, config)
-    log = _open_log(config, folder) if world.is_main else None
-    seconds = {"pretrain_s": 0.0}
-    base = Path(config.model.init_from)
-    if not config.model.init_from:
-        base = base_folder(config, str(world.dtype))
-        if not world.gather(base.is_dir())[0]:
-            pretrain(config, world, tokenizer, base, view, should_stop)
-        else:
-            view.message(f"Base model reused: {base}")
+    log = _begin(config, folder) if world.is_main else None
+    try:
+        return _prepare(config, world, folder, view, should_stop, log, tokenizer, given, started)
+    except BaseException:  # Ctrl-C in pretraining too: what was logged must be on disk
+        if log is not None:
+            log.close()
+        raise
+
+
+def _prepare(
+    config: Config, world: World, folder: RunFolder, view: View, should_stop: Callable[[], bool], log: RunLog | None,
+    tokenizer: Tokenizer, given: Transformer | None, started: float,
+) -> Run:
+    base, seconds, base_s = Path(config.model.init_from), {"pretrain_s": 0.0}, 0.0
+    if given is None:
+        base_started = time.perf_counter()
+        base = make_base(config, world, tokenizer, view, should_stop)
+        base_s = time.perf_counter() - base_started
         seconds["pretrain_s"] = pretrain_seconds(base)
         if log is not None and folder.resume_from is None:
             for line in read_jsonl(base / HISTORY_FILE):
                 log.metrics("pretrain", line["step"], line["metrics"])
                 log.timings("pretrain", line["step"], line["timings"])
     policy = load_model(base) if given is None else given
-    reference_state = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    reference_state = None
+    if config.loss.kl_coef > 0:
+        reference_state = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     progress, optimizer_state = None, None
     if folder.resume_from is not None:
         progress, optimizer_state = load_checkpoint(folder.resume_from, policy)
@@ -133,10 +175,30 @@ def prepare_run(config: Config, world: World, folder: RunFolder, view: View, sho
         session.optimizer.load_state_dict(optimizer_state)
         session.policy_version = progress.policy_version
         run.first_step, run.seconds = progress.step, dict(progress.seconds)
-    else:
-        run.seconds["start_s"] = max(0.0, time.perf_counter() - started - seconds["pretrain_s"])
+    view.message(describe_machine(session))
     run.step_started_s = time.perf_counter()
+    run.seconds["start_s"] = run.seconds.get("start_s", 0.0) + run.step_started_s - started - base_s
     return run
+
+
+def describe_machine(session: Session) -> str:
+    """What was chosen to run on, in a line."""
+    world, model = session.world, session.weights.model
+    return (f"On {world.device}, {str(world.dtype).removeprefix('torch.')}, {world.size} process(es) of {torch.get_num_threads()} "
+            f"CPU thread(s). {num_parameters(model):,} parameters, {num_active_parameters(model):,} of them active for a token.")
+
+
+def _begin(config: Config, folder: RunFolder) -> RunLog:
+    """The log first, as it may be refused (a package that is missing); then config.toml makes the folder a run's."""
+    was_there = folder.path.exists()
+    try:
+        log = _open_log(config, folder)
+    except BaseException:
+        if not was_there:
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+    begin_run(folder, config)
+    return log
 
 
 def _open_log(config: Config, folder: RunFolder) -> RunLog:
@@ -184,6 +246,7 @@ def summarise(run: Run) -> dict[str, object]:
         "final_accuracy_given_thought": last["accuracy_given_thought"], "final_accuracy_given_none": last["accuracy_given_none"],
         "base_pass_at_k": first.get("pass_at_k"), "final_pass_at_k": last.get("pass_at_k"),
         "max_abs_logprob_gap": max(gaps, default=None),
+        "ungraded": int(sum(row.get("ungraded") or 0 for row in rows if row["phase"] == "rl")),
         "rl_steps": run.config.rl.steps, "wall_s": round(sum(run.seconds.values()), 2),
         "seconds": {key: round(value, 2) for key, value in run.seconds.items()},
         "parameters": num_parameters(model), "active_parameters": num_active_parameters(model),

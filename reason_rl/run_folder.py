@@ -92,9 +92,12 @@ def write_summary(folder: RunFolder, values: dict[str, Any]) -> None:
 
 
 def describe_source() -> dict[str, str]:
-    """Commit and whether the tree was clean, where the run is from a checkout."""
+    """Commit and whether the tree was clean, where the run is from a checkout and there is a git; else both are ""."""
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        except OSError:  # no git on this machine
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     commit = git("rev-parse", "HEAD")

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels.grpo_loss.spec import LossSpec
-from reason_rl.config import Config, ConfigError
-from reason_rl.data import Tokenizer, check_problems, heldout_problems, rl_problems
+from reason_rl.config import Config
+from reason_rl.data import Tokenizer, check_problems, corpus_documents, heldout_problems, rl_problems
 from reason_rl.engine import Engine, check_fits
 from reason_rl.model.transformer import Transformer
 from reason_rl.reward import grade_group, load_rewards
@@ -26,7 +26,8 @@ from reason_rl.types import Group, Problem, SamplingParams
 
 EVAL_KEY = 1 << 40
 """Added to the step in an evaluation's noise key, so that no evaluation shares noise with a rollout."""
-
+CHECKED_DOCUMENTS = 512
+"""Documents of the corpus that are drawn before any work, to see that they fit."""
 
 DrawProblems = Callable[[int, int, int, Collection[int]], list[Problem]]
 """(step, count, round, ids to leave out) -> `count` problems: the same on every rank."""
@@ -97,8 +98,9 @@ def check_task(config: Config, tokenizer: Tokenizer) -> None:
     problems = rl_problems(config, tokenizer, 0, config.rl.prompts_per_step) + heldout_problems(config, tokenizer, count)
     check_problems(problems, config)
     check_fits(problems, config.sampling.max_tokens, config.model.max_positions, config.engine.num_blocks)
-    if tokenizer.vocab_size < 2:
-        raise ConfigError(f"the tokenizer holds {tokenizer.vocab_size} tokens")
+    if not config.model.init_from:
+        corpus_documents(config, tokenizer, 0, CHECKED_DOCUMENTS)  # raises where one does not fit
+    _ = tokenizer.think_open_id, tokenizer.think_close_id  # each raises where the tokenizer has no such token
 
 
 def sample_and_grade(
@@ -117,15 +119,16 @@ def sample_and_grade(
 
 
 def has_signal(group: Group) -> bool:
-    """Its graded rewards differ, so that its advantages do not vanish."""
-    return len({score.value for score in group.scores if score.is_graded}) > 1
+    """Its graded rewards differ, so that its advantages do not vanish: in f32, as `group_advantage` compares them."""
+    values = torch.tensor([score.value for score in group.scores if score.is_graded], dtype=torch.float32)
+    return len(values) > 1 and bool(values.max() > values.min())
 
 
 def collect_groups(session: Session, step: int) -> tuple[list[Group], list[Group], dict[str, float]]:
     """A step's graded groups -> (the batch, all that were sampled, seconds).
 
     With rl.dynamic_sampling (DAPO), groups without signal are replaced by fresh problems in further rounds; what is still missing
-    after the last round stays a group without signal.
+    after the last round, or once the task has no more problems, stays a group without signal.
     """
     rl = session.config.rl
     batch: list[Group] = []
@@ -137,7 +140,12 @@ def collect_groups(session: Session, step: int) -> tuple[list[Group], list[Group
         if not missing:
             break
         used = {group.problem.problem_id for group in everything}
-        problems = session.draw_problems(step, missing, round_number, used)
+        try:
+            problems = session.draw_problems(step, missing, round_number, used)
+        except ValueError as error:
+            if round_number == 0 or not str(error).startswith("too few problems"):
+                raise
+            break
         groups, seconds = sample_and_grade(session, problems, rl.group_size, session.sampling, step)
         everything += groups
         timings = {key: timings[key] + seconds[key] for key in timings}

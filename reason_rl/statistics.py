@@ -124,7 +124,7 @@ def rollout_rows(
             "text": tokenizer.decode_completion(completion.token_ids),
             "tokens": [tokenizer.token_text(token) for token in completion.token_ids],
             "logprobs": list(completion.logprobs), "advantage": advantage, "reward": score.value, "parts": dict(score.parts),
-            "is_graded": score.is_graded, "finish_reason": completion.finish_reason,
+            "is_graded": score.is_graded, "cause": score.cause, "finish_reason": completion.finish_reason,
         }
         for number, (group, row) in enumerate(zip(groups, advantages, strict=True))
         if number < config.run.rollout_samples

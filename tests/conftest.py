@@ -1,4 +1,4 @@
-"""What every test gets: no state from the test before, and a skip with a word where a device or data is missing.
+"""What every test gets: no state from the test before, and a skip with a word where a device or browser is missing.
 
 Uninitialised memory is poisoned: `torch.empty` and its kin come filled with NaN (the largest value for integers), so
 that an op which reads what it never wrote fails here and not once in a blue moon.
@@ -7,11 +7,9 @@ that an op which reads what it never wrote fails here and not once in a blue moo
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,12 +65,3 @@ def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return tensor
 
     return call
-
-
-@pytest.fixture
-def data_folder() -> Path:
-    """The folder of REASON_RL_DATA, which holds the data sets that we do not ship."""
-    value = os.environ.get("REASON_RL_DATA", "")
-    if not value or not Path(value).is_dir():
-        pytest.skip("REASON_RL_DATA names no folder")
-    return Path(value)

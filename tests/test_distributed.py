@@ -46,16 +46,19 @@ def test_ranks_without_work_join_every_round():
 def test_threads_are_shared_among_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch):
     from reason_rl.trainer import distributed
 
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(distributed.os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     asked: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     init_world(RunConfig(device="cpu"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    init_world(RunConfig(device="cpu"))  # for one process alone
     for key, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(key, value)
     world = init_world(RunConfig(device="cpu"))
     init_world(RunConfig(device="cpu", num_threads=3))
-    assert asked == [8, 4, 3] and (world.rank, world.size, world.is_main) == (1, 2, False)
+    assert asked == [8, 5, 4, 3] and (world.rank, world.size, world.is_main) == (1, 2, False)
 
 
 @pytest.fixture(scope="module")

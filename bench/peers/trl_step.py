@@ -3,6 +3,7 @@
 Run by `python -m bench.train_step --peer trl`, with a Python that has trl, transformers, accelerate and datasets; imports nothing
 of this project. Every completion has exactly the workload's length (the end token is forbidden until then), and a step's time is
 the wall-clock between the ends of two optimizer steps, so it holds generation, reward, loss and update.
+`train_s` is the step without its generation.
 """
 
 import argparse
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     num_prompts, prompt_tokens, group_size, new_tokens = WORKLOADS[options.workload]
     rng = random.Random(0)
@@ -71,8 +73,9 @@ def main() -> None:
         model=build_model(), reward_funcs=distinct_characters, train_dataset=prompts, processing_class=build_tokenizer(),
         callbacks=[clock],
         args=GRPOConfig(
-            output_dir=tempfile.mkdtemp(), per_device_train_batch_size=num_prompts * group_size, num_generations=group_size,
-            max_completion_length=new_tokens, max_steps=options.warmup + options.steps, use_cpu=True, bf16=options.bf16,
+            output_dir=tempfile.mkdtemp(), use_cpu=options.device == "cpu", bf16=options.bf16,
+            per_device_train_batch_size=num_prompts * group_size, num_generations=group_size,
+            max_completion_length=new_tokens, max_steps=options.warmup + options.steps,
             beta=0.0, temperature=1.0, learning_rate=1e-6, gradient_checkpointing=False, save_strategy="no",
             logging_strategy="no", disable_tqdm=True, report_to=[], generation_kwargs={"min_new_tokens": new_tokens}))
 
@@ -98,7 +101,8 @@ def main() -> None:
     print(json.dumps({
         "impl": "trl", "workload": options.workload, "dtype": "bfloat16 autocast" if options.bf16 else "float32",
         "step_s": step, "step_s_min": min(step_s), "rollout_s": rollout, "train_s": step - rollout,
-        "rollout_tok_s": tokens / rollout, "step_tok_s": tokens / step, "startup_mb": startup, "peak_mb": peak_mb(),
+        "rollout_tok_s": tokens / rollout, "train_tok_s": tokens / (step - rollout),
+        "step_tok_s": tokens / step, "startup_mb": startup, "peak_mb": peak_mb(),
         "threads": torch.get_num_threads(), "steps": options.steps}))
 
 

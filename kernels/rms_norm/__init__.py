@@ -4,7 +4,7 @@ Reduced in f32 and rounded once, at the end; the weight stays f32. Used before a
 and on each head's q and k (qk-norm). One row, one reduction of fixed length: no row sees another.
 
 Saved for backward: x and weight. Bytes: 2 * numel(x) * itemsize forward.
-Siblings: reference.py here, tests/kernels/test_elementwise.py.
+Siblings: reference.py here, tests/kernels/test_rms_norm.py.
 """
 
 from __future__ import annotations

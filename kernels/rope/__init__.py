@@ -5,7 +5,7 @@
 
 The angles come as tables (reason_rl/model/rope.py builds them per position), so that scalings stay out of the kernel.
 Computed in f32, stored in x's dtype. Saved for backward: cos, sin. Bytes: 2 * numel(x) * itemsize.
-Siblings: reference.py here, tests/kernels/test_elementwise.py.
+Siblings: reference.py here, tests/kernels/test_rope.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`swiglu`: y = silu(gate) * up with gate, up the two halves of the last dimension (Shazeer 2020, arXiv:2002.05202).
 
 Computed in f32, stored in the input's dtype. Saved for backward: gate_up. Bytes: 3 * T * I * itemsize.
-Siblings: reference.py here, tests/kernels/test_elementwise.py.
+Siblings: reference.py here, tests/kernels/test_swiglu.py.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def config_to_json(config: ModelConfig, vocab_size: int, eos_id: int) -> dict[st
         "vocab_size": vocab_size, "eos_token_id": eos_id,
         "num_hidden_layers": config.num_layers, "hidden_size": config.hidden_size,
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
-        "num_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok,
+        "num_experts": config.num_experts, "num_experts_per_tok": min(config.num_experts_per_tok, config.num_experts),
         "moe_intermediate_size": config.expert_size, "intermediate_size": config.expert_size,
         "norm_topk_prob": config.norm_topk, "tie_word_embeddings": config.tie_embeddings,
         "rope_theta": config.rope_theta, "rms_norm_eps": config.rms_norm_eps,
@@ -113,7 +114,29 @@ def config_to_json(config: ModelConfig, vocab_size: int, eos_id: int) -> dict[st
 
 
 def config_from_json(values: Mapping[str, Any]) -> tuple[ModelConfig, int]:
-    """-> (ModelConfig, vocab_size)."""
+    """-> (ModelConfig, vocab_size). What is missing, not ours or of the wrong type is a ValueError that says so."""
+    try:
+        config, vocab_size = _read_config(values)
+    except KeyError as error:
+        raise ValueError(f"config.json: {error.args[0]} is missing") from error
+    except (TypeError, AttributeError, ZeroDivisionError) as error:  # a word where a table or a number belongs
+        raise ValueError(f"config.json holds a value of the wrong type: {error}") from error
+    _check_value("vocab_size", vocab_size, 1)
+    for field in fields(ModelConfig):
+        assert field.default is not MISSING
+        _check_value(field.name, getattr(config, field.name), field.default)
+    return replace(config, rope_theta=float(config.rope_theta)), vocab_size
+
+
+def _check_value(name: str, value: object, example: object) -> None:
+    kinds = (int, float) if isinstance(example, float) else (type(example),)
+    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(example, bool):
+        raise ValueError(f"config.json: {name} must be {type(example).__name__}, got {value!r}")
+    if isinstance(value, int | float) and not isinstance(value, bool) and not (value > 0 or (value == 0 and example == 0)):
+        raise ValueError(f"config.json: {name} must be above 0, got {value!r}")
+
+
+def _read_config(values: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     family = values.get("model_type")
     if family not in ("qwen3_moe", "qwen3"):
         raise ValueError(f"config.json: model_type must be 'qwen3_moe' or 'qwen3', got {family!r}")
@@ -126,22 +149,19 @@ def config_from_json(values: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     if rotary.get("rope_type", "default") != "default":
         raise ValueError(f"config.json: rope_parameters.rope_type must be 'default', got {rotary['rope_type']!r}")
     is_moe, own = family == "qwen3_moe", values.get("reason_rl", {})
-    try:
-        config = ModelConfig(
-            num_layers=values["num_hidden_layers"], hidden_size=values["hidden_size"], num_heads=values["num_attention_heads"],
-            num_kv_heads=values["num_key_value_heads"],
-            head_dim=values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"],
-            num_experts=(values.get("num_local_experts") or values["num_experts"]) if is_moe else 1,
-            num_experts_per_tok=values["num_experts_per_tok"] if is_moe else 1,
-            expert_size=values["moe_intermediate_size"] if is_moe else values["intermediate_size"],
-            num_shared_experts=own.get("num_shared_experts", 0), router_score=own.get("router_score", "softmax"),
-            norm_topk=values.get("norm_topk_prob", not is_moe), expert_bias=own.get("expert_bias", False),
-            qk_norm=own.get("qk_norm", True), tie_embeddings=values.get("tie_word_embeddings", False),
-            rope_theta=float(rotary["rope_theta"]), rms_norm_eps=values.get("rms_norm_eps", 1e-6),
-            max_positions=values["max_position_embeddings"])
-        return config, int(values["vocab_size"])
-    except KeyError as error:
-        raise ValueError(f"config.json: {error.args[0]} is missing") from error
+    config = ModelConfig(
+        num_layers=values["num_hidden_layers"], hidden_size=values["hidden_size"], num_heads=values["num_attention_heads"],
+        num_kv_heads=values["num_key_value_heads"],
+        head_dim=values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"],
+        num_experts=(values.get("num_local_experts") or values["num_experts"]) if is_moe else 1,
+        num_experts_per_tok=values["num_experts_per_tok"] if is_moe else 1,
+        expert_size=values["moe_intermediate_size"] if is_moe else values["intermediate_size"],
+        num_shared_experts=own.get("num_shared_experts", 0), router_score=own.get("router_score", "softmax"),
+        norm_topk=values.get("norm_topk_prob", not is_moe), expert_bias=own.get("expert_bias", False),
+        qk_norm=own.get("qk_norm", True), tie_embeddings=values.get("tie_word_embeddings", False),
+        rope_theta=rotary["rope_theta"], rms_norm_eps=values.get("rms_norm_eps", 1e-6),
+        max_positions=values["max_position_embeddings"])
+    return config, values["vocab_size"]
 
 
 def save_weights(folder: Path, state: Mapping[str, torch.Tensor], config: ModelConfig, vocab_size: int, eos_id: int) -> None:

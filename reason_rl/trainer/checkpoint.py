@@ -44,12 +44,13 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 def save_checkpoint(
     folder: Path, model: Transformer, world: World, *, tokenizer_json: str, eos_id: int,
     optimizer: Optimizer | None = None, progress: Progress | None = None, extra: Mapping[str, str] | None = None,
+    replace: bool = True,
 ) -> None:
-    """A collective; rank 0 writes. `extra`: further text files by name."""
+    """A collective; rank 0 writes. `extra`: further text files by name. replace=False keeps a folder that is there already."""
     state = full_state(model)
     optimizer_state = optimizer.state_dict() if optimizer is not None else None
     if world.is_main:
-        partial = folder.with_name(f".{folder.name}.partial")
+        partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")  # nobody else writes there
         shutil.rmtree(partial, ignore_errors=True)
         save_weights(partial, state, model.config, model.vocab_size, eos_id)
         (partial / "tokenizer.json").write_text(tokenizer_json)
@@ -57,9 +58,12 @@ def save_checkpoint(
             (partial / name).write_text(text)
         if progress is not None:
             torch.save({"progress": vars(progress), "optimizer": optimizer_state}, partial / STATE_FILE)
-        if folder.exists():
+        if folder.exists() and replace:
             shutil.rmtree(folder)
-        os.replace(partial, folder)
+        if folder.exists():
+            shutil.rmtree(partial)
+        else:
+            os.replace(partial, folder)
     world.barrier()
 
 

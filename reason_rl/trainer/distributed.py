@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -76,15 +77,28 @@ def init_world(run: RunConfig) -> World:
         if not torch.cuda.is_available():
             raise ConfigError(f"run.device={run.device!r}, but torch {torch.__version__} sees no CUDA device; use --device cpu")
         device = torch.device("cuda", local_rank if size > 1 or device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(f"{device} was asked for (run.device={run.device!r}, {local_size} process(es) on this machine), but "
+                              f"torch sees {torch.cuda.device_count()} CUDA device(s)")
         torch.cuda.set_device(device)
         # TF32 would round the float32 parts (router, norms' inputs) differently from the CPU reference.
         torch.backends.cuda.matmul.allow_tf32 = False
-    torch.set_num_threads(run.num_threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    torch.set_num_threads(run.num_threads or _default_threads(local_size))
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
              "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[run.dtype]
     return World(rank, size, device, dtype)
+
+
+def _default_threads(local_size: int) -> int:
+    """A process's share of the cores it may use; OMP_NUM_THREADS for one alone (torchrun sets it to 1 for several)."""
+    wished = os.environ.get("OMP_NUM_THREADS", "")
+    if local_size == 1 and wished.isdigit() and int(wished) > 0:
+        return int(wished)
+    # Not every system can say which cores a process may use.
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, num_cores // local_size)
 
 
 def close_world(world: World) -> None:
@@ -108,10 +122,12 @@ def end_process(code: int) -> NoReturn:
 def shard(model: Transformer, world: World) -> Transformer:
     """The module itself for one process; for several, each block and the rest become FSDP units, sharded in place."""
     if world.size > 1:
+        # A mesh of our own device: fully_shard's default is the machine's GPU even when the run is on the CPU.
+        mesh = init_device_mesh(world.device.type, (world.size,))
         for block in model.blocks:
-            fully_shard(block)
+            fully_shard(block, mesh=mesh)
         # The root keeps its parameters after forward: the LM head is used outside of it.
-        fully_shard(model, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)
     return model
 
 

@@ -113,7 +113,7 @@ def _nested(step: int, rows: Sequence[Row]) -> Row:
             "logprobs": [None if v is None else round(v, 5) for v in logprobs] if len(logprobs) == len(tokens) else [],
             "advantage": _number(row.get("advantage")), "reward": _number(row.get("reward")),
             "parts": row.get("parts") or {}, "is_graded": row.get("is_graded", True),
-            "finish_reason": row.get("finish_reason"),
+            "cause": str(row.get("cause") or ""), "finish_reason": row.get("finish_reason"),
         })
     return {"step": step, "groups": list(groups.values())}
 

@@ -32,7 +32,8 @@ const SECTIONS = [
   ]},
   {title: 'How the policy moved', lead: 'What the update did to the distribution it samples from.', charts: [
     {title: 'Entropy', about: 'mean per token, in nats: how undecided the policy still is', unit: 'plain', zero: true, series: [rl('entropy', 'entropy', {wash: true})]},
-    {title: 'KL', about: 'estimate per token, in nats', unit: 'plain', zero: true, series: [rl('kl', 'KL', {colour: 4, wash: true})]},
+    {title: 'KL', about: 'estimates per token, in nats', unit: 'plain', zero: true,
+      series: [rl('kl', 'KL to the reference', {colour: 4}), rl('approx_kl', 'KL to old policy', {colour: 5})]},
     {title: 'Clip fractions', about: 'loss tokens whose ratio the clip stopped', unit: 'percent', zero: true,
       series: [rl('clip_low', 'below', {colour: 2}), rl('clip_high', 'above', {colour: 1})]},
     {title: 'Logprob gap', about: 'largest |sampler − trainer| on policy, in nats; 0 means bit for bit', unit: 'plain', zero: true,

@@ -86,7 +86,8 @@ function renderCompletion() {
   const s = sample(), [sign, look, word] = verdict(s);
   const fact = (name, value) => element('span', {}, name + ' ', element('b', {}, value));
   $('verdict').replaceChildren(element('span', {class: look}, `${sign} ${word}`), fact('reward', s.reward === null ? '–' : s.reward.toFixed(3)),
-    fact('advantage', signed(s.advantage, 3)), fact('tokens', String(s.tokens.length)), fact('ended by', s.finish_reason ?? '–'));
+    fact('advantage', signed(s.advantage, 3)), fact('tokens', String(s.tokens.length)), fact('ended by', s.finish_reason ?? '–'),
+    ...(s.cause ? [fact('cause', visible(s.cause))] : []));
   $('tokens').replaceChildren(...s.tokens.map((token, i) => {
     const span = element('span', {class: /^<.*>$/s.test(token) ? 'token markup' : 'token', 'data-token': i}, visible(token));
     span.style.backgroundColor = tint(s, i);

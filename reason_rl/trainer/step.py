@@ -108,12 +108,17 @@ def policy_update(
             parts.append({key: value.cpu() for key, value in metrics.items()})
     gathered = world.gather((loss_sum, gaps, parts))
     gap = float(torch.tensor([value for g in gathered for value in g[1]]).max())  # NaN wins, as it must
-    if max_gap and not gap <= max_gap:
-        raise FloatingPointError(
-            f"the engine's logprobs left the trainer's by {gap:.3g} nats on policy, more than rl.max_logprob_gap = {max_gap}: "
-            "sampler and trainer no longer agree (rl.old_logprobs='recompute' with loss.importance='tis' allows for it)")
+    _check_gap(gap, max_gap)
     grad_norm = optimizer.step(lr_factor)
     merged = finish_metrics(merge_metrics([part for _, _, rank_parts in gathered for part in rank_parts]))
+    merged.pop("logprob_gap_max", None)  # against logprob - kept mass; how far the two drift is max_abs_logprob_gap
     return merged | {"loss": sum(g[0] for g in gathered), "max_abs_logprob_gap": gap,
                      "grad_norm": grad_norm, "num_loss_tokens": float(total_tokens)}
 
+
+def _check_gap(gap: float, max_gap: float) -> None:
+    if max_gap and not gap <= max_gap:
+        raise FloatingPointError(
+            f"the engine's logprobs left the trainer's by {gap:.3g} nats on policy, more than rl.max_logprob_gap = {max_gap}: "
+            "sampler and trainer no longer agree. A run with rl.max_logprob_gap=0 goes on all the same, and "
+            "rl.old_logprobs='recompute' with loss.importance='tis' then allows for the gap")

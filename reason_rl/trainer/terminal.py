@@ -31,11 +31,14 @@ PLAIN_LINES = {"pretrain": 20, "rl": 100}
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("reward", "reward", ".3f"), ("accuracy", "right", ".1%"), ("format_rate", "format", ".1%"),
     ("thinking_tokens", "thinking", ".1f"), ("length", "length", ".1f"), ("thinks_share", "thinks", ".0%"),
-    ("kl", "KL", ".2g"), ("entropy", "entropy", ".3f"), ("max_abs_logprob_gap", "logprob gap", ".1e"),
+    ("kl", "KL", ".2g"), ("approx_kl", "KL to old policy", ".2g"),
+    ("entropy", "entropy", ".3f"), ("max_abs_logprob_gap", "logprob gap", ".1e"),
     ("groups_without_signal", "no signal", ".0%"), ("loss", "loss", ".4f"), ("lr", "lr", ".1e"),
-    ("grad_norm", "grad norm", ".2f"),
+    ("grad_norm", "grad norm", ".2f"), ("ungraded", "ungraded", ".0f"),
 )
 """Metric, its word on the screen, its format."""
+ONLY_IF_ANY = ("ungraded",)
+"""Shown when above 0: a run where all is well does not speak of it."""
 
 
 def never_raises(method: Method) -> Method:
@@ -109,6 +112,11 @@ class View:
             return None
         return (time.monotonic() - self.phase_started_s) / done * max(0, self.total - self.step)
 
+    def cells(self) -> list[tuple[str, str]]:
+        """The latest numbers as (word, value)."""
+        return [(word, f"{self.latest[key]:{form}}") for key, word, form in COLUMNS
+                if key in self.latest and (key not in ONLY_IF_ANY or self.latest[key] > 0)]
+
     def _changed(self, what: str, metrics: Mapping[str, Any] | None = None) -> None:
         return None
 
@@ -153,7 +161,7 @@ class PlainView(View):
 
     def _step_line(self) -> str:
         words = [f"{self.phase_name:<9} {self.step}/{self.total}"]
-        words += [f"{word} {self.latest[key]:{form}}" for key, word, form in COLUMNS if key in self.latest]
+        words += [f"{word} {value}" for word, value in self.cells()]
         words += [f"{name} {count(rate)} tok/s" for name, rate in rate_words(self.rates)]
         left = self.time_left_s()
         if left is not None:
@@ -228,7 +236,7 @@ class LiveView(View):
 
     def _numbers(self) -> RenderableType | None:
         """Name above value, as many a row as the window has room for."""
-        cells = [(word, f"{self.latest[key]:{form}}") for key, word, form in COLUMNS if key in self.latest]
+        cells = self.cells()
         cells += [(f"{name} tok/s", count(rate)) for name, rate in rate_words(self.rates)]
         if self.heldout:
             cells.insert(0, ("held-out", f"{self.heldout[-1][1]:.1%}"))

@@ -16,6 +16,8 @@ from reason_rl.trainer.metrics import RunLog
 
 STEPS = 90
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+CAUSE = "custom: ValueError: no digits <b>here</b>"
+"""Of the one completion that was not graded: the last of step 1's first group."""
 
 
 def learned(step: int) -> float:
@@ -34,9 +36,10 @@ def rl_metrics(step: int, rng: random.Random) -> dict[str, Any]:
         "accuracy_given_thought": min(1.0, 0.62 + 0.36 * skill + rng.gauss(0, 0.03)),
         "accuracy_given_none": max(0.0, 0.11 + rng.gauss(0, 0.02)) if skill < 0.99 else None,
         "format_rate": min(1.0, 0.97 + 0.02 * skill), "truncated_share": max(0.0, rng.gauss(0.01, 0.006)),
-        "ungraded": 0,
+        "ungraded": int(step == 1),
         "groups_without_signal": min(1.0, 0.1 + 0.5 * skill), "loss": rng.gauss(0, 0.01),
         "grad_norm": 0.4 + rng.random() * 0.3, "lr": 3e-4 * (1 - step / STEPS), "entropy": entropy, "kl": 0.02 * skill,
+        "approx_kl": 0.001 * rng.random(),
         "clip_low": 0.004 * rng.random(), "clip_high": 0.02 * rng.random(), "ratio_max": 1.5 + rng.random(),
         "ratio_min": 0.4 + 0.2 * rng.random(), "max_abs_logprob_gap": 2e-6 * rng.random(), "ess": 0.98,
         "num_loss_tokens": int(2560 + 7000 * skill),
@@ -79,12 +82,14 @@ def rollout_rows(step: int, rng: random.Random, groups: int = 4, group_size: int
             work = ",".join(f"{n}{o}={v}" for n, o, v in zip(names, operations, values)) if thinks else ""
             given = answer if score > 1 else str((int(answer) + rng.randint(1, 9)) % 10)
             tokens = ["<think>", *work, "</think>", "<answer>", given, "</answer>", "<eos>"]
+            is_graded = (step, group, sample) != (1, 0, 7)
             rows.append({
                 "step": step, "problem_id": 1000 * step + group, "level": len(names), "prompt": prompt,
                 "answer": answer, "group": group, "sample": sample, "text": "".join(tokens[:-1]), "tokens": tokens,
                 "logprobs": [-abs(rng.gauss(0, 1.6 if rng.random() < 0.2 else 0.05)) for _ in tokens],
                 "advantage": (score - mean) / spread, "reward": score,
-                "parts": {"accuracy": 1.0 if score > 1 else 0.0, "format": 1.0, "overlong": 0.0}, "is_graded": True,
+                "parts": {"accuracy": 1.0 if score > 1 else 0.0, "format": 1.0, "overlong": 0.0}, "is_graded": is_graded,
+                "cause": "" if is_graded else CAUSE,
                 "finish_reason": "stop",
             })
     return rows

@@ -14,7 +14,7 @@ import pytest
 from reason_rl.trainer import plot, report
 from reason_rl.trainer.metrics import RunLog, read_jsonl
 from reason_rl.trainer.report import columns, read_rollouts, report_context, write_report
-from tests.reason_rl.fake_run import HOSTILE, STEPS, write_fake_run
+from tests.reason_rl.fake_run import CAUSE, HOSTILE, STEPS, write_fake_run
 
 
 class Page(HTMLParser):
@@ -66,7 +66,15 @@ def test_the_page_holds_header_curves_and_rollouts_of_the_run(run: Path) -> None
     assert data["eval"]["accuracy"][0] < 0.25 < 0.9 < data["eval"]["accuracy"][-1]
     assert [step["step"] for step in data["rollouts"]] == [1, *range(10, 91, 10)]
     sample = data["rollouts"][0]["groups"][0]["samples"][0]
-    assert len(sample["tokens"]) == len(sample["logprobs"])
+    assert len(sample["tokens"]) == len(sample["logprobs"]) and sample["cause"] == ""
+    assert len(data["rl"]["approx_kl"]) == len(data["timings"]["rl"]["train_tok_s"]) == STEPS
+
+
+def test_an_ungraded_completion_carries_its_cause(run: Path) -> None:
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    ungraded = page.data()["rollouts"][0]["groups"][0]["samples"][7]
+    assert not ungraded["is_graded"] and ungraded["cause"] == CAUSE
+    assert "<b>here" not in (run / "report.html").read_text(encoding="utf-8")  # escaped: its markup stays text
 
 
 def test_the_page_asks_the_network_for_nothing(run: Path) -> None:

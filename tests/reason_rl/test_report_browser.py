@@ -10,7 +10,7 @@ import pytest
 from reason_rl.trainer.metrics import RunLog
 from reason_rl.trainer.report import write_report
 from tests.reason_rl.chromium import Chromium, find_chromium
-from tests.reason_rl.fake_run import HOSTILE, write_fake_run
+from tests.reason_rl.fake_run import CAUSE, HOSTILE, write_fake_run
 
 pytestmark = [
     pytest.mark.browser,
@@ -113,6 +113,9 @@ def test_the_hash_chooses_step_group_sample_and_colour(browser: Chromium, page: 
     assert state == ["20", 2, 3, True]
     shown = browser.js("[...document.querySelectorAll('.token')].map(t => t.textContent)")
     assert shown == browser.js("DATA.rollouts[2].groups[2].samples[3].tokens") and shown[0] == "<think>"
+    browser.open(page, "#step=1&group=0&sample=7")
+    assert_no_error(browser)
+    assert CAUSE in browser.js("document.getElementById('verdict').textContent")
     browser.open(page, "#step=999&group=x&sample=-5&colour=pink")
     assert_no_error(browser)
     assert browser.js("[VIEW.group, VIEW.sample, VIEW.colour]") == [0, 0, "advantage"]

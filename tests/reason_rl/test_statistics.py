@@ -107,4 +107,5 @@ def test_rollout_rows_hold_each_token_with_its_logprob():
     assert row["text"] == "<think>1+1=2</think><answer>2</answer>" and row["tokens"][-1] == "<eos>"  # type: ignore[index]
     assert len(row["tokens"]) == len(row["logprobs"]) == 11  # type: ignore[arg-type]
     assert (row["advantage"], row["reward"], row["parts"]) == (0.5, 1.1, {"accuracy": 1.0, "format": 1.0})
-    assert rows[3]["is_graded"] is False and rows[2]["finish_reason"] == "length"
+    assert rows[3]["is_graded"] is False and rows[3]["cause"] == "accuracy raised KeyError" and rows[2]["cause"] == ""
+    assert rows[2]["finish_reason"] == "length"

@@ -208,6 +208,7 @@ def test_a_gap_above_the_limit_stops_the_update_and_the_weights_stay():
     assert not optimizer.adamw.state
     metrics = policy_update(model, optimizer, wrong, WORLD, spec=SPEC, temperature=1.0, lr_factor=1.0, max_gap=0.02)
     assert metrics["max_abs_logprob_gap"] == pytest.approx(0.01, abs=1e-6)
+    assert "logprob_gap_max" not in metrics, "one name for one thing"
 
 
 def test_broken_weights_never_reach_the_optimizer():

@@ -19,7 +19,7 @@ from reason_rl.trainer.terminal import (
     split_completion,
 )
 
-RL = {"reward": 1.05, "accuracy": 0.95, "thinking_tokens": 29.3, "length": 37.1, "kl": 0.01, "entropy": 0.08,
+RL = {"reward": 1.05, "accuracy": 0.95, "thinking_tokens": 29.3, "length": 37.1, "kl": 0.01, "approx_kl": 0.002, "entropy": 0.08,
       "max_abs_logprob_gap": 0.0, "thinks_share": 1.0}
 RATES = {"rollout_s": 0.3, "rollout_tok_s": 32100.0, "train_tok_s": 30500.0}
 
@@ -60,7 +60,8 @@ def test_a_pipe_gets_plain_lines_with_every_number_and_no_escape_codes() -> None
     text = written(view)
     assert "\x1b" not in text
     for words in ("program, seed 0", "pretrain  4/4  loss 0.5000", "rl        1/2  reward 1.050  right 95.0%",
-                  "thinking 29.3", "KL 0.01", "entropy 0.080", "logprob gap 0.0e+00", "rollout 32.1k tok/s",
+                  "thinking 29.3", "KL 0.01", "KL to old policy 0.002",
+                  "entropy 0.080", "logprob gap 0.0e+00", "rollout 32.1k tok/s",
                   "held-out accuracy 96.0%", "a2,b*3?", "thought: a2,b*3=6  answer: 6  reward 1.10 right",
                   "saved [bold]here[/bold]"):
         assert words in text, words
@@ -73,6 +74,15 @@ def test_a_terminal_gets_the_live_view_with_curve_and_sample() -> None:
     text = written(view)
     for words in ("held-out", "96.0%", "29.3", "▁", "16.5% → 96.0%", "a2,b*3=6", "✓ right", "32.1k", "\x1b[?25h"):
         assert words in text, words  # the last one: the cursor is given back
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_ungraded_completions_are_spoken_of_only_where_there_are_any(terminal: bool) -> None:
+    for number in (0, 3):
+        with make_view("t", console=console(terminal)) as view:
+            view.phase("rl", 3)
+            view.update(1, RL | {"ungraded": number})
+        assert ("ungraded" in written(view)) == (number > 0)
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])

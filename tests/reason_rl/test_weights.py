@@ -213,6 +213,23 @@ def test_a_missing_key_is_named(key: str):
         config_from_json(values)
 
 
+@pytest.mark.parametrize("change", [
+    {"hidden_size": "24"}, {"hidden_size": None}, {"hidden_size": 0}, {"num_hidden_layers": 2.5}, {"num_hidden_layers": True},
+    {"vocab_size": "many"}, {"vocab_size": [3]}, {"rope_theta": "abc"}, {"rope_theta": {}}, {"rope_parameters": "default"},
+    {"reason_rl": [1]}, {"reason_rl": None}, {"norm_topk_prob": 1}, {"tie_word_embeddings": "no"}, {"rms_norm_eps": []},
+    {"head_dim": None, "num_attention_heads": 0}, {"head_dim": None, "hidden_size": "24"},
+], ids=str)  # fmt: skip
+def test_a_value_of_the_wrong_type_is_one_clear_error(change: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"^config\.json") as caught:
+        config_from_json({**config_to_json(BASE, VOCAB_SIZE, 3), **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dense_config_may_name_any_number_of_experts_per_token():
+    config, _ = config_from_json(config_to_json(replace(BASE, num_experts=1, num_experts_per_tok=2), VOCAB_SIZE, 3))
+    assert config == VARIANTS["dense"]
+
+
 # --- damage --------------------------------------------------------------------------------------------------------------
 
 def test_a_missing_tensor_is_named(tmp_path: Path):

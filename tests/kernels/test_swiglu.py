@@ -1,0 +1,65 @@
+"""swiglu: float64 accuracy, gradients, and bits that do not depend on a row's place in the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kernels.swiglu import make_inputs, swiglu
+from tests.kernels.compare import NUM_ROWS, assert_no_worse_than_plain, assert_rows_keep_their_bits
+
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+DTYPES = [F32, BF16]
+# Below, at and past a vector register (16 f32 lanes), the model's widths, and one past each: where a loop's tail begins.
+WIDTHS = [1, 3, 8, 15, 16, 17, 32, 33, 96, 128, 129, 200]
+
+
+def plain_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    half = gate_up.shape[1] // 2
+    return F.silu(gate_up[:, :half]) * gate_up[:, half:]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 96), (9, 33), (40, 1), (0, 8)], ids=str)
+def test_swiglu_is_no_worse_than_plain(shape: tuple[int, int], dtype: torch.dtype):
+    assert_no_worse_than_plain(swiglu, plain_swiglu, plain_swiglu, [3 * make_inputs(*shape, dtype)["gate_up"]])
+
+
+def test_bf16_results_are_rounded_once():
+    """Within half a step of the exact value; one more rounding on the way would go beyond it."""
+    gate_up = 3 * make_inputs(50, 64, BF16)["gate_up"]
+    got, exact = swiglu(gate_up), plain_swiglu(gate_up.double())
+    half_step = torch.exp2(exact.abs().log2().floor()) * torch.finfo(BF16).eps / 2
+    # 1e-6: beside a result near 0, the f32 rounding of silu itself counts.
+    assert ((got.double() - exact).abs() <= 1.001 * half_step + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_swiglu_gives_a_row_the_same_bits_in_any_batch(width: int, dtype: torch.dtype):
+    gate_up = 3 * make_inputs(NUM_ROWS, width, dtype)["gate_up"]
+    assert_rows_keep_their_bits(lambda start, end: swiglu(gate_up[start:end]))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+def test_swiglu_and_its_gradient_stay_finite_at_the_far_ends(dtype: torch.dtype):
+    gate = torch.tensor([-1e4, -100.0, -88.0, 0.0, 88.0, 1e4], dtype=dtype)
+    gate_up = torch.stack((gate, torch.full_like(gate, 2.0)), dim=1).requires_grad_()
+    out = swiglu(gate_up)
+    out.sum().backward()
+    assert gate_up.grad is not None and gate_up.grad.isfinite().all()
+    # silu(-88) is -5e-37: nothing beside 1, in any of these types
+    torch.testing.assert_close(out[:, 0], 2 * gate.clamp(min=0), rtol=0, atol=1e-30)
+
+
+def test_results_keep_the_inputs_dtype():
+    for dtype in (F32, BF16, F64, torch.float16):
+        assert swiglu(**make_inputs(2, 8, dtype)).dtype == dtype
+
+
+def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+    with pytest.raises(ValueError, match=r"swiglu: gate_up must be .*\[T, 2I\], got f32\[4\] on cpu"):
+        swiglu(torch.zeros(4))
+    with pytest.raises(ValueError, match=r"swiglu: gate_up must hold two halves of equal width, got width 5"):
+        swiglu(torch.zeros(2, 5))

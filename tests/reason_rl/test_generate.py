@@ -1,0 +1,98 @@
+"""The generate command: tokens stream to stdout, and what goes wrong is one line on stderr."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+
+from reason_rl import generate
+from reason_rl.config import ModelConfig
+from reason_rl.data import char_tokenizer
+from reason_rl.model.transformer import Transformer
+from reason_rl.model.weights import save_weights
+
+CONFIG = ModelConfig(num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16, num_experts=4, expert_size=24,
+                     max_positions=32)
+PROMPT = "a2,b*3?"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, tokenizer = tmp_path_factory.mktemp("checkpoint"), char_tokenizer()
+    model = Transformer(CONFIG, tokenizer.vocab_size).initialise(0)
+    save_weights(folder, model.state_dict(), CONFIG, tokenizer.vocab_size, tokenizer.eos_id)
+    tokenizer.save(folder)
+    return folder
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = generate.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_each_token_is_written_as_it_is_drawn(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[str] = []
+    real = generate.printer
+
+    def watched(*given):
+        show = real(*given)
+
+        def watch(token: int) -> None:
+            show(token)
+            seen.append(capsys.readouterr().out)
+
+        return watch
+
+    monkeypatch.setattr(generate, "printer", watched)
+    code, _, err = run(capsys, checkpoint, PROMPT, "--max-tokens", 9)
+    assert code == 0 and not err and 0 < len(seen) <= 9 and sum(map(bool, seen)) >= len(seen) - 1  # an end token shows nothing
+
+
+def test_greedy_says_the_same_twice_and_samples_differ(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
+    first, second = (run(capsys, checkpoint, PROMPT, "--temperature", 0, "--max-tokens", 12) for _ in range(2))
+    assert first == second and first[0] == 0 and first[1].strip()
+    _, out, _ = run(capsys, checkpoint, PROMPT, "--samples", 3, "--max-tokens", 12)
+    assert len(set(out.splitlines())) >= 3
+
+
+@pytest.mark.parametrize(("prompt", "words"), [("a2%", "character '%'"), ("a" * 40, "40 tokens"), ("", "is empty")])
+def test_a_prompt_that_cannot_be_is_one_line_on_stderr(
+    prompt: str, words: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+):
+    code, out, err = run(capsys, checkpoint, prompt)
+    assert code == 1 and not out and words in err and err.startswith("generate: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage", ["nowhere", "model.safetensors", "config.json", "tokenizer.json"])
+def test_a_missing_or_damaged_checkpoint_is_one_line_on_stderr(
+    damage: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "given"
+    if damage != "nowhere":
+        shutil.copytree(checkpoint, folder)
+        (folder / damage).write_bytes(b"\x00 not it")
+    code, out, err = run(capsys, folder, PROMPT)
+    assert code == 1 and not out and "given" in err and err.count("\n") == 1
+
+
+def test_a_bad_line_is_said_and_the_next_one_is_answered(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"a%\n{PROMPT}\n"))
+    code, out, err = run(capsys, checkpoint, "--max-tokens", 9)
+    assert code == 0 and out.strip() and err.count("\n") == 1 and "character '%'" in err
+
+
+def test_ctrl_c_leaves_quietly(checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "answer", interrupted)
+    code, out, err = run(capsys, checkpoint, PROMPT)
+    assert code == 130 and not out.strip() and not err
