@@ -3,7 +3,8 @@
     python -m bench.learning --json bench/results/program_cpu.json --plot docs/program.png
     python -m bench.learning --preset countdown --json bench/results/countdown_cpu.json --plot docs/countdown.png
 
-Each seed is a run of train.py in a process of its own, in an empty folder, so its base model is pretrained too. The record holds
+Each seed is a run of train.py in a process of its own, in an empty folder, so its base model is pretrained too (but see
+--bases, for a change that concerns RL alone). The record holds
 every seed's summary and evaluation curve, and the machine. Left out: choosing seeds; they are the ones named, all shown.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -90,6 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=sorted(PROMISES), default="program")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
     parser.add_argument("--out-dir", type=Path, help="an empty folder for the runs (default: a temporary one)")
+    parser.add_argument("--bases", type=Path, help="take base models of the same config from this folder (an earlier run's bases/); "
+                        "wall_s still counts the seconds that each took to pretrain")
     parser.add_argument("--plot", help="write the curve to this PNG")
     add_json_option(parser)
     options, extra = parser.parse_known_args(arguments)
@@ -97,6 +101,9 @@ def main(arguments: list[str] | None = None) -> int:
     out_dir = options.out_dir or Path(tempfile.mkdtemp(prefix="reason_rl-"))
     if out_dir.exists() and any(out_dir.iterdir()):
         parser.error(f"--out-dir must be empty, so that no base model is reused: {out_dir}")
+    if options.bases:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(options.bases, out_dir / "bases")
     setting = describe_setting()
     summaries, folders, broken = [], [], 0
     for seed in options.seeds or promise.seeds:
@@ -109,7 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
               + ("kept" if not failures else "NOT KEPT: " + "; ".join(failures)), flush=True)
     if options.plot:
         plot_runs(folders, options.plot)
-    write_json({"bench": "learning", "preset": options.preset, "arguments": extra, "promise": vars(promise), "seeds": summaries,
+    write_json({"bench": "learning", "preset": options.preset, "arguments": extra,
+                "bases": "reused" if options.bases else "pretrained", "promise": vars(promise), "seeds": summaries,
                 "setting": setting}, options.json)
     return 1 if broken else 0
 

@@ -180,7 +180,7 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class RLConfig:
-    steps: int = 60
+    steps: int = 80
     prompts_per_step: int = 16
     group_size: int = 16
     updates_per_step: int = 2
@@ -227,7 +227,7 @@ class Config:
         name="muon", lr=2e-3, schedule="linear", warmup_steps=20, beta2=0.95))
     rl: RLConfig = field(default_factory=RLConfig)
     loss: LossSpec = field(default_factory=lambda: LossSpec(clip_high=0.28))
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4, schedule="linear", final_lr_share=0.1))
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -7,7 +7,7 @@ has its prompt in both. Every microbatch's loss is divided by one global denomin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -57,13 +57,46 @@ def pack_samples(samples: Sequence[Sample], max_tokens: int) -> list[Microbatch]
     return [_pack(pack) for pack in packs]
 
 
+@dataclass
+class _Pack:
+    """A microbatch in the making: segments of tokens, and which row predicts which target of which sequence."""
+
+    token_ids: list[int] = field(default_factory=list)
+    position_ids: list[int] = field(default_factory=list)
+    segments: list[tuple[int, int, int, int]] = field(default_factory=list)
+    predictor_index: list[int] = field(default_factory=list)
+    target_ids: list[int] = field(default_factory=list)
+    sequence_index: list[int] = field(default_factory=list)
+
+    def add_segment(self, token_ids: Sequence[int], first_position: int = 0, prefix: tuple[int, int] = (0, 0)) -> int:
+        """Lay tokens down behind `prefix` = (start, length) -> the row of the first; no tokens, no segment."""
+        start = len(self.token_ids)
+        if token_ids:
+            self.segments.append((start, len(token_ids), *prefix))
+            self.token_ids += token_ids
+            self.position_ids += range(first_position, first_position + len(token_ids))
+        return start
+
+    def add_targets(self, sequence: int, predictors: Sequence[int], target_ids: Sequence[int]) -> None:
+        self.predictor_index += predictors
+        self.target_ids += target_ids
+        self.sequence_index += [sequence] * len(target_ids)
+
+    def finish(self, num_sequences: int, **floats: list[float]) -> Microbatch:
+        return Microbatch(
+            token_ids=torch.tensor(self.token_ids, dtype=torch.int64),
+            position_ids=torch.tensor(self.position_ids, dtype=torch.int32),
+            segments=torch.tensor(self.segments, dtype=torch.int32).view(-1, 4),
+            predictor_index=torch.tensor(self.predictor_index, dtype=torch.int64),
+            target_ids=torch.tensor(self.target_ids, dtype=torch.int64),
+            sequence_index=torch.tensor(self.sequence_index, dtype=torch.int32),
+            num_sequences=num_sequences,
+            **{name: torch.tensor(values, dtype=torch.float32) for name, values in floats.items()},
+        )
+
+
 def _pack(samples: Sequence[Sample]) -> Microbatch:
-    token_ids: list[int] = []
-    positions: list[int] = []
-    segments: list[tuple[int, int, int, int]] = []
-    predictors: list[int] = []
-    targets: list[int] = []
-    sequence_index: list[int] = []
+    pack = _Pack()
     advantages: list[float] = []
     rollout_logprobs: list[float] = []
     kept_logmass: list[float] = []
@@ -73,33 +106,14 @@ def _pack(samples: Sequence[Sample]) -> Microbatch:
         completion = sample.group.completions[sample.index]
         own = completion.token_ids
         if sample.group_id != last_group:
-            prompt_start, last_group = len(token_ids), sample.group_id
-            segments.append((prompt_start, len(prompt), 0, 0))
-            token_ids += prompt
-            positions += range(len(prompt))
-        start = len(token_ids)
-        if len(own) > 1:  # the last token predicts nothing, so it has no row; the engine never computes it either
-            segments.append((start, len(own) - 1, prompt_start, len(prompt)))
-            token_ids += own[:-1]
-            positions += range(len(prompt), len(prompt) + len(own) - 1)
-        predictors += [prompt_start + len(prompt) - 1, *range(start, start + len(own) - 1)]
-        targets += own
-        sequence_index += [sequence] * len(own)
+            prompt_start, last_group = pack.add_segment(prompt), sample.group_id
+        # A completion's last token predicts nothing, so it has no row; the engine never computes it either.
+        start = pack.add_segment(own[:-1], len(prompt), (prompt_start, len(prompt)))
+        pack.add_targets(sequence, [prompt_start + len(prompt) - 1, *range(start, start + len(own) - 1)], own)
         advantages += [sample.advantage] * len(own)
         rollout_logprobs += completion.logprobs
         kept_logmass += completion.kept_logmass
-    return Microbatch(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64),
-        position_ids=torch.tensor(positions, dtype=torch.int32),
-        segments=torch.tensor(segments, dtype=torch.int32).view(-1, 4),
-        predictor_index=torch.tensor(predictors, dtype=torch.int64),
-        target_ids=torch.tensor(targets, dtype=torch.int64),
-        sequence_index=torch.tensor(sequence_index, dtype=torch.int32),
-        num_sequences=len(samples),
-        advantages=torch.tensor(advantages, dtype=torch.float32),
-        rollout_logprobs=torch.tensor(rollout_logprobs, dtype=torch.float32),
-        kept_logmass=torch.tensor(kept_logmass, dtype=torch.float32),
-    )
+    return pack.finish(len(samples), advantages=advantages, rollout_logprobs=rollout_logprobs, kept_logmass=kept_logmass)
 
 
 def pack_documents(documents: Sequence[tuple[Sequence[int], int]], max_tokens: int) -> list[Microbatch]:
@@ -121,29 +135,12 @@ def pack_documents(documents: Sequence[tuple[Sequence[int], int]], max_tokens: i
 
 
 def _pack_documents(documents: Sequence[tuple[Sequence[int], int]]) -> Microbatch:
-    token_ids: list[int] = []
-    positions: list[int] = []
-    segments: list[tuple[int, int, int, int]] = []
-    predictors: list[int] = []
-    targets: list[int] = []
-    sequence_index: list[int] = []
+    pack = _Pack()
     for sequence, (ids, num_prompt) in enumerate(documents):
-        start, first = len(token_ids), max(num_prompt, 1)
-        segments.append((start, len(ids) - 1, 0, 0))
-        token_ids += ids[:-1]
-        positions += range(len(ids) - 1)
-        predictors += range(start + first - 1, start + len(ids) - 1)
-        targets += ids[first:]
-        sequence_index += [sequence] * (len(ids) - first)
-    return Microbatch(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64),
-        position_ids=torch.tensor(positions, dtype=torch.int32),
-        segments=torch.tensor(segments, dtype=torch.int32).view(-1, 4),
-        predictor_index=torch.tensor(predictors, dtype=torch.int64),
-        target_ids=torch.tensor(targets, dtype=torch.int64),
-        sequence_index=torch.tensor(sequence_index, dtype=torch.int32),
-        num_sequences=len(documents),
-    )
+        first = max(num_prompt, 1)
+        start = pack.add_segment(ids[:-1])
+        pack.add_targets(sequence, range(start + first - 1, start + len(ids) - 1), ids[first:])
+    return pack.finish(len(documents))
 
 
 def idle_microbatch(like: Microbatch) -> Microbatch:
