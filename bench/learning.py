@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=sorted(PROMISES), default="program")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
     parser.add_argument("--out-dir", type=Path, help="an empty folder for the runs (default: a temporary one)")
-    parser.add_argument("--bases", type=Path, help="take base models of the same config from this folder (an earlier run's bases/); "
+    parser.add_argument("--bases", type=Path, help="take base models of the same config from this folder (an earlier run's); "
                         "wall_s still counts the seconds that each took to pretrain")
     parser.add_argument("--plot", help="write the curve to this PNG")
     add_json_option(parser)
