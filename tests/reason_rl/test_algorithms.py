@@ -241,7 +241,7 @@ def test_the_batch_reaches_both_sides_of_every_clip(name: str) -> None:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_preset_opens_with_its_command_and_names_its_paper(name: str) -> None:
     text = (PRESETS / f"{name}.toml").read_text()
-    assert text.startswith(f"# torchrun train.py configs/algorithms/{name}.toml\n")
+    assert text.startswith(f"# .venv/bin/python train.py configs/algorithms/{name}.toml\n")
     assert f"https://arxiv.org/abs/{OBJECTIVES[name][1]}" in text.split("[run]")[0]
     assert load_config(PRESETS / f"{name}.toml").run.name == name
 
