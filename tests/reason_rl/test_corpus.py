@@ -70,8 +70,8 @@ def test_every_kind_thinks_as_much_as_its_name_says(documents: list[Document]) -
 def test_the_mix_is_the_configs(documents: list[Document]) -> None:
     kinds = Counter(d.kind for d in documents)
     assert abs(kinds["fact"] / NUM_DOCUMENTS - 0.2) < 0.025  # standard deviation 0.0045: five of them
-    hard = Counter(d.kind for d in documents if d.level >= 4)
-    easy = Counter(d.kind for d in documents if 2 <= d.level < 4)
+    hard = Counter(d.kind for d in documents if d.level >= Config().task.min_level)
+    easy = Counter(d.kind for d in documents if 2 <= d.level < Config().task.min_level)
     # some 4,000 and 1,600 documents: standard deviations up to 0.006 and 0.012
     for kind, share in (("direct", 0.82), ("worked", 0.09), ("partial", 0.09)):
         assert abs(hard[kind] / hard.total() - share) < 0.03
