@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -108,12 +108,10 @@ def _only_one_run(lock: Path, world: World, view: View, should_stop: Callable[[]
 def _try_lock(path: Path) -> TextIO | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a")
-    try:
+    with suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
             return file  # else its holder has just taken it away: a lock on a file that no one else will find
-    except (BlockingIOError, FileNotFoundError):
-        pass
     file.close()
     return None
 
