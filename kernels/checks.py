@@ -32,7 +32,7 @@ def check(
         and (like is None or tensor.device == like.device)
     ):
         return  # the words below are put together only for an error: this runs thousands of times a step
-    wanted = f"{'|'.join(SHORT.get(d, str(d)) for d in allowed)}[{', '.join(map(str, shape))}]"
+    wanted = f"{'|'.join(SHORT.get(d, str(d)) for d in dict.fromkeys(allowed))}[{', '.join(map(str, shape))}]"
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{op}: {name} must be {wanted}, got {type(tensor).__name__}")
     if like is not None and tensor.device != like.device:

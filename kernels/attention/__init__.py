@@ -45,7 +45,7 @@ def attention(
     plan = segments if isinstance(segments, SegmentPlan) else plan_segments(segments, q.shape[0], q.device)
     if plan.num_tokens != q.shape[0]:
         raise ValueError(f"attention: the plan is for {plan.num_tokens} tokens, q holds {q.shape[0]}")
-    result: torch.Tensor = OP.choose(q.device, impl).run(q, k, v, plan, q.shape[2] ** -0.5 if scale is None else scale)
+    result: torch.Tensor = OP.choose(q, impl).run(q, k, v, plan, q.shape[2] ** -0.5 if scale is None else scale)
     return result
 
 
@@ -58,6 +58,6 @@ def paged_attention(
     check(op, "k_cache", k_cache, (pages.num_kv_heads, pages.num_blocks, BLOCK_SIZE, q.shape[2]), q.dtype, like=q)
     check(op, "v_cache", v_cache, tuple(k_cache.shape), q.dtype, like=q)
     _check_heads(op, q.shape[1], k_cache.shape[0])
-    result: torch.Tensor = PAGED_OP.choose(q.device, impl).run(
+    result: torch.Tensor = PAGED_OP.choose(q, impl).run(
         q, k_cache, v_cache, pages, q.shape[2] ** -0.5 if scale is None else scale)
     return result

@@ -64,5 +64,5 @@ def group_advantage(
         group, member = is_bad.nonzero()[0].tolist()
         raise ValueError(f"group_advantage: unmasked rewards must be finite, got {rewards[group, member].item()} "
                          f"at rewards[{group}, {member}]")
-    advantages, has_signal = OP.choose(rewards.device, impl).run(rewards.detach(), mask, kind, eps)
+    advantages, has_signal = OP.choose(rewards, impl).run(rewards.detach(), mask, kind, eps)
     return advantages, has_signal

@@ -82,7 +82,7 @@ def grpo_loss(
     check("grpo_loss", "sequence_index", sequence_index, shape, (torch.int32, torch.int64), like=logprobs)
     _check_needs(spec, optional)
     _check_counts(sequence_index, num_sequences, total_loss_tokens, total_sequences)
-    loss, metrics = OP.choose(logprobs.device, impl).run(
+    loss, metrics = OP.choose(logprobs, impl).run(
         logprobs, old_logprobs=old_logprobs, advantages=advantages, sequence_index=sequence_index,
         num_sequences=num_sequences, spec=spec, total_loss_tokens=total_loss_tokens, total_sequences=total_sequences,
         rollout_logprobs=rollout_logprobs, ref_logprobs=ref_logprobs, entropy=entropy,

@@ -3,11 +3,14 @@
     y[m, n] = sum_k x[m, k] * weight[n, k]        x [M, K], weight [N, K] -> y [M, N]
 
 The order of the sum over K depends on (N, K) alone, never on M: a token's row has the same bits alone, in a decode batch
-and in a training pack. That is what makes the sampler's logprobs equal the trainer's. Held for f32 and bf16 with N > 1;
-f64, which only tests use, goes without.
+and in a training pack. That is what makes the sampler's logprobs equal the trainer's. Held for f32 and bf16 by the native kernel,
+and by the reference with N > 1; f64, which only tests use, goes without.
+
+The weight is in x's dtype, or an f32 master that is rounded to x's dtype where it is used. Sums are f32, y is rounded once; dweight is
+summed in f32 and has the weight's dtype. impl="torch" is torch's own GEMM as it is, fast and bound to the batch.
 
 Saved for backward: x and weight. Flops: 2MNK forward, 4MNK backward. Bytes: (MK + NK + MN) * itemsize.
-Siblings: reference.py here, tests/kernels/test_linear.py.
+Siblings: reference.py and native.py here, csrc/linear/, tests/kernels/test_linear.py.
 """
 
 from __future__ import annotations
@@ -16,16 +19,21 @@ import torch
 
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
-from kernels.linear.reference import linear_reference, make_inputs
+from kernels.linear.native import linear_native
+from kernels.linear.reference import linear_reference, linear_torch, make_inputs
+from kernels.native import DTYPES, cpu_why_not
 
 __all__ = ["linear", "make_inputs"]
 
-OP = Op("linear", (Implementation("reference", linear_reference),))
+OP = Op("linear", (
+    Implementation("native", linear_native, cpu_why_not, DTYPES),
+    Implementation("reference", linear_reference),
+    Implementation("torch", linear_torch, is_automatic=False)))
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, impl: str = "auto") -> torch.Tensor:
-    """x: float[M, K], weight: float[N, K] of the same dtype -> float[M, N]."""
+    """x: float[M, K], weight: float[N, K] of the same dtype or f32 -> float[M, N]."""
     check("linear", "x", x, ("M", "K"), FLOATS)
-    check("linear", "weight", weight, ("N", x.shape[1]), x.dtype, like=x)
-    result: torch.Tensor = OP.choose(x.device, impl).run(x, weight)
+    check("linear", "weight", weight, ("N", x.shape[1]), (x.dtype, torch.float32), like=x)
+    result: torch.Tensor = OP.choose(x, impl).run(x, weight)
     return result

@@ -31,5 +31,5 @@ def linear_logprob(
     check("linear_logprob", "target_ids", target_ids, (hidden.shape[0],), torch.int64, like=hidden)
     if not temperature > 0:
         raise ValueError(f"linear_logprob: temperature must be above 0, got {temperature}")
-    result: tuple[torch.Tensor, torch.Tensor] = OP.choose(hidden.device, impl).run(hidden, weight, target_ids, temperature)
+    result: tuple[torch.Tensor, torch.Tensor] = OP.choose(hidden, impl).run(hidden, weight, target_ids, temperature)
     return result

@@ -40,7 +40,7 @@ def route(
         raise ValueError(f"route: score must be 'softmax' or 'sigmoid', got {score!r}")
     if expert_bias is not None:
         check("route", "expert_bias", expert_bias, (num_experts,), WIDE, like=router_logits)
-    result: Route = ROUTE_OP.choose(router_logits.device, impl).run(
+    result: Route = ROUTE_OP.choose(router_logits, impl).run(
         router_logits, num_experts_per_tok, score, normalize, expert_bias)
     return result
 
@@ -61,5 +61,5 @@ def experts(
     check("experts", "down", down, (gate_up.shape[0], x.shape[1], gate_up.shape[1] // 2), x.dtype, like=x)
     check("experts", "expert_ids", expert_ids, (x.shape[0], "k"), torch.int64, like=x)
     check("experts", "weights", weights, tuple(expert_ids.shape), WIDE, like=x)
-    result: torch.Tensor = EXPERTS_OP.choose(x.device, impl).run(x, gate_up, down, expert_ids, weights)
+    result: torch.Tensor = EXPERTS_OP.choose(x, impl).run(x, gate_up, down, expert_ids, weights)
     return result

@@ -25,5 +25,5 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, impl: str
     if x.dim() < 1 or x.dtype not in FLOATS:
         raise ValueError(f"rms_norm: x must be float[..., D], got {describe(x)}")
     check("rms_norm", "weight", weight, (x.shape[-1],), (torch.float32, torch.float64), like=x)
-    result: torch.Tensor = OP.choose(x.device, impl).run(x, weight, eps)
+    result: torch.Tensor = OP.choose(x, impl).run(x, weight, eps)
     return result

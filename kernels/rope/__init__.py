@@ -28,5 +28,5 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, impl: str = "aut
         raise ValueError(f"rope: the head dim of x must be even, got {x.shape[2]}")
     for name, table in (("cos", cos), ("sin", sin)):
         check("rope", name, table, (x.shape[0], x.shape[2] // 2), (torch.float32, torch.float64), like=x)
-    result: torch.Tensor = OP.choose(x.device, impl).run(x, cos, sin)
+    result: torch.Tensor = OP.choose(x, impl).run(x, cos, sin)
     return result

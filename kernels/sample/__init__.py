@@ -38,6 +38,6 @@ def sample(
     if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
         raise ValueError("sample: needs temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1, "
                          f"got {temperature}, {top_k}, {top_p}, {min_p}")
-    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = OP.choose(hidden.device, impl).run(
+    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = OP.choose(hidden, impl).run(
         hidden, weight, keys, positions, temperature, top_k, top_p, min_p)
     return result

@@ -22,5 +22,5 @@ def swiglu(gate_up: torch.Tensor, impl: str = "auto") -> torch.Tensor:
     check("swiglu", "gate_up", gate_up, ("T", "2I"), FLOATS)
     if gate_up.shape[1] % 2:
         raise ValueError(f"swiglu: gate_up must hold two halves of equal width, got width {gate_up.shape[1]}")
-    result: torch.Tensor = OP.choose(gate_up.device, impl).run(gate_up)
+    result: torch.Tensor = OP.choose(gate_up, impl).run(gate_up)
     return result

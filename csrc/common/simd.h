@@ -1,0 +1,209 @@
+// Sixteen numbers at a time, on any CPU, and bf16: what the kernels are written in.
+//
+// `F32x16` is one register where AVX-512 is, two with AVX2, four elsewhere; GCC's and clang's vector extensions give the operators.
+// Only the fused multiply-add, the bf16 dot product (gemm.cpp) and the rounding to bf16 have an instruction of their own where the
+// file is compiled for it. Each build is for one instruction set (CMakeLists.txt), so a value's bits depend on the machine, never
+// on where in a batch it stands: no loop has a scalar tail of other code; tails go through the same vector code, padded.
+// The build turns contraction off (-ffp-contract=off): a multiply-add is fused where fma() says so and nowhere else.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace reason_rl {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+constexpr int LANES = 16;
+#if defined(__AVX512F__)
+constexpr int REGISTER_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int REGISTER_BYTES = 32;
+#else
+constexpr int REGISTER_BYTES = 16;
+#endif
+constexpr int PARTS = 64 / REGISTER_BYTES, PART_LANES = LANES / PARTS;
+
+template <class To, class From>
+inline To bits_of(const From& from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+template <class E>
+struct Vec {
+    typedef E Part __attribute__((vector_size(REGISTER_BYTES)));
+    Part part[PARTS];
+};
+using F32x16 = Vec<float>;
+using I32x16 = Vec<int32_t>;
+using U32x16 = Vec<uint32_t>;
+
+template <class E>
+inline Vec<E> splat(E x) {
+    Vec<E> y;
+    for (int i = 0; i < PARTS; ++i) y.part[i] = typename Vec<E>::Part{} + x;
+    return y;
+}
+
+#define RR_OPERATOR(op) \
+    template <class E> inline Vec<E> operator op(Vec<E> a, Vec<E> b) { \
+        for (int i = 0; i < PARTS; ++i) a.part[i] = a.part[i] op b.part[i]; \
+        return a; \
+    } \
+    template <class E> inline Vec<E> operator op(Vec<E> a, std::type_identity_t<E> b) { return a op splat<E>(b); }
+RR_OPERATOR(+) RR_OPERATOR(-) RR_OPERATOR(*) RR_OPERATOR(/) RR_OPERATOR(&) RR_OPERATOR(|) RR_OPERATOR(<<) RR_OPERATOR(>>)
+#undef RR_OPERATOR
+
+// Comparisons: all bits of a lane set where true. `select` takes the first where they are.
+#define RR_COMPARISON(op) \
+    template <class E> inline I32x16 operator op(Vec<E> a, Vec<E> b) { \
+        I32x16 y; \
+        for (int i = 0; i < PARTS; ++i) y.part[i] = (typename I32x16::Part)(a.part[i] op b.part[i]); \
+        return y; \
+    } \
+    template <class E> inline I32x16 operator op(Vec<E> a, std::type_identity_t<E> b) { return a op splat<E>(b); }
+RR_COMPARISON(<) RR_COMPARISON(>) RR_COMPARISON(<=) RR_COMPARISON(>=) RR_COMPARISON(==) RR_COMPARISON(!=)
+#undef RR_COMPARISON
+
+template <class E>
+inline Vec<E> select(I32x16 which, Vec<E> a, Vec<E> b) {
+    for (int i = 0; i < PARTS; ++i) a.part[i] = which.part[i] ? a.part[i] : b.part[i];
+    return a;
+}
+
+inline F32x16 max(F32x16 a, F32x16 b) { return select(a > b, a, b); }
+inline F32x16 min(F32x16 a, F32x16 b) { return select(a < b, a, b); }
+
+inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {  // a * b + c, rounded once where the CPU can
+    for (int i = 0; i < PARTS; ++i) {
+#if defined(__AVX512F__)
+        c.part[i] = (F32x16::Part)_mm512_fmadd_ps((__m512)a.part[i], (__m512)b.part[i], (__m512)c.part[i]);
+#elif defined(__FMA__)
+        c.part[i] = (F32x16::Part)_mm256_fmadd_ps((__m256)a.part[i], (__m256)b.part[i], (__m256)c.part[i]);
+#else
+        c.part[i] = a.part[i] * b.part[i] + c.part[i];
+#endif
+    }
+    return c;
+}
+
+// ---- bf16: the upper half of a float, rounded to nearest even; NaN stays NaN.
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return bits_of<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+// The 16 bits of each lane's bf16, in the low half.
+inline U32x16 bf16_bits(F32x16 x) {
+#if defined(__AVX512BF16__)
+    return bits_of<U32x16>(_mm512_cvtepu16_epi32(bits_of<__m256i>(_mm512_cvtneps_pbh((__m512)x.part[0]))));
+#else
+    const U32x16 bits = bits_of<U32x16>(x);
+    const U32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return select((bits & 0x7fffffffu) > 0x7f800000u, (bits >> 16) | 0x40u, rounded);
+#endif
+}
+
+// ---- memory. `load(p)` reads 16 elements, `load(p, n)` only n <= 16 and zeros; stores alike. bf16 is widened and rounded on the way.
+
+typedef uint16_t HalfPart __attribute__((vector_size(REGISTER_BYTES / 2)));
+
+inline F32x16 load(const float* p) { F32x16 x; std::memcpy(&x, p, sizeof x); return x; }
+inline void store(float* p, F32x16 x) { std::memcpy(p, &x, sizeof x); }
+
+inline F32x16 load(const bf16* p) {
+    U32x16 x;
+    for (int i = 0; i < PARTS; ++i) {
+        HalfPart half;
+        std::memcpy(&half, p + i * PART_LANES, sizeof half);
+        x.part[i] = __builtin_convertvector(half, U32x16::Part) << 16;
+    }
+    return bits_of<F32x16>(x);
+}
+inline void store(bf16* p, F32x16 x) {
+    const U32x16 bits = bf16_bits(x);
+    for (int i = 0; i < PARTS; ++i) {
+        const HalfPart half = __builtin_convertvector(bits.part[i], HalfPart);
+        std::memcpy(p + i * PART_LANES, &half, sizeof half);
+    }
+}
+
+template <class T>
+inline F32x16 load(const T* p, int64_t n) {
+    if (n >= LANES) return load(p);
+    T padded[LANES] = {};
+    std::memcpy(padded, p, n * sizeof(T));
+    return load(padded);
+}
+
+template <class T>
+inline void store(T* p, F32x16 x, int64_t n) {
+    if (n >= LANES) return store(p, x);
+    T padded[LANES];
+    store(padded, x);
+    std::memcpy(p, padded, n * sizeof(T));
+}
+
+// x as it reads after being stored as T and loaded again.
+template <class T>
+inline F32x16 round_to(F32x16 x) {
+    if constexpr (sizeof(T) == 4) return x;
+    else return bits_of<F32x16>(bf16_bits(x) << 16);
+}
+
+// ---- reductions: a fixed tree over the 16 lanes.
+
+inline float sum(F32x16 x) {
+    float lane[LANES];
+    store(lane, x);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+    return lane[0];
+}
+
+inline float highest(F32x16 x) {
+    float lane[LANES];
+    store(lane, x);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+    return lane[0];
+}
+
+// exp to within 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial of degree 6 for e^r, and n goes into the exponent. Below -87.3
+// (the smallest normal float) the result is exactly 0, above 88.7 infinity; NaN stays NaN.
+inline F32x16 exp(F32x16 x) {
+    const F32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const F32x16 clamped = min(max(x, splat(-87.5f)), splat(89.0f));
+    const F32x16 shifted = fma(clamped, splat(1.44269504088896341f), magic);
+    const F32x16 n = shifted - magic;
+    F32x16 r = fma(n, splat(-0.693359375f), clamped);
+    r = fma(n, splat(2.12194440e-4f), r);
+    F32x16 p = splat(1.9875691500e-4f);  // Cephes expf
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r + 1.0f);
+    // 2^n in two halves, so that n = 128 does not overflow before the product does.
+    const I32x16 whole = bits_of<I32x16>(shifted) - 0x4B400000;
+    const I32x16 half = whole >> 1;
+    const F32x16 low = bits_of<F32x16>((half + 127) << 23), high = bits_of<F32x16>((whole - half + 127) << 23);
+    F32x16 y = p * low * high;
+    y = select(x < -87.33654f, splat(0.0f), y);
+    y = select(x > 88.72284f, splat(std::numeric_limits<float>::infinity()), y);
+    return select(x != x, x, y);
+}
+
+}  // namespace reason_rl

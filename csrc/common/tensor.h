@@ -1,0 +1,135 @@
+// What every op file shares with torch: tensors as checked raw pointers, the threads, and how a file registers its ops.
+//
+// Only torch's stable ABI is used (torch/csrc/stable), so that one build serves many torch versions. Ops write into tensors
+// that the caller made and return nothing. The checks here are the last line: kernels/<op>/__init__.py has said it in friendlier
+// words before, but whoever calls torch.ops.reason_rl.* directly must not read or write past a tensor either.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "simd.h"
+
+namespace reason_rl {
+
+using torch::stable::Tensor;
+
+// RR_CHECK(condition, words...): a RuntimeError in Python, its words put together only when it is raised.
+template <class... Words>
+[[noreturn]] inline void fail(const Words&... words) {
+    std::ostringstream text;
+    (text << ... << words);
+    throw std::runtime_error(text.str());
+}
+#define RR_CHECK(condition, ...) \
+    do { \
+        if (!(condition)) [[unlikely]] \
+            ::reason_rl::fail(__VA_ARGS__); \
+    } while (false)
+
+// Registers this file's functions: RR_REGISTER(m) { m.impl("linear_fwd", TORCH_BOX(&linear_fwd)); }
+#define RR_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(reason_rl, CPU, m)
+
+using torch::headeronly::ScalarType;
+
+template <class T> inline constexpr ScalarType scalar_type = ScalarType::Undefined;
+template <> inline constexpr ScalarType scalar_type<float> = ScalarType::Float;
+template <> inline constexpr ScalarType scalar_type<bf16> = ScalarType::BFloat16;
+template <> inline constexpr ScalarType scalar_type<int64_t> = ScalarType::Long;
+template <> inline constexpr ScalarType scalar_type<int32_t> = ScalarType::Int;
+template <> inline constexpr ScalarType scalar_type<bool> = ScalarType::Bool;
+
+inline std::string type_name(ScalarType type) {
+    switch (type) {
+        case ScalarType::Float: return "f32";
+        case ScalarType::BFloat16: return "bf16";
+        case ScalarType::Long: return "i64";
+        case ScalarType::Int: return "i32";
+        case ScalarType::Bool: return "bool";
+        default: return "another dtype";
+    }
+}
+
+constexpr int64_t ANY = -1;  // a size that is whatever it is
+
+inline std::string shape_text(const std::vector<int64_t>& shape) {
+    std::ostringstream text;
+    for (size_t i = 0; i < shape.size(); ++i) {
+        text << (i ? ", " : "[") << (shape[i] == ANY ? std::string("?") : std::to_string(shape[i]));
+    }
+    text << (shape.empty() ? "[]" : "]");
+    return text.str();
+}
+
+// The tensor's memory as T*, once it is a contiguous CPU tensor of that dtype and shape: "linear_fwd: x must be f32[?, 8], got ...".
+template <class T>
+T* data(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
+    bool is_right = tensor.dim() == static_cast<int64_t>(shape.size()) && tensor.is_contiguous() && tensor.is_cpu() &&
+                    tensor.scalar_type() == scalar_type<std::remove_const_t<T>>;
+    for (int64_t i = 0; is_right && i < tensor.dim(); ++i) {
+        const int64_t wanted = shape.begin()[i];
+        is_right = wanted == ANY || wanted == tensor.size(i);
+    }
+    if (!is_right) [[unlikely]] {
+        std::vector<int64_t> have(tensor.dim());
+        for (int64_t i = 0; i < tensor.dim(); ++i) have[i] = tensor.size(i);
+        fail(op, ": ", name, " must be ", type_name(scalar_type<std::remove_const_t<T>>), shape_text(shape), " contiguous on cpu, got ",
+             type_name(tensor.scalar_type()), shape_text(have), tensor.is_contiguous() ? "" : " not contiguous",
+             tensor.is_cpu() ? "" : " on another device");
+    }
+    return static_cast<T*>(tensor.data_ptr());
+}
+
+// by_dtype(op, name, x, [&](auto zero) { using T = decltype(zero); ... }): float or bf16, as the tensor is.
+template <class F>
+void by_dtype(const char* op, const char* name, const Tensor& tensor, F&& body) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::Float: return body(float{});
+        case ScalarType::BFloat16: return body(bf16{});
+        default: fail(op, ": ", name, " must be f32 or bf16, got ", type_name(tensor.scalar_type()));
+    }
+}
+
+// body(i) for i in [0, count), spread over torch's threads in contiguous ranges. An exception reaches the caller.
+template <class F>
+void parallel_for(int64_t count, F&& body) {
+    if (count <= 0) return;
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) body(i);
+    });
+}
+
+// How many of `count` things to take at a time: a whole number of `step`s, at most `most`, and as many parts for each thread as for
+// any other. For work whose result does not depend on the cut.
+inline int64_t share(int64_t count, int64_t step, int64_t most) {
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t parts = threads * ((count + threads * most - 1) / (threads * most));
+    return std::max<int64_t>(1, (count + parts * step - 1) / (parts * step)) * step;
+}
+
+// Uninitialised memory, 64-byte aligned; freed at the end of the scope.
+template <class T>
+class Scratch {
+public:
+    explicit Scratch(int64_t count) : memory_(static_cast<T*>(::operator new(std::max<int64_t>(count, 1) * sizeof(T), std::align_val_t(64)))) {}
+    ~Scratch() { ::operator delete(memory_, std::align_val_t(64)); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    operator T*() const { return memory_; }  // NOLINT: reads like the pointer it is
+
+private:
+    T* memory_;
+};
+
+}  // namespace reason_rl

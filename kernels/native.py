@@ -1,0 +1,88 @@
+"""The compiled kernels of csrc/: which library is loaded here, and why none is where none is.
+
+`make` builds one library per instruction set (kernels/_native_<isa>.so, see CMakeLists.txt); the best one that was built and that
+this CPU can run is loaded, once. REASON_RL_ISA names another, for tests and for comparisons: a value's bits are the same in
+any batch, but not on any instruction set.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FLAGS = {
+    "avx512_bf16": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"),
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    "avx2": ("avx2", "fma"),
+    "portable": (),
+}
+"""Instruction sets, the best first, and the flags of /proc/cpuinfo that each needs."""
+HERE = Path(__file__).resolve().parent
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """What the CPU says it can do; nothing where Linux does not tell (then only the portable library is loaded)."""
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "flags":
+                return frozenset(value.split())
+    return frozenset()
+
+
+def library(isa: str) -> Path:
+    return HERE / f"_native_{isa}.so"
+
+
+def pick_isa(wished: str, flags: frozenset[str]) -> tuple[str, str]:
+    """-> (the instruction set to load, "") or ("", why none). A wish that cannot be met raises."""
+    able = [isa for isa, needed in FLAGS.items() if flags.issuperset(needed)]
+    built = [isa for isa in FLAGS if library(isa).is_file()]
+    if wished:
+        if wished not in FLAGS:
+            raise ValueError(f"REASON_RL_ISA must be one of {list(FLAGS)}, got {wished!r}")
+        if wished not in able or wished not in built:
+            raise ValueError(f"REASON_RL_ISA={wished}, but " + (
+                f"{library(wished)} was not built" if wished not in built else f"this CPU runs only {able}"))
+        return wished, ""
+    for isa in able:
+        if isa in built:
+            return isa, ""
+    return "", "not built here (`make native` builds it and says what is missing)"
+
+
+ISA, _MISSING = pick_isa(os.environ.get("REASON_RL_ISA", ""), cpu_flags())
+if ISA:
+    try:
+        torch.ops.load_library(str(library(ISA)))
+    except OSError as error:
+        # An old build beside a new torch, say: the reference ops still work, and the table says why they are used.
+        ISA, _MISSING = "", f"{library(ISA).name} does not load: {str(error).splitlines()[0]}"
+
+OPS: Any = torch.ops.reason_rl
+DTYPES = (torch.float32, torch.bfloat16)
+"""What the native ops compute in."""
+
+
+def cpu_why_not(device: torch.device) -> str:
+    """For `Implementation.why_not` of an op that csrc/ has for the CPU."""
+    return "CPU only" if device.type != "cpu" else _MISSING
+
+
+def has_fast_bf16() -> bool:
+    """bf16 products at twice the rate of float32: then bf16 is worth computing in, on the CPU."""
+    return ISA == "avx512_bf16"
+
+
+def _register_fakes() -> None:
+    """torch.compile traces an op through its fake kernel; ours only write into tensors that exist."""
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("reason_rl::"):
+            torch.library.register_fake(name, lambda *args: None)
+
+
+if ISA:
+    _register_fakes()
