@@ -9,6 +9,7 @@ This file is the algorithm: base model, then per step
 problems -> rollouts -> rewards -> advantages -> packed microbatches -> loss -> update.
 """
 
+import math
 import sys
 import time
 
@@ -54,7 +55,7 @@ def grpo_step(session: Session, step: int) -> StepStats:
     for packs in updates:
         losses.append(policy_update(
             session.model, session.optimizer, packs, world, spec=session.loss_spec, temperature=temperature, lr_factor=factor,
-            max_gap=rl.max_logprob_gap if not losses else 0.0))  # only the first update of a step is on policy
+            max_gap=session.max_gap if not losses else math.inf))  # only the first update of a step is on policy
         session.policy_changed()
 
     end = time.perf_counter()

@@ -3,12 +3,15 @@
     python -m bench.train_step --workload W1                          ours, and TRL in turn where it can be imported
     python -m bench.train_step --peer trl --peer-python P --json F    TRL from another environment's Python, record to F
     python -m bench.train_step --peer none                            ours alone
+    python -m bench.train_step --peer exact                           ours, with run.exact "on" and "off" in turn
     python -m bench.train_step --trace step.json                      ours alone, and where the time goes (chrome://tracing)
 
 Model of both: Qwen3-MoE shape, V64 D128 I128 L4 H4 K2 C32 E8 top-2, tied, 1.78 M parameters (0.6 M active). Work of one step:
     W1   16 prompts of   6 tokens x  8 completions of exactly  64 tokens
     W2    4 prompts of 256 tokens x 16 completions of exactly 128 tokens
 Temperature 1, no KL, one update a step; rollout, reward, loss, backward, optimizer and logging are all in `step_s`.
+`percent_of_gemm`: the step's products (2 FLOPs for each weight that a sampled token meets, 6 for a trained one; attention is not
+counted) over its time, beside the rate of a 2048^3 product in the same dtype, measured in the same process.
 A peer's `train_s` is its step without its generation. TRL: `pip install trl transformers accelerate datasets`.
 """
 
@@ -27,7 +30,8 @@ from typing import Any
 
 import torch
 
-from bench.harness import CHECKOUT, add_json_option, describe_setting, gemm_rates, peak_rss_bytes, write_json
+from bench.harness import CHECKOUT, add_json_option, describe_setting, gemm_gflops, gemm_rates, peak_rss_bytes, write_json
+from kernels.native import ISA
 from reason_rl.config import Config, load_config
 from reason_rl.data import char_tokenizer
 from reason_rl.model.transformer import Transformer, num_active_parameters, num_parameters
@@ -40,18 +44,22 @@ from train import grpo_step
 WORKLOADS = {"W1": (16, 6, 8, 64), "W2": (4, 256, 16, 128)}
 """prompts, tokens a prompt, completions a prompt, tokens a completion"""
 SHOWN = ("step_s", "rollout_s", "train_s", "rollout_tok_s", "train_tok_s", "step_tok_s", "startup_mb", "peak_mb")
+OURS_ONLY = ("percent_of_gemm",)
 PEERS = ("trl float32", "trl bfloat16")
+OURS, OURS_F32 = "reason_rl", "reason_rl float32"
+COMPARED = ((OURS, PEERS[0]), (OURS, PEERS[1]), (OURS_F32, PEERS[0]), ("exact on", "exact off"))
+"""Pairs whose ratios are printed, where both ran."""
 
 Record = dict[str, Any]
 
 
-def workload_config(workload: str, dtype: str, device: str) -> Config:
+def workload_config(workload: str, dtype: str, device: str, exact: str = "auto") -> Config:
     num_prompts, prompt_tokens, group_size, new_tokens = WORKLOADS[workload]
     return load_config(None, [
         f"--rl.prompts_per_step={num_prompts}", f"--rl.group_size={group_size}", "--rl.updates_per_step=1",
         "--rl.drop_no_signal=false", f"--sampling.max_tokens={new_tokens}", f"--model.max_positions={prompt_tokens + new_tokens}",
         "--model.num_layers=4", "--model.expert_size=128", "--model.expert_bias=false", "--optim.lr=1e-6",
-        "--reward.accuracy=0", "--reward.format=0", f"--run.dtype={dtype}", f"--run.device={device}",
+        "--reward.accuracy=0", "--reward.format=0", f"--run.dtype={dtype}", f"--run.device={device}", f"--run.exact={exact}",
         f"--engine.max_num_seqs={num_prompts * group_size}", "--optim.microbatch_tokens=65536"])
 
 
@@ -81,12 +89,14 @@ def timed_step(session: Session, step: int, log: RunLog) -> tuple[dict[str, floa
     return stats.timings | {"step_s": time.perf_counter() - start}, stats
 
 
-def measure(workload: str, dtype: str, device: str, steps: int, warmup: int, trace: str | None = None) -> Record:
+def measure(
+    workload: str, dtype: str, device: str, steps: int, warmup: int, trace: str | None = None, exact: str = "auto",
+) -> Record:
     """Medians over `steps` steps after `warmup` uncounted ones; the gap is the largest of them all."""
-    config = workload_config(workload, dtype, device)
+    config = workload_config(workload, dtype, device, exact)
     session = workload_session(config, workload)
     startup_bytes = peak_rss_bytes()
-    num_prompts, _, group_size, new_tokens = WORKLOADS[workload]
+    num_prompts, prompt_tokens, group_size, new_tokens = WORKLOADS[workload]
     timings, gaps = [], []
     before = session.model.head_weight.detach().clone()
     with tempfile.TemporaryDirectory() as folder, RunLog(folder) as log:
@@ -101,13 +111,16 @@ def measure(workload: str, dtype: str, device: str, steps: int, warmup: int, tra
     if trace:
         write_trace(session, warmup + steps, trace)
     tokens = num_prompts * group_size * new_tokens
+    active = num_active_parameters(session.weights.model)
+    flops = 2 * active * tokens + 6 * active * (tokens + num_prompts * prompt_tokens)
     median = {key: statistics.median(t[key] for t in timings) for key in ("step_s", "rollout_s", "reward_s", "train_s")}
     return {
         "impl": "reason_rl", "workload": workload, **median, "step_s_min": min(t["step_s"] for t in timings),
         "rollout_tok_s": tokens / median["rollout_s"], "train_tok_s": tokens / median["train_s"],
         "step_tok_s": tokens / median["step_s"], "startup_mb": startup_bytes / 2**20, "peak_mb": peak_bytes / 2**20,
-        "max_abs_logprob_gap": max(gaps),
-        "parameters": num_parameters(session.weights.model), "active_parameters": num_active_parameters(session.weights.model),
+        "percent_of_gemm": 100 * flops / median["step_s"] / 1e9 / gemm_gflops(session.world.dtype, device),
+        "max_abs_logprob_gap": max(gaps), "exact": exact, "kernels": ISA or "reference ops",
+        "parameters": num_parameters(session.weights.model), "active_parameters": active,
         "dtype": str(session.world.dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "steps": steps,
     }
 
@@ -137,31 +150,38 @@ def peer_is_installed(python: str) -> bool:
 
 def side_commands(options: argparse.Namespace) -> dict[str, list[str]]:
     """Each side's command, ours first."""
+    ours = [sys.executable, "-m", "bench.train_step", "--peer", "none", "--no-gemm", "--json"]
     same = ["--workload", options.workload, "--steps", str(options.steps), "--warmup", str(options.warmup),
             "--device", options.device]
-    ours = [sys.executable, "-m", "bench.train_step", *same, "--dtype", options.dtype, "--peer", "none", "--no-gemm", "--json"]
+    if options.peer == "exact":
+        return {f"exact {value}": [*ours, *same, "--dtype", options.dtype, "--exact", value] for value in ("on", "off")}
     theirs = [options.peer_python, str(CHECKOUT / "bench/peers/trl_step.py"), *same]
-    return dict(zip(("reason_rl", *PEERS), (ours, theirs, [*theirs, "--bf16"]), strict=True))
+    sides = {OURS: [*ours, *same, "--dtype", options.dtype], OURS_F32: [*ours, *same, "--dtype", "float32"]}
+    return sides | dict(zip(PEERS, (theirs, [*theirs, "--bf16"]), strict=True))
 
 
 def alternate(options: argparse.Namespace) -> Record:
-    """ours, TRL fp32, TRL bf16, ours, ... -> every record, each side's medians over the rounds, and the ratios."""
+    """Each side in turn, several rounds -> every record, each side's medians over the rounds, and the ratios."""
     commands = side_commands(options)
     records: dict[str, list[Record]] = {name: [] for name in commands}
     for round_number in range(options.rounds):
         for name, command in commands.items():
             records[name].append(run_child(command))
-            print(f"round {round_number + 1}  {name:14} step {records[name][-1]['step_s']:.3f} s", flush=True)
+            print(f"round {round_number + 1}  {name:18} step {records[name][-1]['step_s']:.3f} s", flush=True)
     sides = {name: over_rounds(rounds) for name, rounds in records.items()}
-    ratios = {name: compare(sides["reason_rl"], sides[name]) for name in PEERS}
-    return {"sides": sides, "ratios": ratios, "faster_peer": min(PEERS, key=lambda name: sides[name]["step_s"]), "records": records}
+    pairs = [pair for pair in COMPARED if set(pair) <= set(sides)]
+    ratios = {f"{ours} / {theirs}": compare(sides[ours], sides[theirs]) for ours, theirs in pairs}
+    result = {"sides": sides, "ratios": ratios, "records": records}
+    peers = [name for name in PEERS if name in sides]
+    return result | ({"faster_peer": min(peers, key=lambda name: sides[name]["step_s"])} if peers else {})
 
 
 def over_rounds(rounds: list[Record]) -> dict[str, float]:
     """Medians of what is shown; `step_s` also with the least and the most of the rounds."""
     steps = [record["step_s"] for record in rounds]
     above = statistics.median(record["peak_mb"] - record["startup_mb"] for record in rounds)
-    return {key: statistics.median(record[key] for record in rounds) for key in SHOWN} | {
+    shown = (*SHOWN, *(key for key in OURS_ONLY if key in rounds[0]))
+    return {key: statistics.median(record[key] for record in rounds) for key in shown} | {
         "step_s_least_round": min(steps), "step_s_most_round": max(steps), "peak_above_startup_mb": above}
 
 
@@ -182,11 +202,11 @@ def compare(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float
 def print_sides(record: Record) -> None:
     """A line for each figure, a column for each side; then the ratios."""
     sides: dict[str, dict[str, float]] = record["sides"]
-    print(f"{'':22}" + "".join(f"{name:>14}" for name in sides))
+    print(f"{'':22}" + "".join(f"{name:>19}" for name in sides))
     for key in next(iter(sides.values())):
-        print(f"{key:22}" + "".join(f"{side[key]:14.4g}" for side in sides.values()))
+        print(f"{key:22}" + "".join(f"{side[key]:19.4g}" if key in side else f"{'':19}" for side in sides.values()))
     for name, ratios in record["ratios"].items():
-        print(f"{name:14} " + "  ".join(f"{key} {'-' if value is None else f'{value:.2f}x'}" for key, value in ratios.items()))
+        print(f"{name:34} " + "  ".join(f"{key} {'-' if value is None else f'{value:.2f}x'}" for key, value in ratios.items()))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -196,15 +216,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--peer", choices=["trl", "none"], help="whom to alternate with (default: trl where it is installed)")
+    parser.add_argument("--exact", choices=["auto", "on", "off"], default="auto", help="run.exact of ours")
+    parser.add_argument("--peer", choices=["trl", "exact", "none"],
+                        help="whom to alternate with (default: trl where it is installed); exact: ours, with and without")
     parser.add_argument("--peer-python", default=sys.executable, help="the Python that has the peer installed")
     parser.add_argument("--rounds", type=int, default=3, help="how often each side runs, with a peer")
     parser.add_argument("--trace", help="write a torch profiler trace of one step to this file; ours alone")
     parser.add_argument("--no-gemm", action="store_true", help="leave out the machine's matrix product rates")
     add_json_option(parser)
     options = parser.parse_args(arguments)
-    if options.trace and options.peer == "trl":
-        parser.error("--trace is of our own step: it takes no --peer trl")
+    if options.trace and options.peer in ("trl", "exact"):
+        parser.error(f"--trace is of our own step: it takes no --peer {options.peer}")
     if min(options.steps, options.rounds) < 1 or options.warmup < 0:
         parser.error("--steps and --rounds must be at least 1, --warmup at least 0")
     return options
@@ -213,18 +235,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     is_wanted = options.peer != "none" and not options.trace
-    has_peer = is_wanted and peer_is_installed(options.peer_python)
+    has_peer = is_wanted and (options.peer == "exact" or peer_is_installed(options.peer_python))
     if has_peer:
         record = alternate(options)
         print_sides(record)
     else:
-        record = measure(options.workload, options.dtype, options.device, options.steps, options.warmup, options.trace)
-        print("  ".join(f"{key} {record[key]:.4g}" for key in SHOWN))
+        record = measure(
+            options.workload, options.dtype, options.device, options.steps, options.warmup, options.trace, options.exact)
+        print("  ".join(f"{key} {record[key]:.4g}" for key in (*SHOWN, *OURS_ONLY)))
         if is_wanted:
             print("trl: not installed")
     rates = None if options.no_gemm else gemm_rates(options.device)
     setting = describe_setting(options.device)
-    write_json({"bench": "train_step", "ops": "torch reference", **record, "gemm_gflops": rates, "setting": setting}, options.json)
+    write_json({"bench": "train_step", **record, "gemm_gflops": rates, "setting": setting}, options.json)
 
 
 if __name__ == "__main__":

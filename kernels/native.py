@@ -2,11 +2,12 @@
 
 `make` builds one library per instruction set (kernels/_native_<isa>.so, see CMakeLists.txt); the best one that was built and that
 this CPU can run is loaded, once. REASON_RL_ISA names another, for tests and for comparisons: a value's bits are the same in
-any batch, but not on any instruction set.
+any batch, but not on any instruction set. REASON_RL_NATIVE_DIR names another folder to look in (`make sanitize`).
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ FLAGS = {
     "portable": (),
 }
 """Instruction sets, the best first, and the flags of /proc/cpuinfo that each needs."""
-HERE = Path(__file__).resolve().parent
+FOLDER = Path(os.environ.get("REASON_RL_NATIVE_DIR") or Path(__file__).parent).resolve()
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
@@ -34,7 +35,7 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 def library(isa: str) -> Path:
-    return HERE / f"_native_{isa}.so"
+    return FOLDER / f"_native_{isa}.so"
 
 
 def pick_isa(wished: str, flags: frozenset[str]) -> tuple[str, str]:
@@ -70,6 +71,26 @@ DTYPES = (torch.float32, torch.bfloat16)
 def cpu_why_not(device: torch.device) -> str:
     """For `Implementation.why_not` of an op that csrc/ has for the CPU."""
     return "CPU only" if device.type != "cpu" else _MISSING
+
+
+@functools.cache
+def _load_cuda() -> str:
+    """Loads the library of the CUDA kernels, at the first question that could use it; -> "" or why not."""
+    path = FOLDER / "_native_cuda.so"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if not path.is_file():
+        return "not built here (`make native` builds it where nvcc is found)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {str(error).splitlines()[0]}"
+    return ""
+
+
+def cuda_why_not(device: torch.device) -> str:
+    """For `Implementation.why_not` of an op that csrc/ has in CUDA C++."""
+    return "CUDA only" if device.type != "cuda" else _load_cuda()
 
 
 def has_fast_bf16() -> bool:

@@ -32,7 +32,12 @@ class RunConfig:
     device: str = "auto"
     """"auto" (cuda where there is one, else cpu), "cpu", "cuda" or "cuda:1"."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; master weights stay float32. "auto": bfloat16 on CUDA, float32 on the CPU."""
+    """Compute dtype; master weights stay float32. "auto": bfloat16 on CUDA, and on a CPU whose bf16 products are twice as fast
+    (AVX-512-BF16, with the native kernels built); float32 elsewhere."""
+    exact: Literal["auto", "on", "off"] = "auto"
+    """Whether the sampler's logprobs are the trainer's to the bit. "auto": wherever the ops are batch-invariant; the gap is logged
+    at every step. "on": the run stops where the gap on policy is not 0. "off": projections, experts and head by torch's own GEMMs,
+    which may round a row by the batch it stands in."""
     num_threads: int = 0
     """CPU threads of torch in each process; 0 shares the machine's cores among the processes (a single process goes by
     OMP_NUM_THREADS where that is set)."""
@@ -161,6 +166,9 @@ class EngineConfig:
     """KV blocks of 16 tokens; 0 allots what max_num_seqs sequences of the largest length need."""
     prefill_tokens: int = 8192
     """Most tokens in one prefill pass."""
+    decoder: Literal["auto", "native", "ops"] = "auto"
+    """"native": several tokens a call, the whole model in it. "ops": one token a call, op by op through the model. Both draw the
+    same tokens. "auto": native where it can be."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +207,10 @@ class RLConfig:
     or a forward before the first update."""
     max_logprob_gap: float = 0.0
     """Above 0: stop when the engine's logprobs leave the trainer's by more than this (nats) on policy. 0 goes on: the gap is
-    logged as max_abs_logprob_gap, with one warning where it is more than 0.001."""
+    logged as max_abs_logprob_gap, with one warning where it is more than 0.001. run.exact = "on" allows none."""
+    routing_replay: bool = False
+    """Train with the experts that the sampler chose, their weights from the trainer's own router (arXiv:2507.18071, 5.3): for
+    samplers whose routes may differ."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from kernels.native import ISA
 from reason_rl.config import Config, ConfigError
 from reason_rl.data import Tokenizer, char_tokenizer
 from reason_rl.model.transformer import Transformer, num_active_parameters, num_parameters
@@ -184,8 +185,11 @@ def _prepare(
 def describe_machine(session: Session) -> str:
     """What was chosen to run on, in a line."""
     world, model = session.world, session.weights.model
-    return (f"On {world.device}, {str(world.dtype).removeprefix('torch.')}, {world.size} process(es) of {torch.get_num_threads()} "
-            f"CPU thread(s). {num_parameters(model):,} parameters, {num_active_parameters(model):,} of them active for a token.")
+    exact = {"on": "required", "off": "off"}.get(session.config.run.exact, "wherever the ops are")
+    kernels = f" ({ISA} kernels)" if ISA and world.device.type == "cpu" else ""
+    return (f"On {world.device}{kernels}, {str(world.dtype).removeprefix('torch.')}, {world.size} process(es) of "
+            f"{torch.get_num_threads()} CPU thread(s); exact logprobs {exact}. "
+            f"{num_parameters(model):,} parameters, {num_active_parameters(model):,} of them active for a token.")
 
 
 def _begin(config: Config, folder: RunFolder) -> RunLog:

@@ -6,6 +6,7 @@ policy on held-out problems. The second half of a step stands in train.py.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -61,6 +62,13 @@ class Session:
         spec = self.config.loss
         return spec if spec.constant_length else replace(spec, constant_length=self.config.sampling.max_tokens)
 
+    @property
+    def max_gap(self) -> float:
+        """How far the engine's logprobs may be from the trainer's on policy, in nats."""
+        if self.config.run.exact == "on":
+            return 0.0
+        return self.config.rl.max_logprob_gap or math.inf
+
     def policy_changed(self) -> None:
         """After an update: the engine samples with the new weights."""
         self.policy_version += 1
@@ -74,6 +82,7 @@ def build_session(
     """From a plain model on the CPU; `reference_state` is the frozen policy's where that is not the model as given."""
     reference = None
     model.compute_dtype = world.dtype
+    model.use_gemm("torch" if config.run.exact == "off" else "auto")
     if config.loss.kl_coef > 0:
         reference = Transformer(model.config, model.vocab_size, world.dtype)
         reference.load_state_dict(reference_state or model.state_dict())
@@ -104,12 +113,13 @@ def check_task(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def sample_and_grade(
-    session: Session, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, step: int
+    session: Session, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, step: int, with_routes: bool = False
 ) -> tuple[list[Group], dict[str, float]]:
     """Each rank samples and grades its share; every rank gets all groups, in order -> (groups, seconds)."""
     start = time.perf_counter()
     mine = session.engine.generate(
-        session.world.share(problems), group_size, sampling, step=step, policy_version=session.policy_version)
+        session.world.share(problems), group_size, sampling, step=step, policy_version=session.policy_version,
+        with_routes=with_routes)
     sampled = time.perf_counter()
     graded = [grade_group(group, [session.tokenizer.decode_completion(c.token_ids) for c in group.completions],
                           session.config, session.rewards) for group in mine]
@@ -146,7 +156,7 @@ def collect_groups(session: Session, step: int) -> tuple[list[Group], list[Group
             if round_number == 0 or not str(error).startswith("too few problems"):
                 raise
             break
-        groups, seconds = sample_and_grade(session, problems, rl.group_size, session.sampling, step)
+        groups, seconds = sample_and_grade(session, problems, rl.group_size, session.sampling, step, rl.routing_replay)
         everything += groups
         timings = {key: timings[key] + seconds[key] for key in timings}
         for group in groups:

@@ -77,6 +77,8 @@ class Completion:
     """How many optimizer steps the sampling weights had seen."""
     sample_index: int
     """0..G-1 within the group; part of the noise key."""
+    routes: torch.Tensor | None = field(default=None, compare=False)
+    """i32[n - 1, L, k] where asked for: the experts of each of the n tokens but the last, which no forward saw."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Group:
     problem: Problem
     completions: tuple[Completion, ...]
     scores: tuple[Score, ...] = ()
+    prompt_routes: torch.Tensor | None = field(default=None, compare=False)
+    """i32[P, L, k] where asked for: the experts of the prompt's tokens."""
 
     def with_scores(self, scores: tuple[Score, ...]) -> Group:
         return replace(self, scores=scores)
@@ -141,6 +145,8 @@ class Microbatch:
     """f32[N], of the policy before the step's first update."""
     ref_logprobs: torch.Tensor | None = None
     """f32[N], of the frozen reference."""
+    routes: torch.Tensor | None = None
+    """i32[T, L, k] with routing replay: the experts that the sampler chose for each row."""
 
     @property
     def num_tokens(self) -> int:

@@ -82,7 +82,7 @@ def test_sides_take_turns_and_ratios_point_the_way_their_names_say(
     assert rounds == list(SIDES) * 3
     ours = record["sides"]["reason_rl"]
     assert (ours["step_s"], ours["step_s_least_round"], ours["step_s_most_round"]) == (0.5, 0.5, 1.5)
-    plain, half = record["ratios"]["trl float32"], record["ratios"]["trl bfloat16"]
+    plain, half = record["ratios"]["reason_rl / trl float32"], record["ratios"]["reason_rl / trl bfloat16"]
     # theirs 2 s, ours 0.5; ours 3000 tokens a second, theirs 1000; 0.8 s beside the rollout, ours 0.2; 50 MB, theirs 200
     assert plain == pytest.approx(
         {"step_speedup": 4.0, "rollout_speedup": 3.0, "train_speedup": 4.0, "memory_ours_over_theirs": 0.25})
@@ -100,6 +100,13 @@ def test_the_children_run_what_was_asked_for():
         words = " ".join(command)
         assert "--device cuda" in words and "--workload W2" in words and "--steps 5" in words, name
     assert "--peer none" in " ".join(train_step.side_commands(options)["reason_rl"])  # or it would run its own peer
+    assert "--dtype float32" in " ".join(train_step.side_commands(options)["reason_rl float32"])
+
+
+def test_exact_mode_is_timed_beside_its_absence():
+    commands = train_step.side_commands(train_step.parse(["--peer", "exact", "--dtype", "bfloat16"]))
+    assert [" ".join(c).split("--exact ")[1].split()[0] for c in commands.values()] == ["on", "off"]
+    assert all("--dtype bfloat16" in " ".join(command) for command in commands.values())
 
 
 def test_a_failing_side_ends_with_its_own_words(tmp_path: Path):
@@ -116,7 +123,7 @@ def test_arguments_that_cannot_be_met_are_refused(arguments: list[str]):
 @pytest.mark.parametrize(("arguments", "says_so"), [([], True), (["--peer", "none"], False), (["--trace", "x"], False)])
 def test_without_the_peer_ours_is_shown_alone(
         arguments: list[str], says_so: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(train_step, "measure", lambda *_: dict.fromkeys(train_step.SHOWN, 1.0))
+    monkeypatch.setattr(train_step, "measure", lambda *_: dict.fromkeys((*train_step.SHOWN, *train_step.OURS_ONLY), 1.0))
     train_step.main([*arguments, "--no-gemm", "--peer-python", "no/such/python"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step_s 1") and lines[1:] == ["trl: not installed"] * says_so

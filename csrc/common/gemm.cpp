@@ -4,46 +4,70 @@
 namespace reason_rl {
 namespace {
 
-// acc + a pair of A (the same for all columns) times a pair of B for each of 16 columns.
-inline F32x16 dot_pairs(F32x16 acc, const bf16* a, const bf16* b) {
-    uint32_t pair;
-    std::memcpy(&pair, a, sizeof pair);
-    U32x16 columns;
-    std::memcpy(&columns, b, sizeof columns);
-#if defined(__AVX512BF16__)
-    const __m512 sum = _mm512_dpbf16_ps((__m512)acc.part[0], bits_of<__m512bh>(_mm512_set1_epi32(static_cast<int>(pair))), bits_of<__m512bh>(columns));
-    return bits_of<F32x16>(sum);
-#else
-    acc = fma(splat(bits_of<float>(pair << 16)), bits_of<F32x16>(columns << 16), acc);
-    return fma(splat(bits_of<float>(pair & 0xffff0000u)), bits_of<F32x16>(columns & 0xffff0000u), acc);
-#endif
+// The tile is written in single registers: GCC 12 keeps an array of them where they belong, but puts an array of F32x16 of several
+// registers in memory, at a fifth of the speed.
+using Part = F32x16::Part;
+using WholePart = U32x16::Part;
+
+template <class To, class T>
+inline To load_part(const T* p) {
+    To x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
 }
-inline F32x16 step(F32x16 acc, const float* a, const float* b) { return fma(splat(*a), load(b), acc); }
-inline F32x16 step(F32x16 acc, const bf16* a, const bf16* b) { return dot_pairs(acc, a, b); }
+
+// acc + a unit of A (the same for all columns) times a unit of B for each column. A pair of bf16 takes one step where the CPU has
+// their dot product, else two: first the even halves, then the odd ones.
+#if defined(__AVX512BF16__)
+template <class T> constexpr int STEPS = 1;
+template <int STEP>
+inline Part step(Part acc, const bf16* a, const bf16* b) {
+    const WholePart pair = load_part<uint32_t>(a) - WholePart{};  // x - 0 is x, and no instruction
+    return (Part)_mm512_dpbf16_ps((__m512)acc, bits_of<__m512bh>(pair), load_part<__m512bh>(b));
+}
+#else
+template <class T> constexpr int STEPS = PER_UNIT<T>;
+template <int STEP>
+inline Part step(Part acc, const bf16* a, const bf16* b) {
+    typedef uint16_t Halves __attribute__((vector_size(REGISTER_BYTES)));
+    const WholePart same = (WholePart)(a[STEP].bits - Halves{}) << 16, pairs = load_part<WholePart>(b);
+    return fma((Part)same, (Part)(STEP ? pairs & 0xffff0000u : pairs << 16), acc);
+}
+#endif
+template <int STEP>
+inline Part step(Part acc, const float* a, const float* b) { return fma(*a - Part{}, load_part<Part>(b), acc); }
+
+// One step for the whole tile: acc[r][i] holds row r's columns from i * PART_LANES on.
+template <int STEP, class T, int ROWS, int WIDTH>
+inline void step_tile(Part (&acc)[ROWS][WIDTH], const T* a, int64_t row_stride, const T* b, int64_t panel_stride) {
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < WIDTH; ++i)
+            acc[r][i] = step<STEP>(acc[r][i], a + r * row_stride,
+                                   b + i / PARTS * panel_stride + i % PARTS * PART_LANES * PER_UNIT<T>);
+}
 
 template <class T, int ROWS, int PANELS>
 void multiply_fixed(int64_t units, RowsOf<T> a, const T* b, int64_t panel_stride, Tile& tile) {
     constexpr int64_t UNIT = PER_UNIT<T>, BLOCK = K_BLOCK / UNIT;
+    constexpr int WIDTH = PANELS * PARTS;
     for (int64_t first = 0; first == 0 || first < units; first += BLOCK) {
         const int64_t last = std::min(units, first + BLOCK);
-        F32x16 acc[ROWS][PANELS];
-        for (auto& row : acc)
-            for (auto& value : row) value = splat(0.0f);
+        Part acc[ROWS][WIDTH] = {};
         const T* a_at = a.start + first * a.k_stride * UNIT;
         const T* b_at = b + first * UNIT * LANES;
         for (int64_t u = first; u < last; ++u, a_at += a.k_stride * UNIT, b_at += UNIT * LANES) {
-#pragma GCC unroll 6
-            for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 4
-                for (int p = 0; p < PANELS; ++p)
-                    acc[r][p] = step(acc[r][p], a_at + r * a.row_stride * UNIT, b_at + p * panel_stride);
+            step_tile<0>(acc, a_at, a.row_stride * UNIT, b_at, panel_stride);
+            if constexpr (STEPS<T> == 2) step_tile<1>(acc, a_at, a.row_stride * UNIT, b_at, panel_stride);
         }
 #pragma GCC unroll 6
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-            for (int p = 0; p < PANELS; ++p) {
-                float* place = tile.row(r) + p * LANES;
-                store(place, first ? load(place) + acc[r][p] : acc[r][p]);
+            for (int i = 0; i < WIDTH; ++i) {
+                float* place = tile.row(r) + i * PART_LANES;
+                const Part sum = first ? load_part<Part>(place) + acc[r][i] : acc[r][i];
+                std::memcpy(place, &sum, sizeof sum);
             }
     }
 }
@@ -80,22 +104,17 @@ template void multiply(int, int, int64_t, RowsOf<bf16>, const bf16*, int64_t, Ti
 
 template <class T, class S>
 void pack_transposed_panel(T* panel, const S* matrix, int64_t num_columns, int64_t k, int64_t stride, int64_t n) {
-    constexpr int64_t UNIT = PER_UNIT<T>;
-    const int64_t units = num_units<T>(k);
-    for (int64_t lane = 0; lane < LANES; ++lane) {
-        T* place = panel + lane * UNIT;
-        if (n + lane >= num_columns) {
-            for (int64_t u = 0; u < units; ++u, place += LANES * UNIT) std::memset(place, 0, UNIT * sizeof(T));
-            continue;
-        }
-        const S* row = matrix + (n + lane) * stride;
-        // A column of the matrix is one lane of the panel: rounded 16 at a time, scattered one by one.
-        T block[LANES];
-        for (int64_t first = 0; first < units * UNIT; first += LANES) {
-            store(block, load(row + first, std::min<int64_t>(LANES, k - first)));
-            const int64_t count = std::min<int64_t>(LANES, units * UNIT - first);
-            for (int64_t i = 0; i < count; i += UNIT, place += LANES * UNIT) std::memcpy(place, block + i, UNIT * sizeof(T));
-        }
+    constexpr int64_t UNIT = PER_UNIT<T>, BLOCK_UNITS = LANES / UNIT;
+    const int64_t units = num_units<T>(k), lanes = std::min<int64_t>(LANES, num_columns - n);
+    // A square of 16 x 16 at a time: rounded row by row, turned in the first cache. A column of the matrix becomes a lane of the panel.
+    T square[LANES * LANES] = {};
+    for (int64_t first = 0; first < units; first += BLOCK_UNITS) {
+        const int64_t column = first * UNIT, count = std::min(BLOCK_UNITS, units - first);
+        for (int64_t lane = 0; lane < lanes; ++lane)
+            store(square + lane * LANES, load(matrix + (n + lane) * stride + column, std::min<int64_t>(LANES, k - column)));
+        T* place = panel + first * UNIT * LANES;
+        for (int64_t u = 0; u < count; ++u)
+            for (int64_t lane = 0; lane < LANES; ++lane, place += UNIT) std::memcpy(place, square + lane * LANES + u * UNIT, UNIT * sizeof(T));
     }
 }
 

@@ -50,16 +50,25 @@ using F32x16 = Vec<float>;
 using I32x16 = Vec<int32_t>;
 using U32x16 = Vec<uint32_t>;
 
+// body(0), body(1) ... for the registers of a Vec, written out: GCC 12 keeps `part` in registers only where every index is a
+// constant before it looks at loops.
+template <class F>
+[[gnu::always_inline]] inline void each_part(F&& body) {
+    body(0);
+    if constexpr (PARTS > 1) body(1);
+    if constexpr (PARTS > 2) body(2), body(3);
+}
+
 template <class E>
 inline Vec<E> splat(E x) {
     Vec<E> y;
-    for (int i = 0; i < PARTS; ++i) y.part[i] = typename Vec<E>::Part{} + x;
+    each_part([&](int i) { y.part[i] = x - typename Vec<E>::Part{}; });  // x - 0 is x, and no instruction; -0 + 0 is not -0
     return y;
 }
 
 #define RR_OPERATOR(op) \
     template <class E> inline Vec<E> operator op(Vec<E> a, Vec<E> b) { \
-        for (int i = 0; i < PARTS; ++i) a.part[i] = a.part[i] op b.part[i]; \
+        each_part([&](int i) { a.part[i] = a.part[i] op b.part[i]; }); \
         return a; \
     } \
     template <class E> inline Vec<E> operator op(Vec<E> a, std::type_identity_t<E> b) { return a op splat<E>(b); }
@@ -70,7 +79,7 @@ RR_OPERATOR(+) RR_OPERATOR(-) RR_OPERATOR(*) RR_OPERATOR(/) RR_OPERATOR(&) RR_OP
 #define RR_COMPARISON(op) \
     template <class E> inline I32x16 operator op(Vec<E> a, Vec<E> b) { \
         I32x16 y; \
-        for (int i = 0; i < PARTS; ++i) y.part[i] = (typename I32x16::Part)(a.part[i] op b.part[i]); \
+        each_part([&](int i) { y.part[i] = (typename I32x16::Part)(a.part[i] op b.part[i]); }); \
         return y; \
     } \
     template <class E> inline I32x16 operator op(Vec<E> a, std::type_identity_t<E> b) { return a op splat<E>(b); }
@@ -79,23 +88,30 @@ RR_COMPARISON(<) RR_COMPARISON(>) RR_COMPARISON(<=) RR_COMPARISON(>=) RR_COMPARI
 
 template <class E>
 inline Vec<E> select(I32x16 which, Vec<E> a, Vec<E> b) {
-    for (int i = 0; i < PARTS; ++i) a.part[i] = which.part[i] ? a.part[i] : b.part[i];
+    each_part([&](int i) { a.part[i] = which.part[i] ? a.part[i] : b.part[i]; });
     return a;
 }
 
+// The second where either is NaN.
+#if defined(__AVX512F__)
+inline F32x16 max(F32x16 a, F32x16 b) { return bits_of<F32x16>(_mm512_max_ps((__m512)a.part[0], (__m512)b.part[0])); }
+inline F32x16 min(F32x16 a, F32x16 b) { return bits_of<F32x16>(_mm512_min_ps((__m512)a.part[0], (__m512)b.part[0])); }
+#else
 inline F32x16 max(F32x16 a, F32x16 b) { return select(a > b, a, b); }
 inline F32x16 min(F32x16 a, F32x16 b) { return select(a < b, a, b); }
-
-inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {  // a * b + c, rounded once where the CPU can
-    for (int i = 0; i < PARTS; ++i) {
-#if defined(__AVX512F__)
-        c.part[i] = (F32x16::Part)_mm512_fmadd_ps((__m512)a.part[i], (__m512)b.part[i], (__m512)c.part[i]);
-#elif defined(__FMA__)
-        c.part[i] = (F32x16::Part)_mm256_fmadd_ps((__m256)a.part[i], (__m256)b.part[i], (__m256)c.part[i]);
-#else
-        c.part[i] = a.part[i] * b.part[i] + c.part[i];
 #endif
-    }
+
+inline F32x16::Part fma(F32x16::Part a, F32x16::Part b, F32x16::Part c) {  // a * b + c, rounded once where the CPU can
+#if defined(__AVX512F__)
+    return (F32x16::Part)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (F32x16::Part)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
+    each_part([&](int i) { c.part[i] = fma(a.part[i], b.part[i], c.part[i]); });
     return c;
 }
 
@@ -119,32 +135,53 @@ inline U32x16 bf16_bits(F32x16 x) {
 
 typedef uint16_t HalfPart __attribute__((vector_size(REGISTER_BYTES / 2)));
 
-inline F32x16 load(const float* p) { F32x16 x; std::memcpy(&x, p, sizeof x); return x; }
-inline void store(float* p, F32x16 x) { std::memcpy(p, &x, sizeof x); }
+inline F32x16 load(const float* p) {
+    F32x16 x;
+    each_part([&](int i) { std::memcpy(&x.part[i], p + i * PART_LANES, REGISTER_BYTES); });
+    return x;
+}
+inline void store(float* p, F32x16 x) {
+    each_part([&](int i) { std::memcpy(p + i * PART_LANES, &x.part[i], REGISTER_BYTES); });
+}
 
 inline F32x16 load(const bf16* p) {
+#if defined(__AVX512F__)
+    return bits_of<F32x16>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+#else
     U32x16 x;
-    for (int i = 0; i < PARTS; ++i) {
+    each_part([&](int i) {
         HalfPart half;
         std::memcpy(&half, p + i * PART_LANES, sizeof half);
         x.part[i] = __builtin_convertvector(half, U32x16::Part) << 16;
-    }
+    });
     return bits_of<F32x16>(x);
+#endif
 }
 inline void store(bf16* p, F32x16 x) {
+#if defined(__AVX512BF16__)
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)x.part[0]);
+    std::memcpy(p, &half, sizeof half);
+#else
     const U32x16 bits = bf16_bits(x);
-    for (int i = 0; i < PARTS; ++i) {
+    each_part([&](int i) {
         const HalfPart half = __builtin_convertvector(bits.part[i], HalfPart);
         std::memcpy(p + i * PART_LANES, &half, sizeof half);
-    }
+    });
+#endif
 }
 
 template <class T>
 inline F32x16 load(const T* p, int64_t n) {
     if (n >= LANES) return load(p);
+#if defined(__AVX512F__)
+    const __mmask16 first = static_cast<__mmask16>((1u << n) - 1);
+    if constexpr (sizeof(T) == 4) return bits_of<F32x16>(_mm512_maskz_loadu_ps(first, p));
+    else return bits_of<F32x16>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first, p)), 16));
+#else
     T padded[LANES] = {};
     std::memcpy(padded, p, n * sizeof(T));
     return load(padded);
+#endif
 }
 
 template <class T>
@@ -152,7 +189,13 @@ inline void store(T* p, F32x16 x, int64_t n) {
     if (n >= LANES) return store(p, x);
     T padded[LANES];
     store(padded, x);
+#if defined(__AVX512F__)
+    const __mmask16 first = static_cast<__mmask16>((1u << n) - 1);
+    if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, first, (__m512)x.part[0]);
+    else _mm256_mask_storeu_epi16(p, first, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(padded)));
+#else
     std::memcpy(p, padded, n * sizeof(T));
+#endif
 }
 
 // x as it reads after being stored as T and loaded again.
@@ -196,11 +239,15 @@ inline F32x16 exp(F32x16 x) {
     p = fma(p, r, splat(1.6666665459e-1f));
     p = fma(p, r, splat(5.0000001201e-1f));
     p = fma(p, r * r, r + 1.0f);
+#if defined(__AVX512F__)
+    F32x16 y = bits_of<F32x16>(_mm512_scalef_ps((__m512)p.part[0], (__m512)n.part[0]));  // p * 2^n
+#else
     // 2^n in two halves, so that n = 128 does not overflow before the product does.
     const I32x16 whole = bits_of<I32x16>(shifted) - 0x4B400000;
     const I32x16 half = whole >> 1;
     const F32x16 low = bits_of<F32x16>((half + 127) << 23), high = bits_of<F32x16>((whole - half + 127) << 23);
     F32x16 y = p * low * high;
+#endif
     y = select(x < -87.33654f, splat(0.0f), y);
     y = select(x > 88.72284f, splat(std::numeric_limits<float>::infinity()), y);
     return select(x != x, x, y);

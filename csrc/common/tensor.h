@@ -12,8 +12,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <initializer_list>
-#include <memory>
+#include <mutex>
+#include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -101,13 +103,30 @@ void by_dtype(const char* op, const char* name, const Tensor& tensor, F&& body) 
     }
 }
 
-// body(i) for i in [0, count), spread over torch's threads in contiguous ranges. An exception reaches the caller.
+// The same for a weight that is stored in the compute dtype T, or as an f32 master that is rounded to T where it is used.
+template <class T, class F>
+void by_master(const char* op, const char* name, const Tensor& weight, std::initializer_list<int64_t> shape, F&& body) {
+    if (weight.scalar_type() == ScalarType::Float) body(data<const float>(op, name, weight, shape));
+    else body(data<const T>(op, name, weight, shape));
+}
+
+// body(i) for i in [0, count), spread over torch's threads in contiguous ranges. Of several exceptions the one of the lowest range
+// reaches the caller: torch's own loop would replace it by one of its own.
 template <class F>
 void parallel_for(int64_t count, F&& body) {
     if (count <= 0) return;
+    std::mutex mutex;
+    std::exception_ptr error;
+    int64_t error_begin = count;
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) body(i);
+        try {
+            for (int64_t i = begin; i < end; ++i) body(i);
+        } catch (...) {
+            const std::lock_guard<std::mutex> lock(mutex);
+            if (begin < error_begin) error = std::current_exception(), error_begin = begin;
+        }
     });
+    if (error) std::rethrow_exception(error);
 }
 
 // How many of `count` things to take at a time: a whole number of `step`s, at most `most`, and as many parts for each thread as for

@@ -20,13 +20,6 @@ void product(T* c, const T* a, const T* packed, int64_t num_rows, int64_t num_co
     });
 }
 
-// The weight as S: in x's dtype, or f32.
-template <class T, class F>
-void by_weight(const char* op, const Tensor& weight, int64_t n, int64_t k, F&& body) {
-    if (weight.scalar_type() == ScalarType::Float) body(data<const float>(op, "weight", weight, {n, k}));
-    else body(data<const T>(op, "weight", weight, {n, k}));
-}
-
 void linear_fwd(Tensor y, Tensor x, Tensor weight) {
     const char* op = "linear_fwd";
     RR_CHECK(x.dim() == 2 && weight.dim() == 2, op, ": x and weight must have 2 dimensions, got ", x.dim(), " and ", weight.dim());
@@ -36,7 +29,7 @@ void linear_fwd(Tensor y, Tensor x, Tensor weight) {
         const T* rows = data<const T>(op, "x", x, {m, k});
         T* out = data<T>(op, "y", y, {m, n});
         Scratch<T> packed(packed_size<T>(n, k));
-        by_weight<T>(op, weight, n, k, [&](const auto* matrix) {
+        by_master<T>(op, "weight", weight, {n, k}, [&](const auto* matrix) {
             parallel_for((n + LANES - 1) / LANES, [&](int64_t panel) {
                 pack_transposed_panel<T>(packed + packed_size<T>(panel * LANES, k), matrix, n, k, k, panel * LANES);
             });
@@ -54,7 +47,7 @@ void linear_dgrad(Tensor dx, Tensor dy, Tensor weight) {
         const T* rows = data<const T>(op, "dy", dy, {m, n});
         T* out = data<T>(op, "dx", dx, {m, k});
         Scratch<T> packed(packed_size<T>(k, n));
-        by_weight<T>(op, weight, n, k, [&](const auto* matrix) {
+        by_master<T>(op, "weight", weight, {n, k}, [&](const auto* matrix) {
             parallel_for((k + LANES - 1) / LANES, [&](int64_t panel) {
                 pack_panel<T>(packed + packed_size<T>(panel * LANES, n), matrix, n, k, k, panel * LANES);
             });

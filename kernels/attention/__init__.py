@@ -8,24 +8,33 @@ completions), then causally itself.
 each row's own keys follow on blocks of its own.
 
 Scores, softmax and sums are f32 (f64 for f64 inputs); the result is rounded once to q's dtype. Keys are summed in tiles of fixed
-size, prefix first, so that both forms give a token the same bits. Saved for backward: q, k, v and the weights.
-Flops: 4 * H * C per query-key pair. Siblings: plan.py, pages.py and reference.py here, tests/kernels/test_attention.py.
+size, prefix first, so that both forms give a token the same bits. Saved for backward: q, k, v, the result and two f32 a row (its
+highest score, its denominator), from which the weights are computed again; the reference saves the weights. dk and dv of a shared
+prefix are summed over its readers in their order, in f32. The native kernels take even head dims up to 256.
+Flops per query-key pair and head: 4 * C, and 10 * C backward. Siblings: plan.py, pages.py, reference.py and native.py here,
+csrc/attention/, tests/kernels/test_attention{,_native}.py.
 """
 
 from __future__ import annotations
 
 import torch
 
+from kernels.attention.native import attention_native, paged_attention_native
 from kernels.attention.pages import Pages, plan_pages
 from kernels.attention.plan import BLOCK_SIZE, SegmentPlan, plan_segments
 from kernels.attention.reference import attention_reference, make_inputs, paged_attention_reference
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
+from kernels.native import DTYPES, cpu_why_not
 
 __all__ = ["BLOCK_SIZE", "Pages", "SegmentPlan", "attention", "make_inputs", "paged_attention", "plan_pages", "plan_segments"]
 
-OP = Op("attention", (Implementation("reference", attention_reference),))
-PAGED_OP = Op("paged_attention", (Implementation("reference", paged_attention_reference),))
+OP = Op("attention", (
+    Implementation("native", attention_native, cpu_why_not, DTYPES),
+    Implementation("reference", attention_reference)))
+PAGED_OP = Op("paged_attention", (
+    Implementation("native", paged_attention_native, cpu_why_not, DTYPES),
+    Implementation("reference", paged_attention_reference)))
 
 
 def _check_heads(op: str, num_heads: int, num_kv_heads: int) -> None:

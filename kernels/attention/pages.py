@@ -6,6 +6,7 @@ The rows of a group name one prefix. They are laid side by side ("slots"), so th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -25,16 +26,45 @@ class KeySet:
 
 @dataclass(frozen=True)
 class Pages:
-    num_rows: int
+    """The tables, and what the reference makes of them when it runs."""
+
+    prefix_table: torch.Tensor
+    prefix_lens: torch.Tensor
+    prefix_index: torch.Tensor
+    own_table: torch.Tensor
+    own_lens: torch.Tensor
     num_kv_heads: int
     num_blocks: int
-    num_prefixes: int
-    group_size: int
-    """Most rows of one prefix, G."""
-    slots: torch.Tensor
-    """i64[R]: row r's place among the num_prefixes * G slots."""
-    prefix: KeySet
-    own: KeySet
+
+    @property
+    def num_rows(self) -> int:
+        return self.own_table.shape[0]
+
+    @property
+    def num_prefixes(self) -> int:
+        return self.prefix_table.shape[0]
+
+    @cached_property
+    def group_size(self) -> int:
+        """Most rows of one prefix, G."""
+        return int(torch.bincount(self.prefix_index, minlength=self.num_prefixes).max()) if self.num_rows else 0
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """i64[R]: row r's place among the num_prefixes * G slots."""
+        index = self.prefix_index
+        order = torch.sort(index, stable=True).indices
+        counts = torch.bincount(index, minlength=self.num_prefixes)
+        rank = torch.arange(self.num_rows, device=order.device) - (counts.cumsum(0) - counts).index_select(0, index[order])
+        return torch.empty_like(order).index_copy_(0, order, index[order] * self.group_size + rank)
+
+    @cached_property
+    def prefix(self) -> KeySet:
+        return _key_set(self.prefix_table, self.prefix_lens, self.num_kv_heads, self.num_blocks)
+
+    @cached_property
+    def own(self) -> KeySet:
+        return _key_set(self.own_table, self.own_lens, self.num_kv_heads, self.num_blocks)
 
 
 def plan_pages(
@@ -50,14 +80,7 @@ def plan_pages(
     check(op, "prefix_lens", prefix_lens, (num_prefixes,), torch.int64, like=own_table)
     check(op, "prefix_index", prefix_index, (num_rows,), torch.int64, like=own_table)
     check(op, "own_lens", own_lens, (num_rows,), torch.int64, like=own_table)
-    order = torch.sort(prefix_index, stable=True).indices
-    counts = torch.bincount(prefix_index, minlength=num_prefixes)
-    group_size = int(counts.max()) if num_rows else 0
-    rank = torch.arange(num_rows, device=order.device) - (counts.cumsum(0) - counts).index_select(0, prefix_index[order])
-    slots = torch.empty_like(order).index_copy_(0, order, prefix_index[order] * group_size + rank)
-    return Pages(
-        num_rows, num_kv_heads, num_blocks, num_prefixes, group_size, slots,
-        _key_set(prefix_table, prefix_lens, num_kv_heads, num_blocks), _key_set(own_table, own_lens, num_kv_heads, num_blocks))
+    return Pages(prefix_table, prefix_lens, prefix_index, own_table, own_lens, num_kv_heads, num_blocks)
 
 
 def _key_set(table: torch.Tensor, lens: torch.Tensor, num_kv_heads: int, num_blocks: int) -> KeySet:

@@ -8,6 +8,7 @@ fresh block. So training and decoding sum over the same keys in the same order, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -38,9 +39,40 @@ class Chunk:
 @dataclass(frozen=True)
 class SegmentPlan:
     num_tokens: int
-    chunks: tuple[Chunk, ...]
-    output_index: torch.Tensor
-    """i64[T]: for each packed row, its place among the chunks' outputs laid end to end."""
+    segments: torch.Tensor
+    """i32[S, 4] on the CPU, checked: all that the native kernel needs."""
+    device: torch.device
+
+    @cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """For the reference: the segments in batches, on `device`."""
+        return tuple(Chunk(*(tensor.to(self.device) for tensor in vars(chunk).values())) for chunk in self._chunks)
+
+    @cached_property
+    def output_index(self) -> torch.Tensor:
+        """For the reference: i64[T]; each packed row's place among the chunks' outputs laid end to end."""
+        index = torch.zeros(self.num_tokens, dtype=torch.int64)
+        offset = 0
+        for chunk in self._chunks:
+            slots = offset + torch.arange(chunk.own_index.numel()).view_as(chunk.own_index)
+            real = chunk.own_index < self.num_tokens
+            index[chunk.own_index[real]] = slots[real]
+            offset += chunk.own_index.numel()
+        return index.to(self.device)
+
+    @cached_property
+    def _chunks(self) -> list[Chunk]:
+        table = self.segments.long()
+        queries, prefixes = (-(-table[:, column] // QUERY_STEP) * QUERY_STEP for column in (1, 3))
+        buckets: dict[tuple[int, int], list[int]] = {}
+        for row, size in enumerate(zip(queries.tolist(), prefixes.tolist(), strict=True)):
+            buckets.setdefault(size, []).append(row)
+        chunks = []
+        for (num_queries, num_prefix), rows in sorted(buckets.items()):
+            per_chunk = max(1, MAX_SCORES // (num_queries * (num_queries + num_prefix)))
+            for first in range(0, len(rows), per_chunk):
+                chunks.append(_chunk(table[rows[first : first + per_chunk]], num_queries, num_prefix, self.num_tokens))
+        return chunks
 
 
 def check_segments(segments: torch.Tensor, num_tokens: int) -> None:
@@ -61,27 +93,9 @@ def check_segments(segments: torch.Tensor, num_tokens: int) -> None:
 
 
 def plan_segments(segments: torch.Tensor, num_tokens: int, device: torch.device | str = "cpu") -> SegmentPlan:
-    """segments i32[S, 4] on the CPU -> the plan, its tensors on `device`."""
+    """segments i32[S, 4] on the CPU -> the plan; its tensors on `device`, made when they are asked for."""
     check_segments(segments, num_tokens)
-    table = segments.long()
-    queries, prefixes = (-(-table[:, column] // QUERY_STEP) * QUERY_STEP for column in (1, 3))
-    buckets: dict[tuple[int, int], list[int]] = {}
-    for row, size in enumerate(zip(queries.tolist(), prefixes.tolist(), strict=True)):
-        buckets.setdefault(size, []).append(row)
-
-    chunks = []
-    output_index = torch.zeros(num_tokens, dtype=torch.int64)
-    offset = 0
-    for (num_queries, num_prefix), rows in sorted(buckets.items()):
-        per_chunk = max(1, MAX_SCORES // (num_queries * (num_queries + num_prefix)))
-        for first in range(0, len(rows), per_chunk):
-            chunk = _chunk(table[rows[first : first + per_chunk]], num_queries, num_prefix, num_tokens)
-            slots = offset + torch.arange(chunk.own_index.numel()).view_as(chunk.own_index)
-            real = chunk.own_index < num_tokens
-            output_index[chunk.own_index[real]] = slots[real]
-            offset += chunk.own_index.numel()
-            chunks.append(Chunk(*(tensor.to(device) for tensor in vars(chunk).values())))
-    return SegmentPlan(num_tokens, tuple(chunks), output_index.to(device))
+    return SegmentPlan(num_tokens, segments.contiguous(), torch.device(device))
 
 
 def _chunk(table: torch.Tensor, num_queries: int, num_prefix: int, num_tokens: int) -> Chunk:

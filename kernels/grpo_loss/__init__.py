@@ -2,8 +2,7 @@
 
 Siblings: `kernels/grpo_loss/spec.py` (the choices), `kernels/grpo_loss/reference.py` (the specification),
 `kernels/grpo_loss/metrics.py` (merging and finishing the metrics), `tests/kernels/test_grpo_loss.py`; each algorithm is
-held to its paper in `tests/reason_rl/test_algorithms.py`. A kernel would live in `csrc/grpo_loss/`, its timing in
-`bench/grpo_loss.py`.
+held to its paper in `tests/reason_rl/test_algorithms.py`. The native kernel: `kernels/grpo_loss/native.py`, `csrc/grpo_loss/`.
 Left out: logprobs and entropy from hidden states (`kernels/linear_logprob`), advantages (`kernels/group_advantage`).
 """
 
@@ -14,12 +13,16 @@ import torch
 from kernels.checks import check
 from kernels.dispatch import Implementation, Op
 from kernels.grpo_loss.metrics import finish_metrics, merge_metrics
+from kernels.grpo_loss.native import grpo_loss_native
 from kernels.grpo_loss.reference import grpo_loss_reference, make_inputs
 from kernels.grpo_loss.spec import LossSpec
+from kernels.native import cpu_why_not
 
 __all__ = ["OP", "LossSpec", "finish_metrics", "grpo_loss", "make_inputs", "merge_metrics"]
 
-OP = Op("grpo_loss", (Implementation("reference", grpo_loss_reference),))
+OP = Op("grpo_loss", (
+    Implementation("native", grpo_loss_native, cpu_why_not, (torch.float32,)),
+    Implementation("reference", grpo_loss_reference)))
 
 
 def grpo_loss(
@@ -70,7 +73,8 @@ def grpo_loss(
     Raises ValueError on shapes, dtypes, and inputs that `spec` needs and did not get.
     Differentiable in logprobs and entropy; all else is constant. Computed in the dtype of logprobs. Log ratios above 20
     count as 20 inside exp (with gradient 0), so that a broken token shows in the metrics, not as NaN in the weights.
-    Saved for backward: a handful of f32[N] (a fused kernel needs one: dloss/dlogprob is known in the forward).
+    Saved for backward: dloss/dlogprob f32[N], known in the forward (and dloss/dentropy with entropy_coef);
+    by the reference a handful.
     Moved: 16 N bytes in, 4 N more for each optional input, 4 N out for dlogprobs.
     """
     check("grpo_loss", "logprobs", logprobs, ("N",), (torch.float32, torch.float64))

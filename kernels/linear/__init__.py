@@ -6,8 +6,8 @@ The order of the sum over K depends on (N, K) alone, never on M: a token's row h
 and in a training pack. That is what makes the sampler's logprobs equal the trainer's. Held for f32 and bf16 by the native kernel,
 and by the reference with N > 1; f64, which only tests use, goes without.
 
-The weight is in x's dtype, or an f32 master that is rounded to x's dtype where it is used. Sums are f32, y is rounded once; dweight is
-summed in f32 and has the weight's dtype. impl="torch" is torch's own GEMM as it is, fast and bound to the batch.
+The weight is in x's dtype, or an f32 master that is rounded to x's dtype where it is used. Sums are f32, y is rounded once; dweight
+is summed in f32 and has the weight's dtype. impl="torch" is torch's own GEMM as it is, fast and bound to the batch.
 
 Saved for backward: x and weight. Flops: 2MNK forward, 4MNK backward. Bytes: (MK + NK + MN) * itemsize.
 Siblings: reference.py and native.py here, csrc/linear/, tests/kernels/test_linear.py.

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from kernels.linear import linear
+from kernels.linear.reference import linear_reference, linear_torch
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def scaled_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def scaled_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, temperature: float, product: Product = linear_reference
+) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden [N, D], weight [V, D] -> (logits / temperature less the row's largest f32[N, V], log of their exp's sum f32[N]).
 
     A token's logprob is the one less the other: with the largest gone first, logits of 1e4 keep their digits.
     `sample` calls this too: the two then agree on every bit of a token's logprob.
     """
+    weight = weight.to(hidden.dtype)
     if hidden.dtype != torch.float64:
         hidden, weight = hidden.float(), weight.float()  # a bf16 product would round the logits themselves to 8 bits
-    logits = linear(hidden, weight) / temperature
+    logits = product(hidden, weight) / temperature
     shifted = logits - logits.detach().amax(-1, keepdim=True)
     # The log in float64: log's own rounding on the CPU may differ by position in a batch, and this hides it.
     return shifted, row_sum(torch.exp(shifted)).double().log().to(logits.dtype)
@@ -27,14 +34,21 @@ def row_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def linear_logprob_reference(
-    hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor, temperature: float
+    hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor, temperature: float, product: Product = linear_reference
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> (logprob f32[N], entropy f32[N])."""
-    logits, log_sum = scaled_logits(hidden, weight, temperature)
+    logits, log_sum = scaled_logits(hidden, weight, temperature, product)
     logprob = logits.gather(1, target_ids[:, None]).squeeze(1) - log_sum
     probability = torch.exp(logits - log_sum[:, None])
     entropy = log_sum - row_sum(probability * logits)
     return logprob, entropy
+
+
+def linear_logprob_torch(
+    hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with torch's own GEMM as it is: a row's bits may depend on the rows beside it."""
+    return linear_logprob_reference(hidden, weight, target_ids, temperature, linear_torch)
 
 
 def make_inputs(

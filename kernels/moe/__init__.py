@@ -8,8 +8,12 @@
 
 Gradients reach the router through `weights` and through the mean score; the choice itself has none.
 Router logits and the combine are f32; expert GEMMs are in x's dtype, by `linear`'s rules, so a token's bits do not depend on
-which others were sent to its expert. Saved for backward: x, the gate_up and swiglu outputs. Flops: 6TkDI forward.
-Siblings: reference.py here, tests/kernels/test_moe.py.
+which others were sent to its expert. Expert weights are in x's dtype, or f32 masters that are rounded to it where they are used;
+their gradients are summed in f32. impl="torch" runs the experts by torch's own GEMMs, fast and bound to the batch.
+
+Saved for backward: x, expert_ids, weights, the gate_up outputs (the reference keeps the swiglu and down outputs too). Flops: 6TkDI
+forward, 12TkDI backward.
+Siblings: reference.py and native.py here, csrc/moe/, tests/kernels/test_moe.py.
 """
 
 from __future__ import annotations
@@ -18,12 +22,19 @@ import torch
 
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
-from kernels.moe.reference import Route, experts_reference, load_balance_reference, make_inputs, route_reference
+from kernels.moe.native import experts_native, route_native
+from kernels.moe.reference import Route, experts_reference, experts_torch, load_balance_reference, make_inputs, route_reference
+from kernels.native import DTYPES, cpu_why_not
 
 __all__ = ["Route", "experts", "load_balance", "make_inputs", "route"]
 
-ROUTE_OP = Op("moe_route", (Implementation("reference", route_reference),))
-EXPERTS_OP = Op("moe_experts", (Implementation("reference", experts_reference),))
+ROUTE_OP = Op("moe_route", (
+    Implementation("native", route_native, cpu_why_not, DTYPES),
+    Implementation("reference", route_reference)))
+EXPERTS_OP = Op("moe_experts", (
+    Implementation("native", experts_native, cpu_why_not, DTYPES),
+    Implementation("reference", experts_reference),
+    Implementation("torch", experts_torch, is_automatic=False)))
 WIDE = (torch.float32, torch.float64)
 
 
@@ -55,10 +66,10 @@ def load_balance(scores: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor
 def experts(
     x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, impl: str = "auto"
 ) -> torch.Tensor:
-    """x: float[T, D], gate_up: [E, 2I, D], down: [E, D, I] in x's dtype, expert_ids: i64[T, k], weights: f32[T, k] -> [T, D]."""
+    """x: float[T, D], gate_up: [E, 2I, D], down: [E, D, I] as x or f32, expert_ids: i64[T, k], weights: f32[T, k] -> [T, D]."""
     check("experts", "x", x, ("T", "D"), FLOATS)
-    check("experts", "gate_up", gate_up, ("E", "2I", x.shape[1]), x.dtype, like=x)
-    check("experts", "down", down, (gate_up.shape[0], x.shape[1], gate_up.shape[1] // 2), x.dtype, like=x)
+    check("experts", "gate_up", gate_up, ("E", "2I", x.shape[1]), (x.dtype, torch.float32), like=x)
+    check("experts", "down", down, (gate_up.shape[0], x.shape[1], gate_up.shape[1] // 2), (x.dtype, torch.float32), like=x)
     check("experts", "expert_ids", expert_ids, (x.shape[0], "k"), torch.int64, like=x)
     check("experts", "weights", weights, tuple(expert_ids.shape), WIDE, like=x)
     result: torch.Tensor = EXPERTS_OP.choose(x, impl).run(x, gate_up, down, expert_ids, weights)

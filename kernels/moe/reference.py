@@ -9,6 +9,7 @@ import torch
 from kernels.linear import linear
 from kernels.linear.reference import MIN_ROWS
 from kernels.swiglu import swiglu
+from kernels.swiglu.reference import swiglu_reference
 
 MAX_PADDED_ROWS = 2048
 """Up to so many rows, padding counted, the experts run as one batch; above, the loop's calls cost nothing beside its work."""
@@ -53,29 +54,51 @@ def experts_reference(
     x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """x [T, D], gate_up [E, 2I, D], down [E, D, I], expert_ids i64[T, k], weights f32[T, k] -> [T, D]."""
-    num_tokens, k = expert_ids.shape
-    order = torch.sort(expert_ids.flatten(), stable=True).indices  # (token, choice) pairs, expert by expert
-    counts = torch.bincount(expert_ids.flatten(), minlength=gate_up.shape[0])
-    rows = x.index_select(0, order // k)  # [T * k, D]
+    gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
+    rows, order, counts = _sort_by_expert(x, expert_ids, gate_up.shape[0])
     capacity = max(MIN_ROWS, int(counts.max()))
     if x.dtype != torch.bfloat16 and capacity * gate_up.shape[0] <= MAX_PADDED_ROWS:
         outputs = _run_batched(rows, expert_ids.flatten()[order], counts, capacity, gate_up, down)
     else:
         outputs = _run_each(rows, counts.tolist(), gate_up, down)
+    return _combine(outputs, order, weights)
+
+
+def experts_torch(
+    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The same by torch's own GEMMs as they are: a row's bits may depend on the rows beside it."""
+    rows, order, counts = _sort_by_expert(x, expert_ids, gate_up.shape[0])
+    return _combine(_run_each(rows, counts.tolist(), gate_up.to(x.dtype), down.to(x.dtype), impl="torch"), order, weights)
+
+
+def _sort_by_expert(
+    x: torch.Tensor, expert_ids: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> x's rows [T * k, D] expert by expert, the (token, choice) pair of each, and how many each expert has."""
+    order = torch.sort(expert_ids.flatten(), stable=True).indices
+    return x.index_select(0, order // expert_ids.shape[1]), order, torch.bincount(expert_ids.flatten(), minlength=num_experts)
+
+
+def _combine(outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """outputs [T * k, D] expert by expert, weights f32[T, k] -> [T, D]."""
+    num_tokens, k = weights.shape
     place = torch.empty_like(order).index_copy_(0, order, torch.arange(order.numel(), device=order.device))
-    gathered = outputs.index_select(0, place).view(num_tokens, k, down.shape[1])  # back in token order, choice by choice
+    gathered = outputs.index_select(0, place).view(num_tokens, k, outputs.shape[1])  # back in token order, choice by choice
     gathered = gathered if gathered.dtype == torch.float64 else gathered.float()
     combined = gathered[:, 0] * weights[:, 0, None]
     for choice in range(1, k):  # in order of k, never by atomics
         combined = combined + gathered[:, choice] * weights[:, choice, None]
-    return combined.to(x.dtype)
+    return combined.to(outputs.dtype)
 
 
-def _run_each(rows: torch.Tensor, counts: list[int], gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+def _run_each(
+    rows: torch.Tensor, counts: list[int], gate_up: torch.Tensor, down: torch.Tensor, impl: str = "reference"
+) -> torch.Tensor:
     """rows [T * k, D] expert by expert -> [T * k, D]: the formula as it stands, one expert after the other."""
-    inner = [linear(part, matrix) for part, matrix in zip(rows.split(counts), gate_up.unbind(0), strict=True)]
-    activated = swiglu(torch.cat(inner))  # [T * k, I]
-    return torch.cat([linear(part, matrix) for part, matrix in zip(activated.split(counts), down.unbind(0), strict=True)])
+    inner = [linear(part, matrix, impl) for part, matrix in zip(rows.split(counts), gate_up.unbind(0), strict=True)]
+    activated = (swiglu if impl == "torch" else swiglu_reference)(torch.cat(inner))  # [T * k, I]
+    return torch.cat([linear(part, matrix, impl) for part, matrix in zip(activated.split(counts), down.unbind(0), strict=True)])
 
 
 def _run_batched(
@@ -89,7 +112,7 @@ def _run_batched(
     rank = torch.arange(rows.shape[0], device=rows.device) - (counts.cumsum(0) - counts).index_select(0, expert_of_row)
     slot = expert_of_row * capacity + rank
     padded = rows.new_zeros(num_experts * capacity, hidden_size).index_copy(0, slot, rows).view(num_experts, capacity, -1)
-    activated = swiglu(torch.bmm(padded, gate_up.transpose(1, 2)).view(num_experts * capacity, -1))
+    activated = swiglu_reference(torch.bmm(padded, gate_up.transpose(1, 2)).view(num_experts * capacity, -1))
     out = torch.bmm(activated.view(num_experts, capacity, -1), down.transpose(1, 2))
     return out.view(num_experts * capacity, hidden_size).index_select(0, slot)
 

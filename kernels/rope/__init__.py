@@ -5,7 +5,7 @@
 
 The angles come as tables (reason_rl/model/rope.py builds them per position), so that scalings stay out of the kernel.
 Computed in f32, stored in x's dtype. Saved for backward: cos, sin. Bytes: 2 * numel(x) * itemsize.
-Siblings: reference.py here, tests/kernels/test_rope.py.
+Siblings: reference.py and native.py here, csrc/rope/, tests/kernels/test_rope.py.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ import torch
 
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
+from kernels.native import DTYPES, cpu_why_not
+from kernels.rope.native import rope_native
 from kernels.rope.reference import make_inputs, rope_reference
 
 __all__ = ["make_inputs", "rope"]
 
-OP = Op("rope", (Implementation("reference", rope_reference),))
+OP = Op("rope", (
+    Implementation("native", rope_native, cpu_why_not, DTYPES),
+    Implementation("reference", rope_reference)))
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, impl: str = "auto") -> torch.Tensor:

@@ -1,7 +1,7 @@
 """`swiglu`: y = silu(gate) * up with gate, up the two halves of the last dimension (Shazeer 2020, arXiv:2002.05202).
 
 Computed in f32, stored in the input's dtype. Saved for backward: gate_up. Bytes: 3 * T * I * itemsize.
-Siblings: reference.py here, tests/kernels/test_swiglu.py.
+Siblings: reference.py and native.py here, csrc/swiglu/, tests/kernels/test_swiglu.py.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ import torch
 
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
+from kernels.native import DTYPES, cpu_why_not
+from kernels.swiglu.native import swiglu_native
 from kernels.swiglu.reference import make_inputs, swiglu_reference
 
 __all__ = ["make_inputs", "swiglu"]
 
-OP = Op("swiglu", (Implementation("reference", swiglu_reference),))
+OP = Op("swiglu", (
+    Implementation("native", swiglu_native, cpu_why_not, DTYPES),
+    Implementation("reference", swiglu_reference)))
 
 
 def swiglu(gate_up: torch.Tensor, impl: str = "auto") -> torch.Tensor:

@@ -7,19 +7,29 @@ from dataclasses import dataclass
 import torch
 
 from kernels.attention import BLOCK_SIZE, Pages, SegmentPlan, attention, paged_attention
+from kernels.decode import store_keys
 from reason_rl.config import ModelConfig
 
 
 class KVCache:
-    """keys and values: [L, K, num_blocks, BLOCK_SIZE, C] each; slot = block * BLOCK_SIZE + offset."""
+    """keys and values: [L, K, num_blocks, BLOCK_SIZE, C] each; slot = block * BLOCK_SIZE + offset.
 
-    def __init__(self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+    With `is_native` a block's memory is laid out as the native `decode` reads it, and only that may read it.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device, is_native: bool = False
+    ) -> None:
         shape = (config.num_layers, config.num_kv_heads, num_blocks, BLOCK_SIZE, config.head_dim)
+        self.is_native = is_native
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
         """k and v [T, K, C] into slots i64[T] of every kv head."""
+        if self.is_native:
+            store_keys(self.keys[layer], self.values[layer], k, v, slots)
+            return
         for cache, rows in ((self.keys[layer], k), (self.values[layer], v)):
             cache.view(cache.shape[0], -1, cache.shape[3]).index_copy_(1, slots, rows.transpose(0, 1))
 

@@ -12,21 +12,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from kernels.attention import BLOCK_SIZE, plan_pages, plan_segments
+from kernels.attention import BLOCK_SIZE, plan_segments
 from kernels.sample import sample
 from reason_rl.config import EngineConfig
 from reason_rl.engine.blocks import BlockPool
-from reason_rl.engine.cache import DecodeAttend, KVCache, PrefillAttend
+from reason_rl.engine.cache import KVCache, PrefillAttend
+from reason_rl.engine.decoder import Decoder, Drawn, NativeDecoder, OpDecoder, one_each, picks_native
 from reason_rl.engine.scheduler import Prompt, Scheduler, Sequence, num_blocks_for
-from reason_rl.model.transformer import Transformer
-from reason_rl.types import Completion, Group, Problem, SamplingParams
+from reason_rl.model.transformer import RouteTape, Transformer
+from reason_rl.types import Completion, FinishReason, Group, Problem, SamplingParams
 
+WAITING_HORIZON = 4
+"""Most tokens drawn in one call while sequences wait for the place of one that ends."""
 OnToken = Callable[[Problem, int, int], None]
 """(problem, sample_index, token_id), called as each token is sampled."""
+OnFinish = Callable[[Problem, Completion], None]
+"""(problem, completion), called as each completion ends, while others are still sampled."""
 
 
 def noise_key(run_seed: int, step: int, problem_id: int, sample_index: int) -> int:
@@ -61,12 +67,16 @@ class Engine:
     @torch.no_grad()
     def generate(
         self, problems: SequenceOf[Problem], group_size: int, sampling: SamplingParams, *,
-        step: int, policy_version: int = 0, on_token: OnToken | None = None,
+        step: int, policy_version: int = 0, on_token: OnToken | None = None, on_finish: OnFinish | None = None,
+        with_routes: bool = False,
     ) -> list[Group]:
-        """`group_size` completions of each problem, in the problems' order. `step` is part of the noise key."""
+        """`group_size` completions of each problem, in the problems' order. `step` is part of the noise key. `with_routes` keeps
+        the experts of every token, for routing replay. With `on_token`, tokens are drawn one at a time, to be shown at once."""
         if not problems:
             return []
         scheduler = Scheduler(self._pool(problems, group_size, sampling), self.config.max_num_seqs)
+        rollout = _Rollout(scheduler, sampling, policy_version, on_token, on_finish)
+        decoder = self._decoder(with_routes)
         sequences = [
             Sequence(prompt, index, noise_key(self.run_seed, step, prompt.problem.problem_id, index))
             for prompt in map(Prompt, problems)
@@ -77,16 +87,20 @@ class Engine:
         while scheduler.has_work:
             admitted = scheduler.admit()
             assert scheduler.running, "nothing runs and nothing can be admitted: _pool must size the pool for one sequence"
-            self._prefill(admitted)
+            self._prefill(admitted, with_routes)
             fresh = [s for s in admitted if not s.token_ids]
             if fresh:
-                hidden = torch.stack([s.prompt.first_hidden for s in fresh if s.prompt.first_hidden is not None])
-                self._sample(scheduler, fresh, hidden, sampling, on_token)
+                rollout.record(fresh, self._first_tokens(fresh, sampling))
             scheduler.grow()
             if scheduler.running:
-                self._sample(scheduler, scheduler.running[:], self._decode(scheduler.running), sampling, on_token)
+                rollout.decode(decoder)
         self.num_preemptions += scheduler.num_preemptions
-        return _to_groups(problems, group_size, sequences, policy_version)
+        done = [rollout.completions[sequence] for sequence in sequences]
+        return [
+            Group(problem, tuple(done[row * group_size : (row + 1) * group_size]),
+                  prompt_routes=sequences[row * group_size].prompt.routes)
+            for row, problem in enumerate(problems)
+        ]
 
     def _pool(self, problems: SequenceOf[Problem], group_size: int, sampling: SamplingParams) -> BlockPool:
         """Makes the cache large enough for the longest sequence at least."""
@@ -97,11 +111,20 @@ class Engine:
         own, shared = num_seqs * num_blocks_for(sampling.max_tokens), min(num_seqs, len(problems)) * num_blocks_for(longest)
         ample = 1 + own + shared + num_seqs // 4
         num_blocks = self.config.num_blocks or ample
-        if self._cache is None or self._cache.keys.shape[2] < num_blocks or self._cache.keys.dtype != self.model.compute_dtype:
-            self._cache = KVCache(self.model.config, num_blocks, self.model.compute_dtype, self.device)
+        is_native = picks_native(self.model, self.config.decoder)
+        cache = self._cache
+        if (cache is None or cache.keys.shape[2] < num_blocks or cache.keys.dtype != self.model.compute_dtype
+                or cache.is_native != is_native):
+            self._cache = KVCache(self.model.config, num_blocks, self.model.compute_dtype, self.device, is_native)
         return BlockPool(num_blocks)
 
-    def _prefill(self, admitted: list[Sequence]) -> None:
+    def _decoder(self, with_routes: bool) -> Decoder:
+        """Made anew for every rollout: it may hold the weights in a layout of its own."""
+        assert self._cache is not None
+        kind = NativeDecoder if self._cache.is_native else OpDecoder
+        return kind(self.model, self._cache, with_routes)
+
+    def _prefill(self, admitted: list[Sequence], with_routes: bool) -> None:
         """Compute the keys of new prompts, and of the tokens that preempted sequences had; in passes of bounded size."""
         pending: dict[Prompt, list[Sequence]] = {}
         for sequence in admitted:
@@ -113,14 +136,14 @@ class Engine:
             returning = [s for s in sequences if len(s.token_ids) > 1]
             cost = prompt.length + sum(len(s.token_ids) - 1 for s in returning)
             if batch and used + cost > self.config.prefill_tokens:
-                self._prefill_pass(batch)
+                self._prefill_pass(batch, with_routes)
                 batch, used = [], 0
             batch.append((prompt, returning))
             used += cost
         if batch:
-            self._prefill_pass(batch)
+            self._prefill_pass(batch, with_routes)
 
-    def _prefill_pass(self, batch: list[tuple[Prompt, list[Sequence]]]) -> None:
+    def _prefill_pass(self, batch: list[tuple[Prompt, list[Sequence]]], with_routes: bool) -> None:
         """One pack: each prompt, then its returning sequences' tokens but the newest (that one is decoded next)."""
         assert self._cache is not None
         token_ids: list[int] = []
@@ -143,73 +166,67 @@ class Engine:
                 slots += [sequence.blocks[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in range(len(own))]
         plan = plan_segments(torch.tensor(segments, dtype=torch.int32), len(token_ids), self.device)
         attend = PrefillAttend(self._cache, plan, self._tensor(slots))
-        hidden = self.model(self._tensor(token_ids), self._tensor(positions), attend).hidden
+        tape = RouteTape() if with_routes else None
+        hidden = self.model(self._tensor(token_ids), self._tensor(positions), attend, tape=tape).hidden
+        routes = tape.routes().cpu() if tape is not None else None
         for (prompt, _), row in zip(batch, last_rows, strict=True):
             prompt.first_hidden, prompt.is_cached = hidden[row].clone(), True
+            prompt.routes = None if routes is None else routes[row + 1 - prompt.length : row + 1].clone()
 
-    def _decode(self, running: list[Sequence]) -> torch.Tensor:
-        """One token for every running sequence -> hidden [R, D]."""
-        assert self._cache is not None
-        newest = np.array([s.token_ids[-1] for s in running])
-        own = np.array([len(s.token_ids) for s in running])
-        prompts = list(dict.fromkeys(s.prompt for s in running))
-        number = {prompt: i for i, prompt in enumerate(prompts)}
-        prefix_index = np.array([number[s.prompt] for s in running])
-        prefix_lens = np.array([prompt.length for prompt in prompts])
-        last_block = np.array([s.blocks[(len(s.token_ids) - 1) // BLOCK_SIZE] for s in running])
-        pages = plan_pages(
-            prefix_table=self._tensor(_table([p.blocks for p in prompts])), prefix_lens=self._tensor(prefix_lens),
-            prefix_index=self._tensor(prefix_index), own_table=self._tensor(_table([s.blocks for s in running])),
-            own_lens=self._tensor(own), num_kv_heads=self._cache.keys.shape[1], num_blocks=self._cache.keys.shape[2])
-        attend = DecodeAttend(self._cache, self._tensor(last_block * BLOCK_SIZE + (own - 1) % BLOCK_SIZE), pages)
-        positions = prefix_lens[prefix_index] + own - 1
-        hidden: torch.Tensor = self.model(self._tensor(newest), self._tensor(positions), attend).hidden
-        return hidden
-
-    def _sample(
-        self, scheduler: Scheduler, sequences: list[Sequence], hidden: torch.Tensor, sampling: SamplingParams,
-        on_token: OnToken | None,
-    ) -> None:
-        """Draw each sequence's next token, record it, and end the sequences that are done."""
-        keys = self._tensor([s.key for s in sequences])
-        positions = self._tensor([len(s.token_ids) for s in sequences])
-        drawn = sample(
-            hidden, self.model.head_weight, keys, positions, temperature=sampling.temperature,
-            top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
-        tokens, logprobs, kept = (column.tolist() for column in drawn)
-        for sequence, token, logprob, mass in zip(sequences, tokens, logprobs, kept, strict=True):
-            sequence.token_ids.append(token)
-            sequence.logprobs.append(logprob)
-            sequence.kept_logmass.append(mass)
-            if on_token is not None:
-                on_token(sequence.prompt.problem, sequence.sample_index, token)
-            if token in sampling.stop_ids:
-                scheduler.finish(sequence, "stop")
-            elif len(sequence.token_ids) == sampling.max_tokens:
-                scheduler.finish(sequence, "length")
+    def _first_tokens(self, fresh: list[Sequence], sampling: SamplingParams) -> Drawn:
+        """The first token of each new sequence, from the last hidden state of its prompt."""
+        hidden = torch.stack([s.prompt.first_hidden for s in fresh if s.prompt.first_hidden is not None])
+        return one_each(*sample(
+            hidden, self.model.head_weight, self._tensor([s.key for s in fresh]), self._tensor([0] * len(fresh)),
+            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p))
 
     def _tensor(self, values: list[int] | np.ndarray) -> torch.Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(self.device, non_blocking=True)
 
 
-def _table(blocks: list[list[int]]) -> np.ndarray:
-    """Lists of blocks -> i64[rows, longest], padded with block 0."""
-    table = np.zeros((len(blocks), max(map(len, blocks))), dtype=np.int64)
-    for row, held in enumerate(blocks):
-        table[row, : len(held)] = held
-    return table
+@dataclass(frozen=True)
+class _Rollout:
+    """What one `generate` was asked for, and the completions that have ended."""
 
+    scheduler: Scheduler
+    sampling: SamplingParams
+    policy_version: int
+    on_token: OnToken | None
+    on_finish: OnFinish | None
+    completions: dict[Sequence, Completion] = field(default_factory=dict)
 
-def _to_groups(
-    problems: SequenceOf[Problem], group_size: int, sequences: list[Sequence], policy_version: int
-) -> list[Group]:
-    def completion(sequence: Sequence) -> Completion:
-        assert sequence.finish_reason is not None
-        return Completion(
-            tuple(sequence.token_ids), tuple(sequence.logprobs), tuple(sequence.kept_logmass),
-            sequence.finish_reason, policy_version, sequence.sample_index)
+    def decode(self, decoder: Decoder) -> None:
+        """More tokens for every running sequence: one, or as many as the decoder draws in a call and all have room for."""
+        scheduler, most = self.scheduler, self.sampling.max_tokens
+        running = scheduler.running[:]
+        horizon = min(decoder.horizon, WAITING_HORIZON) if scheduler.waiting else decoder.horizon
+        if self.on_token is not None:
+            horizon = 1
+        if horizon > 1:
+            scheduler.reserve_ahead(num_blocks_for(most))
+        horizon = min(horizon, min(scheduler.room(s) for s in running))
+        limits = [min(horizon, most - len(s.token_ids)) for s in running]
+        self.record(running, decoder.decode(running, limits, self.sampling))
 
-    return [
-        Group(problem, tuple(map(completion, sequences[row * group_size : (row + 1) * group_size])))
-        for row, problem in enumerate(problems)
-    ]
+    def record(self, sequences: list[Sequence], drawn: Drawn) -> None:
+        """Add what was drawn to each sequence, and end the sequences that are done."""
+        for sequence, tokens, logprobs, kept, routes in zip(sequences, *drawn, strict=True):
+            sequence.token_ids += tokens
+            sequence.logprobs += logprobs
+            sequence.kept_logmass += kept
+            sequence.routes += routes
+            if self.on_token is not None:
+                for token in tokens:
+                    self.on_token(sequence.prompt.problem, sequence.sample_index, token)
+            if tokens[-1] in self.sampling.stop_ids:
+                self._finish(sequence, "stop")
+            elif len(sequence.token_ids) == self.sampling.max_tokens:
+                self._finish(sequence, "length")
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self.scheduler.finish(sequence)
+        completion = self.completions[sequence] = Completion(
+            tuple(sequence.token_ids), tuple(sequence.logprobs), tuple(sequence.kept_logmass), reason, self.policy_version,
+            sequence.sample_index, torch.cat(sequence.routes) if sequence.routes else None)
+        if self.on_finish is not None:
+            self.on_finish(sequence.prompt.problem, completion)

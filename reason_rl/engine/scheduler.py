@@ -13,7 +13,7 @@ import torch
 
 from kernels.attention import BLOCK_SIZE
 from reason_rl.engine.blocks import BlockPool
-from reason_rl.types import FinishReason, Problem
+from reason_rl.types import Problem
 
 
 def num_blocks_for(num_tokens: int) -> int:
@@ -31,6 +31,8 @@ class Prompt:
     """Its keys are in its blocks, and `first_hidden` holds the last row."""
     first_hidden: torch.Tensor | None = None
     """The hidden state of the prompt's last token, from which every first token of the group is sampled."""
+    routes: torch.Tensor | None = None
+    """i32[P, L, k], where asked for."""
 
     @property
     def length(self) -> int:
@@ -46,8 +48,9 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     kept_logmass: list[float] = field(default_factory=list)
+    routes: list[torch.Tensor] = field(default_factory=list)
+    """i32[n, L, k] of each decode call, where asked for: the experts of the n tokens it computed."""
     blocks: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
 
     @property
     def num_cached(self) -> int:
@@ -108,14 +111,25 @@ class Scheduler:
                 if victim is sequence:
                     break
 
+    def room(self, sequence: Sequence) -> int:
+        """Tokens that can be decoded before the sequence needs another block: after `grow`, at least 1."""
+        return len(sequence.blocks) * BLOCK_SIZE - sequence.num_cached + 1
+
+    def reserve_ahead(self, most_blocks: int) -> None:
+        """Where blocks are plenty, one more for each sequence about to need it, so that several tokens can be decoded at once."""
+        for sequence in self.running:
+            if self.pool.num_free <= len(self.running):
+                return
+            if self.room(sequence) <= BLOCK_SIZE and len(sequence.blocks) < most_blocks:
+                sequence.blocks += self.pool.take(1)
+
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
-    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        sequence.finish_reason = reason
+    def finish(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._release(sequence)
 

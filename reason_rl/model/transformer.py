@@ -6,8 +6,8 @@ There is one forward, for prefill, decode and training: the caller hands in `att
 the pack, or in the paged cache), and everything else is the same code on the same rows. The LM head is not applied here:
 `linear_logprob` (training) and `sample` (engine) take `model.head_weight`, so that [T, V] logits need never exist.
 
-Numerics: parameters are float32 masters. Matrices are cast to the compute dtype where they are used; norms, the router and
-softmaxes work in float32; the residual stream is in the compute dtype.
+Numerics: parameters are float32 masters. The ops round matrices to the compute dtype where they use them and sum their gradients in
+float32; norms, the router and softmaxes work in float32; the residual stream is in the compute dtype.
 
 Left out: dropout, biases, sliding windows, MLA. Dense layers are the special case num_experts = 1.
 Letters: T packed tokens, D hidden size, H heads, K kv heads, C head dim, E experts, I expert size, V vocabulary, L layers.
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from kernels.linear import linear
-from kernels.moe import experts, load_balance, route
+from kernels.moe import Route, experts, load_balance, route
 from kernels.rms_norm import rms_norm
 from kernels.rope import rope
 from kernels.swiglu import swiglu
@@ -50,6 +50,30 @@ class ModelOutput(NamedTuple):
     router: RouterStats | None
 
 
+class RouteTape:
+    """The experts of a forward pass's tokens: recorded layer by layer, or given beforehand (routing replay)."""
+
+    def __init__(self, given: torch.Tensor | None = None) -> None:
+        """given: i32[T, L, k], or None to record."""
+        self.given = given
+        self.taken: list[torch.Tensor] = []
+
+    def follow(self, picked: Route, normalize: bool) -> Route:
+        """The next layer's route: as picked, or the given experts with weights from this forward's own scores, for gradients."""
+        if self.given is not None:
+            expert_ids = self.given[:, len(self.taken)].long()
+            weights = picked.scores.gather(1, expert_ids)
+            if normalize:
+                weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+            picked = Route(expert_ids, weights, picked.scores)
+        self.taken.append(picked.expert_ids)
+        return picked
+
+    def routes(self) -> torch.Tensor:
+        """i32[T, L, k]"""
+        return torch.stack(self.taken, dim=1).int()
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -61,14 +85,16 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A projection without bias; its master weight f32[out, in] is cast to x's dtype."""
+    """A projection without bias; its master weight f32[out, in] is rounded to x's dtype inside the op."""
+
+    gemm = "auto"
 
     def __init__(self, in_size: int, out_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_size, in_size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight, impl=self.gemm)
 
 
 class Attention(nn.Module):
@@ -108,6 +134,7 @@ class MoE(nn.Module):
     """Routed SwiGLU experts, and the shared ones that every token goes through."""
 
     expert_bias: torch.Tensor
+    gemm = "auto"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -120,12 +147,16 @@ class MoE(nn.Module):
         # Not a parameter: it is nudged against the load after a step, and no gradient flows into it.
         self.register_buffer("expert_bias", torch.zeros(config.num_experts))
 
-    def forward(self, x: torch.Tensor, with_stats: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, with_stats: bool, tape: RouteTape | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         config = self.config
         picked = route(
-            linear(x.to(self.router.dtype), self.router), config.num_experts_per_tok, score=config.router_score,
+            linear(x.to(self.router.dtype), self.router, impl=self.gemm), config.num_experts_per_tok, score=config.router_score,
             normalize=config.norm_topk, expert_bias=self.expert_bias if config.expert_bias else None)
-        out = experts(x, self.gate_up.to(x.dtype), self.down.to(x.dtype), picked.expert_ids, picked.weights)
+        if tape is not None:
+            picked = tape.follow(picked, config.norm_topk)
+        out = experts(x, self.gate_up, self.down, picked.expert_ids, picked.weights, impl=self.gemm)
         if self.shared is not None:
             out = out + self.shared(x)
         if not with_stats:
@@ -143,13 +174,14 @@ class Block(nn.Module):
         self.mlp: MoE | MLP = MoE(config) if config.num_experts > 1 else MLP(config.hidden_size, config.expert_size)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: int, attend: Attend, with_stats: bool
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: int, attend: Attend, with_stats: bool,
+        tape: RouteTape | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = x + self.attention(self.attention_norm(x), cos, sin, layer, attend)
         normed = self.mlp_norm(x)
         if isinstance(self.mlp, MLP):
             return x + self.mlp(normed), x.new_empty(0), x.new_empty(0)
-        out, counts, balance = self.mlp(normed, with_stats)
+        out, counts, balance = self.mlp(normed, with_stats, tape)
         return x + out, counts, balance
 
 
@@ -157,6 +189,7 @@ class Transformer(nn.Module):
     """`Transformer(config, vocab_size)`, its weights drawn from `seed` alone, by `initialise`."""
 
     rope: torch.Tensor
+    gemm = "auto"
 
     def __init__(self, config: ModelConfig, vocab_size: int, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -180,21 +213,31 @@ class Transformer(nn.Module):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         return self
 
+    def use_gemm(self, gemm: str) -> Transformer:
+        """"auto": projections, experts and head by ops whose rows do not depend on the batch. "torch": by torch's own GEMMs, where
+        they may."""
+        for module in self.modules():
+            if isinstance(module, (Linear, MoE, Transformer)):
+                module.gemm = gemm
+        return self
+
     @property
     def head_weight(self) -> torch.Tensor:
-        """[V, D] in the compute dtype: the matrix that turns hidden states into logits."""
+        """[V, D], the master: the matrix that turns hidden states into logits, rounded to the compute dtype by the op that does."""
         weight: torch.Tensor = self.embedding.weight if self.head is None else self.head.weight
-        return weight.to(self.compute_dtype)
+        return weight
 
     def forward(
-        self, token_ids: torch.Tensor, position_ids: torch.Tensor, attend: Attend, with_stats: bool = False
+        self, token_ids: torch.Tensor, position_ids: torch.Tensor, attend: Attend, with_stats: bool = False,
+        tape: RouteTape | None = None,
     ) -> ModelOutput:
-        """token_ids i64[T], position_ids i64|i32[T] -> the hidden states, and with_stats the routers' load."""
+        """token_ids i64[T], position_ids i64|i32[T] -> the hidden states, and with_stats the routers' load; `tape` records the
+        routes, or sets them."""
         x = self.embedding(token_ids).to(self.compute_dtype)  # [T, D]
         cos, sin = self.rope[0].index_select(0, position_ids), self.rope[1].index_select(0, position_ids)  # [T, C/2]
         counts, balances = [], []
         for layer, block in enumerate(self.blocks):
-            x, layer_counts, layer_balance = block(x, cos, sin, layer, attend, with_stats)
+            x, layer_counts, layer_balance = block(x, cos, sin, layer, attend, with_stats, tape)
             counts.append(layer_counts)
             balances.append(layer_balance)
         hidden = self.norm(x)

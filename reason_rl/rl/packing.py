@@ -82,7 +82,7 @@ class _Pack:
         self.target_ids += target_ids
         self.sequence_index += [sequence] * len(target_ids)
 
-    def finish(self, num_sequences: int, **floats: list[float]) -> Microbatch:
+    def finish(self, num_sequences: int, routes: torch.Tensor | None = None, **floats: list[float]) -> Microbatch:
         return Microbatch(
             token_ids=torch.tensor(self.token_ids, dtype=torch.int64),
             position_ids=torch.tensor(self.position_ids, dtype=torch.int32),
@@ -91,6 +91,7 @@ class _Pack:
             target_ids=torch.tensor(self.target_ids, dtype=torch.int64),
             sequence_index=torch.tensor(self.sequence_index, dtype=torch.int32),
             num_sequences=num_sequences,
+            routes=routes,
             **{name: torch.tensor(values, dtype=torch.float32) for name, values in floats.items()},
         )
 
@@ -100,6 +101,7 @@ def _pack(samples: Sequence[Sample]) -> Microbatch:
     advantages: list[float] = []
     rollout_logprobs: list[float] = []
     kept_logmass: list[float] = []
+    routes: list[torch.Tensor] = []
     prompt_start, last_group = 0, -1
     for sequence, sample in enumerate(samples):
         prompt = sample.group.problem.prompt_ids
@@ -107,13 +109,16 @@ def _pack(samples: Sequence[Sample]) -> Microbatch:
         own = completion.token_ids
         if sample.group_id != last_group:
             prompt_start, last_group = pack.add_segment(prompt), sample.group_id
+            routes += [] if sample.group.prompt_routes is None else [sample.group.prompt_routes]
         # A completion's last token predicts nothing, so it has no row; the engine never computes it either.
         start = pack.add_segment(own[:-1], len(prompt), (prompt_start, len(prompt)))
         pack.add_targets(sequence, [prompt_start + len(prompt) - 1, *range(start, start + len(own) - 1)], own)
         advantages += [sample.advantage] * len(own)
         rollout_logprobs += completion.logprobs
         kept_logmass += completion.kept_logmass
-    return pack.finish(len(samples), advantages=advantages, rollout_logprobs=rollout_logprobs, kept_logmass=kept_logmass)
+        routes += [] if completion.routes is None else [completion.routes]
+    return pack.finish(len(samples), torch.cat(routes) if routes else None, advantages=advantages,
+                       rollout_logprobs=rollout_logprobs, kept_logmass=kept_logmass)
 
 
 def pack_documents(documents: Sequence[tuple[Sequence[int], int]], max_tokens: int) -> list[Microbatch]:
@@ -152,5 +157,5 @@ def idle_microbatch(like: Microbatch) -> Microbatch:
         segments=torch.tensor([[0, 1, 0, 0]], dtype=torch.int32), predictor_index=empty_i64, target_ids=empty_i64,
         sequence_index=torch.zeros(0, dtype=torch.int32), num_sequences=0,
         advantages=empty_f32 if is_rl else None, rollout_logprobs=empty_f32 if is_rl else None,
-        kept_logmass=empty_f32 if is_rl else None,
+        kept_logmass=empty_f32 if is_rl else None, routes=None if like.routes is None else like.routes[:1].clone(),
     )

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from kernels.native import has_fast_bf16
 from reason_rl.config import ConfigError, RunConfig
 from reason_rl.model.transformer import Transformer
 from reason_rl.types import Microbatch
@@ -86,8 +87,9 @@ def init_world(run: RunConfig) -> World:
     torch.set_num_threads(run.num_threads or _default_threads(local_size))
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    is_bf16_fast = device.type == "cuda" or has_fast_bf16()
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
-             "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[run.dtype]
+             "auto": torch.bfloat16 if is_bf16_fast else torch.float32}[run.dtype]
     return World(rank, size, device, dtype)
 
 
@@ -145,7 +147,7 @@ def full_state(model: Transformer) -> dict[str, torch.Tensor]:
 
 
 class RolloutWeights:
-    """The policy as the engine reads it: the trainer's own module where one process computes in float32, else a plain copy.
+    """The policy as the engine reads it: the trainer's own module where one process holds all of it, else a plain copy.
 
     A copy is cast once, at the places where the trainer's forward casts (matrices, but not the router), so both see the same bits.
     `refresh` after every update keeps it the policy of this version.
@@ -153,11 +155,12 @@ class RolloutWeights:
 
     def __init__(self, model: Transformer, world: World) -> None:
         self._trained, self._world = model, world
-        self.shares_memory = world.size == 1 and world.dtype == torch.float32
+        self.shares_memory = world.size == 1
         if self.shares_memory:
             self.model = model
             return
         self.model = Transformer(model.config, model.vocab_size, world.dtype).to(world.device).requires_grad_(False)
+        self.model.use_gemm(model.gemm)
         for name, parameter in self.model.named_parameters():
             if parameter.dim() >= 2 and not name.endswith("router"):
                 parameter.data = parameter.data.to(world.dtype)

@@ -6,6 +6,7 @@ over all microbatches and ranks, so that how the batch was cut changes nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from kernels.grpo_loss import grpo_loss
 from kernels.grpo_loss.metrics import finish_metrics, merge_metrics
 from kernels.grpo_loss.spec import LossSpec
 from kernels.linear_logprob import linear_logprob
-from reason_rl.model.transformer import RouterStats, Transformer
+from reason_rl.model.transformer import RouterStats, RouteTape, Transformer
 from reason_rl.rl.packing import idle_microbatch
 from reason_rl.trainer.distributed import World, rank_share
 from reason_rl.trainer.optimizer import Optimizer
@@ -29,9 +30,10 @@ def token_logprobs(
     """-> (logprob f32[N], entropy f32[N], the routers' load): the trainer's forward."""
     plan = plan_segments(microbatch.segments, microbatch.num_tokens, microbatch.token_ids.device)
     output = model(
-        microbatch.token_ids, microbatch.position_ids, lambda layer, q, k, v: attention(q, k, v, plan), with_stats=with_stats)
+        microbatch.token_ids, microbatch.position_ids, lambda layer, q, k, v: attention(q, k, v, plan), with_stats=with_stats,
+        tape=None if microbatch.routes is None else RouteTape(microbatch.routes))
     rows = output.hidden.index_select(0, microbatch.predictor_index)  # [N, D]
-    logprob, entropy = linear_logprob(rows, model.head_weight, microbatch.target_ids, temperature)
+    logprob, entropy = linear_logprob(rows, model.head_weight, microbatch.target_ids, temperature, impl=model.gemm)
     return logprob, entropy, output.router
 
 
@@ -39,9 +41,13 @@ def token_logprobs(
 def fill_logprobs(
     model: Transformer, microbatches: Sequence[Microbatch], world: World, *, temperature: float, name: str
 ) -> list[Microbatch]:
-    """The microbatches with `name` (old_logprobs or ref_logprobs) computed by a plain `model`; each rank fills only its share."""
+    """The microbatches with `name` (old_logprobs or ref_logprobs) computed by a plain `model`; each rank fills only its share.
+    The reference policy goes its own routes."""
+    def seen(m: Microbatch) -> Microbatch:
+        return (replace(m, routes=None) if name == "ref_logprobs" else m).to(world.device)
+
     return [
-        replace(m, **{name: token_logprobs(model, m.to(world.device), temperature)[0]})  # type: ignore[arg-type]
+        replace(m, **{name: token_logprobs(model, seen(m), temperature)[0]})  # type: ignore[arg-type]
         if number % world.size == world.rank else m
         for number, m in enumerate(microbatches)
     ]
@@ -78,13 +84,13 @@ def supervised_update(
 
 def policy_update(
     model: Transformer, optimizer: Optimizer, microbatches: Sequence[Microbatch], world: World, *,
-    spec: LossSpec, temperature: float, lr_factor: float, max_gap: float = 0.0,
+    spec: LossSpec, temperature: float, lr_factor: float, max_gap: float = math.inf,
 ) -> dict[str, float]:
     """One policy-gradient update -> the loss's metrics. Without old_logprobs filled in, the engine's record serves as them.
     Where top-k, top-p or min-p cut the policy that sampled, loss.importance weighs old_logprobs against its logprobs.
 
     `max_abs_logprob_gap` compares the trainer's logprobs with that record: on policy (a step's first update) it is how far the
-    sampler and the trainer drift apart. Above `max_gap` (unless 0) the update is not made.
+    sampler and the trainer drift apart. Above `max_gap` the update is not made.
     """
     total_tokens = sum(m.num_loss_tokens for m in microbatches)
     total_sequences = sum(m.num_sequences for m in microbatches)
@@ -117,8 +123,14 @@ def policy_update(
 
 
 def _check_gap(gap: float, max_gap: float) -> None:
-    if max_gap and not gap <= max_gap:
+    if math.isinf(max_gap) or gap <= max_gap:
+        return
+    if max_gap == 0:
         raise FloatingPointError(
-            f"the engine's logprobs left the trainer's by {gap:.3g} nats on policy, more than rl.max_logprob_gap = {max_gap}: "
-            "sampler and trainer no longer agree. A run with rl.max_logprob_gap=0 goes on all the same, and "
-            "rl.old_logprobs='recompute' with loss.importance='tis' then allows for the gap")
+            f"the engine's logprobs left the trainer's by {gap:.3g} nats on policy, and run.exact='on' allows none: "
+            "an op gives a row other bits in another batch (`python -m kernels` lists what runs). "
+            "run.exact='auto' goes on with the gap logged")
+    raise FloatingPointError(
+        f"the engine's logprobs left the trainer's by {gap:.3g} nats on policy, more than rl.max_logprob_gap = {max_gap}: "
+        "sampler and trainer no longer agree. A run with rl.max_logprob_gap=0 goes on all the same, and "
+        "rl.old_logprobs='recompute' with loss.importance='tis' then allows for the gap")

@@ -6,19 +6,27 @@ The loop knows nothing of tiles, blocks or padding: token by token it gathers th
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
 
-from kernels.attention import BLOCK_SIZE, attention, make_inputs, paged_attention, plan, plan_pages, plan_segments
+from kernels.attention import BLOCK_SIZE, OP, attention, make_inputs, paged_attention, plan, plan_pages, plan_segments
 from kernels.attention.reference import KEY_TILE
 from tests.kernels.compare import ROWS, THREADS, assert_no_worse_than_plain, same_bits, values_and_gradients
 
 F32, BF16 = torch.float32, torch.bfloat16
+IMPLS = [implementation.name for implementation in OP.implementations if not implementation.refuses(torch.device("cpu"), F32)]
 Segment = tuple[int, int, int, int]
 HEADS = [(1, 1, 8), (4, 2, 32), (6, 2, 16), (8, 1, 64), (2, 2, 12), (2, 1, 128)]  # (H, K, C)
 # In bf16 the sums are the same f32 ones, rounded at the end: one shape tells.
 HEADS_AND_DTYPES = [(heads, F32) for heads in HEADS] + [((4, 2, 32), BF16)]
+
+
+@pytest.fixture(params=IMPLS)
+def impl(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
 
 
 def pack(groups: list[tuple[int, list[int]]]) -> list[Segment]:
@@ -77,98 +85,98 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: torch.Ten
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_values_and_gradients_are_no_worse_than_plain(heads: tuple[int, int, int], dtype: torch.dtype):
+def test_values_and_gradients_are_no_worse_than_plain(heads: tuple[int, int, int], dtype: torch.dtype, impl: str):
     inputs = make_inputs(pack([(6, [20, 1]), (40, [3, 123])]), *heads, dtype)
-    assert_no_worse_than_plain(attention, plain, by_hand, list(inputs.values()))
+    assert_no_worse_than_plain(partial(attention, impl=impl), plain, by_hand, list(inputs.values()))
 
 
-def test_segments_of_many_sizes_follow_the_definition():
+def test_segments_of_many_sizes_follow_the_definition(impl: str):
     lengths, prefixes = [1, 3, 15, 16, 17, 47, 123, 128, 131], [0, 1, 15, 16, 17, 47, 112, 127, 128, 129]
     for prefix in prefixes:
         segments = pack([(prefix, lengths)]) if prefix else [(sum(lengths[:i]), n, 0, 0) for i, n in enumerate(lengths)]
         inputs = make_inputs(segments, 2, 1, 16, F32, seed=prefix)
         exact = by_hand(*(inputs[x].double() for x in "qkv"), inputs["segments"])
         # sums of up to 260 terms of size 1 in f32: some 16 roundings of 6e-8 in the mean, all ways of error under 64
-        torch.testing.assert_close(attention(**inputs).double(), exact, rtol=0, atol=4e-6)
+        torch.testing.assert_close(attention(**inputs, impl=impl).double(), exact, rtol=0, atol=4e-6)
 
 
-def test_a_prefix_may_stand_anywhere_before_its_segment():
+def test_a_prefix_may_stand_anywhere_before_its_segment(impl: str):
     """Not the prompt right before it: the second half of an earlier segment, while another lies between."""
     segments = [(0, 40, 0, 0), (40, 5, 0, 0), (45, 30, 20, 20), (75, 3, 45, 30)]
     inputs = make_inputs(segments, 2, 2, 8, F32)
     exact = by_hand(*(inputs[x].double() for x in "qkv"), inputs["segments"])
-    torch.testing.assert_close(attention(**inputs).double(), exact, rtol=0, atol=4e-6)  # as above
+    torch.testing.assert_close(attention(**inputs, impl=impl).double(), exact, rtol=0, atol=4e-6)  # as above
 
 
-def test_scores_of_ten_thousand_stay_finite_and_right():
+def test_scores_of_ten_thousand_stay_finite_and_right(impl: str):
     inputs = make_inputs(MIXED[:4], 2, 1, 16, F32)
     inputs["q"] *= 1e4
-    got = values_and_gradients(attention, list(inputs.values()))
+    got = values_and_gradients(partial(attention, impl=impl), list(inputs.values()))
     assert all(x.isfinite().all() for x in got)
     exact = by_hand(*(inputs[x].double() for x in "qkv"), inputs["segments"])
     # a score of 1e4 carries 1e-3 of rounding in f32, so a weight may be off by 0.1% of itself, and values are within 5
     torch.testing.assert_close(got[0].double(), exact, rtol=0, atol=2e-2)
 
 
-def test_the_scale_is_the_callers():
+def test_the_scale_is_the_callers(impl: str):
     inputs = make_inputs(MIXED[:3], 2, 1, 16, F32)
     exact = by_hand(*(inputs[x].double() for x in "qkv"), inputs["segments"], scale=0.7)
-    torch.testing.assert_close(attention(**inputs, scale=0.7).double(), exact, rtol=0, atol=4e-6)  # as above
-    assert not torch.allclose(attention(**inputs), attention(**inputs, scale=0.7), atol=1e-2)
+    torch.testing.assert_close(attention(**inputs, scale=0.7, impl=impl).double(), exact, rtol=0, atol=4e-6)  # as above
+    assert not torch.allclose(attention(**inputs, impl=impl), attention(**inputs, scale=0.7, impl=impl), atol=1e-2)
 
 
-def test_gradients_have_the_same_bits_every_time():
+def test_gradients_have_the_same_bits_every_time(impl: str):
     """A prefix's gradient is summed over its completions: always in their order."""
     inputs = list(make_inputs(pack([(40, [3, 47, 20])]), 4, 2, 16, F32).values())
     torch.set_num_threads(2)
-    first, second = values_and_gradients(attention, inputs), values_and_gradients(attention, inputs)
+    first, second = (values_and_gradients(partial(attention, impl=impl), inputs) for _ in range(2))
     assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_an_empty_pack_gives_an_empty_result():
+def test_an_empty_pack_gives_an_empty_result(impl: str):
     inputs = make_inputs([], 4, 2, 8, F32)
-    assert attention(**inputs).shape == (0, 4, 8)
+    assert attention(**inputs, impl=impl).shape == (0, 4, 8)
 
 
 # --- bits ----------------------------------------------------------------------------------------------------------------
 
-def alone(inputs: dict[str, torch.Tensor], segment: Segment) -> torch.Tensor:
+def alone(inputs: dict[str, torch.Tensor], segment: Segment, impl: str) -> torch.Tensor:
     """The segment's rows from a pack that holds its prefix and it, nothing else."""
     start, length, prefix_start, prefix_length = segment
     rows = [*range(prefix_start, prefix_start + prefix_length), *range(start, start + length)]
     own = [(0, prefix_length, 0, 0), (prefix_length, length, 0, prefix_length)] if prefix_length else [(0, length, 0, 0)]
     q, k, v = (inputs[x][rows] for x in "qkv")
-    return attention(q, k, v, torch.tensor(own, dtype=torch.int32))[prefix_length:]
+    return attention(q, k, v, torch.tensor(own, dtype=torch.int32), impl=impl)[prefix_length:]
 
 
 @pytest.mark.parametrize(("heads", "dtype"), HEADS_AND_DTYPES, ids=str)
-def test_a_segment_has_the_same_bits_alone_and_in_a_pack(heads: tuple[int, int, int], dtype: torch.dtype):
+def test_a_segment_has_the_same_bits_alone_and_in_a_pack(heads: tuple[int, int, int], dtype: torch.dtype, impl: str):
     inputs = make_inputs(MIXED, *heads, dtype)
     torch.set_num_threads(1)
-    whole = attention(**inputs)
+    whole = attention(**inputs, impl=impl)
     for threads in THREADS:
         torch.set_num_threads(threads)
-        assert same_bits(attention(**inputs), whole)
+        assert same_bits(attention(**inputs, impl=impl), whole)
         for segment in MIXED[:: threads * threads]:  # all of them on one thread, a quarter on two: that is slow on a busy machine
-            assert same_bits(alone(inputs, segment), whole[segment[0] : segment[0] + segment[1]]), (segment, threads)
+            assert same_bits(alone(inputs, segment, impl), whole[segment[0] : segment[0] + segment[1]]), (segment, threads)
 
 
 def test_cutting_a_pack_into_chunks_changes_no_bit(monkeypatch: pytest.MonkeyPatch):
     segments = pack([(20, [30] * 40)])
     inputs = make_inputs(segments, 2, 1, 16, F32)
-    whole = attention(**inputs)
+    whole = attention(**inputs, impl="reference")
     monkeypatch.setattr(plan, "MAX_SCORES", 32 * 64 * 3)  # three of these segments at a time, one of the longer
     assert len(plan_segments(inputs["segments"], inputs["q"].shape[0]).chunks) == 15
-    assert same_bits(attention(**inputs), whole)
+    assert same_bits(attention(**inputs, impl="reference"), whole)
 
 
-def test_one_groups_nan_does_not_reach_another():
+def test_one_groups_nan_does_not_reach_another(impl: str):
     inputs = make_inputs(MIXED, 2, 1, 16, F32)
-    clean = attention(**inputs)
+    clean = attention(**inputs, impl=impl)
     broken = slice(MIXED[3][0], MIXED[3][0] + 73)  # the second group: prompt of 6, completions of 47 and 20
     for x in "qkv":
         inputs[x][broken] = torch.nan
-    dirty = attention(**inputs)
+    dirty = attention(**inputs, impl=impl)
     assert dirty[broken].isnan().all()
     kept = torch.ones(len(clean), dtype=torch.bool)
     kept[broken] = False
@@ -186,8 +194,8 @@ GARBAGE = 1e4
 class Cache:
     """A paged cache filled token by token, its blocks handed out in a random order."""
 
-    def __init__(self, inputs: dict[str, torch.Tensor], num_blocks: int, seed: int = 0) -> None:
-        self.inputs = inputs
+    def __init__(self, inputs: dict[str, torch.Tensor], num_blocks: int, impl: str, seed: int = 0) -> None:
+        self.inputs, self.impl = inputs, impl
         num_kv_heads, head_dim = inputs["k"].shape[1:]
         shape = (num_kv_heads, num_blocks, BLOCK_SIZE, head_dim)
         self.keys, self.values = (torch.full(shape, torch.nan, dtype=inputs["k"].dtype) for _ in range(2))
@@ -218,7 +226,7 @@ class Cache:
             own_table=padded(own, spare_blocks), own_lens=torch.tensor([place + 1 for _, place in queries]),
             num_kv_heads=self.keys.shape[0], num_blocks=self.keys.shape[1])
         rows = torch.stack([self.inputs["q"][segment[0] + place] for segment, place in queries])
-        return paged_attention(rows, self.keys, self.values, pages)
+        return paged_attention(rows, self.keys, self.values, pages, impl=self.impl)
 
 
 def padded(tables: list[list[int]], spare_blocks: int) -> torch.Tensor:
@@ -233,11 +241,11 @@ def draw_queries(count: int, seed: int) -> list[Query]:
 
 
 @pytest.mark.parametrize(("heads", "dtype"), HEADS_AND_DTYPES, ids=str)
-def test_decoding_gives_the_bits_of_the_pack_in_any_batch(heads: tuple[int, int, int], dtype: torch.dtype):
+def test_decoding_gives_the_bits_of_the_pack_in_any_batch(heads: tuple[int, int, int], dtype: torch.dtype, impl: str):
     inputs = make_inputs(MIXED, *heads, dtype)
     torch.set_num_threads(1)
-    packed = attention(**inputs)
-    cache = Cache(inputs, 120)
+    packed = attention(**inputs, impl=impl)
+    cache = Cache(inputs, 120, impl)
     for threads in THREADS:
         torch.set_num_threads(threads)
         for count in ROWS[:8]:
@@ -246,43 +254,43 @@ def test_decoding_gives_the_bits_of_the_pack_in_any_batch(heads: tuple[int, int,
             assert same_bits(cache.attend(queries, spare_blocks=count % 3), want), (count, threads)
 
 
-def test_every_token_of_every_segment_decodes_to_the_bits_of_the_pack():
+def test_every_token_of_every_segment_decodes_to_the_bits_of_the_pack(impl: str):
     inputs = make_inputs(MIXED, 4, 2, 32, F32)
-    packed, cache = attention(**inputs), Cache(inputs, 120)
+    packed, cache = attention(**inputs, impl=impl), Cache(inputs, 120, impl)
     for segment in MIXED:
         queries = [(segment, place) for place in range(segment[1])]
         assert same_bits(cache.attend(queries), packed[segment[0] : segment[0] + segment[1]]), segment
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [(200, 200), (250, 260), (680, 400)])
-def test_parts_of_several_key_tiles_decode_to_the_bits_of_the_pack(prompt: int, completion: int):
+def test_parts_of_several_key_tiles_decode_to_the_bits_of_the_pack(prompt: int, completion: int, impl: str):
     """Past some 200 terms torch cuts a sum by its length, which padding differs between the forms: tiles keep below that."""
     segments = pack([(prompt, [completion, 9])])
     inputs = make_inputs(segments, 2, 1, 16, F32)
-    packed, cache = attention(**inputs), Cache(inputs, 120)
+    packed, cache = attention(**inputs, impl=impl), Cache(inputs, 120, impl)
     for step in (4, 50, 1000):
         queries = [(segment, place) for segment in segments[1:] for place in range(0, segment[1], step)]
         assert same_bits(cache.attend(queries), torch.stack([packed[segment[0] + place] for segment, place in queries]))
 
 
-def test_decoding_follows_the_definition():
+def test_decoding_follows_the_definition(impl: str):
     inputs = make_inputs(MIXED, 4, 2, 16, F32)
     exact = by_hand(*(inputs[x].double() for x in "qkv"), inputs["segments"])
     queries = draw_queries(64, seed=5)
     want = torch.stack([exact[segment[0] + place] for segment, place in queries])
-    torch.testing.assert_close(Cache(inputs, 120).attend(queries).double(), want, rtol=0, atol=4e-6)  # as in packed
+    torch.testing.assert_close(Cache(inputs, 120, impl).attend(queries).double(), want, rtol=0, atol=4e-6)  # as in packed
 
 
-def test_where_the_blocks_lie_changes_no_bit():
+def test_where_the_blocks_lie_changes_no_bit(impl: str):
     inputs, queries = make_inputs(MIXED, 4, 2, 16, F32), draw_queries(40, seed=6)
-    assert same_bits(Cache(inputs, 120, seed=1).attend(queries), Cache(inputs, 200, seed=2).attend(queries))
+    assert same_bits(Cache(inputs, 120, impl, seed=1).attend(queries), Cache(inputs, 200, impl, seed=2).attend(queries))
 
 
-def test_paged_attention_of_no_rows_is_empty():
+def test_paged_attention_of_no_rows_is_empty(impl: str):
     cache, none = torch.zeros(2, 3, BLOCK_SIZE, 8), torch.zeros(0, dtype=torch.int64)
     pages = plan_pages(prefix_table=none[:, None], prefix_lens=none, prefix_index=none, own_table=none[:, None], own_lens=none,
                        num_kv_heads=2, num_blocks=3)
-    out = paged_attention(torch.zeros(0, 4, 8), cache, cache, pages)
+    out = paged_attention(torch.zeros(0, 4, 8), cache, cache, pages, impl=impl)
     assert out.shape == (0, 4, 8)
 
 

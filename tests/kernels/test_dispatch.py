@@ -16,7 +16,8 @@ from kernels import dispatch
 from kernels.checks import FLOATS, check, describe
 from kernels.dispatch import Implementation, Op, table
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA, F32 = torch.device("cpu"), torch.device("cuda"), torch.float32
+X = torch.tensor(3.0)
 
 
 @pytest.fixture(autouse=True)
@@ -36,32 +37,42 @@ def make_op(name: str = "halve") -> Op:
 
 def test_auto_takes_the_first_that_can_run_on_the_device():
     op = make_op()
-    assert op.choose(CPU).name == "reference" and op.choose(CUDA).name == "triton"
-    assert op.choose(CPU).run(torch.tensor(3.0)) == 1.5
+    assert op.choose(X).name == "reference" and op.resolve(CUDA, F32).name == "triton"
+    assert op.choose(X).run(X) == 1.5
+
+
+def test_auto_passes_over_what_does_not_take_the_dtype_or_waits_to_be_asked():
+    op = Op("picky", (
+        Implementation("native", lambda x: x, dtypes=(F32,)), Implementation("torch", lambda x: x, is_automatic=False),
+        Implementation("reference", lambda x: x)))
+    assert op.choose(X).name == "native" and op.choose(X.double()).name == "reference"
+    assert op.choose(X.double(), "torch").name == "torch"
+    with pytest.raises(ValueError, match="picky: impl='native' cannot run on cpu: not for f64"):
+        op.choose(X.double(), "native")
 
 
 def test_an_explicit_choice_works_or_fails_loudly_with_the_reason():
     op = make_op()
-    assert op.choose(CUDA, "reference").name == "reference"
+    assert op.resolve(CUDA, F32, "reference").name == "reference"
     with pytest.raises(ValueError, match="halve: impl='triton' cannot run on cpu: needs CUDA"):
-        op.choose(CPU, "triton")
+        op.choose(X, "triton")
     with pytest.raises(ValueError, match=r"halve: impl must be one of \['auto', 'triton', 'reference'\], got 'native'"):
-        op.choose(CPU, "native")
+        op.choose(X, "native")
 
 
 def test_nothing_able_is_a_clear_error_and_a_line_in_the_table():
     op = Op("gpu_only", (Implementation("triton", lambda x: x, needs_cuda),))
     with pytest.raises(ValueError, match=r"gpu_only: nothing runs on cpu \(triton: needs CUDA\)"):
-        op.choose(CPU)
+        op.choose(X)
     assert table(CPU) == [("gpu_only", "", "none", "triton: needs CUDA")]
 
 
-def test_the_choice_is_made_once_per_device_type():
+def test_the_choice_is_made_once_per_device_and_dtype():
     asked = []
     op = Op("counted", (Implementation("reference", lambda x: x, lambda device: asked.append(device) or ""),))
-    assert op.choose(CPU) is op.choose(CPU)
-    op.choose(CUDA)
-    assert asked == [CPU, CUDA]
+    assert op.choose(X) is op.choose(X)
+    op.choose(X.double())
+    assert asked == [CPU, CPU]
 
 
 def test_the_table_is_sorted_and_says_why():

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.grpo_loss import LossSpec, finish_metrics, grpo_loss, make_inputs, merge_metrics
+from kernels.grpo_loss import OP, LossSpec, finish_metrics, grpo_loss, make_inputs, merge_metrics
+from tests.kernels.implementations import each_implementation
+
+implementation = each_implementation(OP)
 
 F64_NOISE = {"rtol": 1e-12, "atol": 1e-14}  # the same f64 sums in another order: some hundred roundings of 1e-16
 PER_TOKEN = ("logprobs", "old_logprobs", "advantages", "rollout_logprobs", "ref_logprobs", "entropy")

@@ -8,8 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.linear_logprob import linear_logprob, make_inputs
+from kernels.linear_logprob import OP, linear_logprob, make_inputs
 from tests.kernels.compare import NUM_ROWS, THREADS, assert_no_worse_than_plain, assert_rows_keep_their_bits, same_bits
+from tests.kernels.implementations import each_implementation
+
+implementation = each_implementation(OP)
 
 F32, BF16 = torch.float32, torch.bfloat16
 TEMPERATURES = [1.0, 0.6, 2.5]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.rms_norm import make_inputs, rms_norm
+from kernels.rms_norm import OP, make_inputs, rms_norm
 from tests.kernels.compare import NUM_ROWS, assert_no_worse_than_plain, assert_rows_keep_their_bits
+from tests.kernels.implementations import each_implementation
+
+implementation = each_implementation(OP)
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 DTYPES = [F32, BF16]

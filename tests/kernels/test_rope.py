@@ -7,8 +7,11 @@ import torch
 
 from kernels.rms_norm import make_inputs as norm_inputs
 from kernels.rms_norm import rms_norm
-from kernels.rope import make_inputs, rope
+from kernels.rope import OP, make_inputs, rope
 from tests.kernels.compare import NUM_ROWS, assert_no_worse_than_plain, assert_rows_keep_their_bits
+from tests.kernels.implementations import each_implementation
+
+implementation = each_implementation(OP)
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 DTYPES = [F32, BF16]

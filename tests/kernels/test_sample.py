@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from kernels.linear_logprob import linear_logprob
-from kernels.sample import make_inputs, sample
+from kernels.sample import OP, make_inputs, sample
 from kernels.sample.philox import gumbel, philox, uniform
 from kernels.sample.reference import truncation_mask
 from tests.kernels.compare import NUM_ROWS, assert_rows_keep_their_bits, same_bits
+from tests.kernels.implementations import each_implementation
+
+implementation = each_implementation(OP)
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -186,10 +189,10 @@ def test_a_row_draws_the_same_in_any_batch(hidden_size: int, vocab_size: int, op
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"temperature": 1.3, "top_k": 4}], ids=str)
-def test_the_logprob_has_the_bits_of_linear_logprob(options: dict[str, float], dtype: torch.dtype):
+def test_the_logprob_has_the_bits_of_linear_logprob(options: dict[str, float], dtype: torch.dtype, implementation: str):
     inputs = make_inputs(70, 32, 43, dtype)
     token, logprob, _ = sample(**inputs, **options)  # type: ignore[arg-type]
-    again, _ = linear_logprob(inputs["hidden"], inputs["weight"], token, options.get("temperature", 1.0))
+    again, _ = linear_logprob(inputs["hidden"], inputs["weight"], token, options.get("temperature", 1.0), implementation)
     assert same_bits(logprob, again)
 
 

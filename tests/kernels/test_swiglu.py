@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.swiglu import make_inputs, swiglu
-from tests.kernels.compare import NUM_ROWS, assert_no_worse_than_plain, assert_rows_keep_their_bits
+from kernels.native import ISA, OPS
+from kernels.swiglu import OP, make_inputs, swiglu
+from tests.kernels.compare import NUM_ROWS, assert_no_worse_than_plain, assert_rows_keep_their_bits, same_bits
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 DTYPES = [F32, BF16]
+IMPLS = [i.name for i in OP.implementations if not i.refuses(torch.device("cpu"), F32)]
+needs_native = pytest.mark.skipif(not ISA, reason="needs the native library")
 # Below, at and past a vector register (16 f32 lanes), the model's widths, and one past each: where a loop's tail begins.
 WIDTHS = [1, 3, 8, 15, 16, 17, 32, 33, 96, 128, 129, 200]
 
@@ -20,33 +25,36 @@ def plain_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate_up[:, :half]) * gate_up[:, half:]
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 96), (9, 33), (40, 1), (0, 8)], ids=str)
-def test_swiglu_is_no_worse_than_plain(shape: tuple[int, int], dtype: torch.dtype):
-    assert_no_worse_than_plain(swiglu, plain_swiglu, plain_swiglu, [3 * make_inputs(*shape, dtype)["gate_up"]])
+@pytest.mark.parametrize("shape", [(1, 96), (9, 33), (40, 1), (0, 8), (123, 47)], ids=str)
+def test_swiglu_is_no_worse_than_plain(shape: tuple[int, int], dtype: torch.dtype, impl: str):
+    assert_no_worse_than_plain(partial(swiglu, impl=impl), plain_swiglu, plain_swiglu, [3 * make_inputs(*shape, dtype)["gate_up"]])
 
 
-def test_bf16_results_are_rounded_once():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bf16_results_are_rounded_once(impl: str):
     """Within half a step of the exact value; one more rounding on the way would go beyond it."""
     gate_up = 3 * make_inputs(50, 64, BF16)["gate_up"]
-    got, exact = swiglu(gate_up), plain_swiglu(gate_up.double())
+    got, exact = swiglu(gate_up, impl), plain_swiglu(gate_up.double())
     half_step = torch.exp2(exact.abs().log2().floor()) * torch.finfo(BF16).eps / 2
     # 1e-6: beside a result near 0, the f32 rounding of silu itself counts.
     assert ((got.double() - exact).abs() <= 1.001 * half_step + 1e-6).all()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_swiglu_gives_a_row_the_same_bits_in_any_batch(width: int, dtype: torch.dtype):
+def test_swiglu_gives_a_row_the_same_bits_in_any_batch(width: int, dtype: torch.dtype, impl: str):
     gate_up = 3 * make_inputs(NUM_ROWS, width, dtype)["gate_up"]
-    assert_rows_keep_their_bits(lambda start, end: swiglu(gate_up[start:end]))
+    assert_rows_keep_their_bits(lambda start, end: swiglu(gate_up[start:end], impl))
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F64])
-def test_swiglu_and_its_gradient_stay_finite_at_the_far_ends(dtype: torch.dtype):
+@pytest.mark.parametrize(("impl", "dtype"), [*((impl, dtype) for impl in IMPLS for dtype in DTYPES), ("reference", F64)])
+def test_swiglu_and_its_gradient_stay_finite_at_the_far_ends(dtype: torch.dtype, impl: str):
     gate = torch.tensor([-1e4, -100.0, -88.0, 0.0, 88.0, 1e4], dtype=dtype)
     gate_up = torch.stack((gate, torch.full_like(gate, 2.0)), dim=1).requires_grad_()
-    out = swiglu(gate_up)
+    out = swiglu(gate_up, impl)
     out.sum().backward()
     assert gate_up.grad is not None and gate_up.grad.isfinite().all()
     # silu(-88) is -5e-37: nothing beside 1, in any of these types
@@ -63,3 +71,39 @@ def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
         swiglu(torch.zeros(4))
     with pytest.raises(ValueError, match=r"swiglu: gate_up must hold two halves of equal width, got width 5"):
         swiglu(torch.zeros(2, 5))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_native_gradient_has_the_same_bits_with_two_threads_and_covers_its_output(dtype: torch.dtype):
+    gate_up, dy = make_inputs(600, 33, dtype)["gate_up"], make_inputs(600, 33, dtype, seed=1)["gate_up"][:, :33].contiguous()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(torch.full_like(gate_up, torch.nan))
+        OPS.swiglu_bwd(results[-1], dy, gate_up)
+    assert same_bits(*results) and not results[0].isnan().any()
+
+
+@needs_native
+def test_the_native_op_compiles_without_a_graph_break():
+    gate_up = make_inputs(5, 8, F32)["gate_up"].requires_grad_()
+    out = torch.compile(partial(swiglu, impl="native"), fullgraph=True, backend="aot_eager")(gate_up)
+    assert same_bits(out, swiglu(gate_up, "native"))
+    assert torch.autograd.grad(out.sum(), gate_up)[0].isfinite().all()
+
+
+@needs_native
+def test_bad_tensors_given_straight_to_the_native_op_raise():
+    gate_up, y = torch.zeros(3, 8), torch.zeros(3, 4)
+    for arguments, message in [
+        ((y, gate_up[:, :7].contiguous()), r"gate_up must be f32\[3, 8\] .*got f32\[3, 7\]"),
+        ((y, gate_up.T.contiguous().T), r"gate_up must be .*not contiguous"),
+        ((y[0], gate_up), r"y must have 2 dimensions, got 1"),
+        ((y.bfloat16(), gate_up), r"y must be f32\[3, 4\] .*got bf16"),
+        ((y, gate_up.double()), r"gate_up must be f32 or bf16"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"swiglu_fwd: {message}"):
+            OPS.swiglu_fwd(*arguments)
+    with pytest.raises(RuntimeError, match=r"swiglu_bwd: dgate_up must be f32\[3, 8\]"):
+        OPS.swiglu_bwd(torch.zeros(2, 8), y, gate_up)

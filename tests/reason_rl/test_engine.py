@@ -175,7 +175,7 @@ def test_untruncated_sampling_keeps_all_the_mass(model: Transformer):
 
 def test_a_prompt_is_prefilled_once_for_its_group(model: Transformer, forwards: list[int]):
     problems = [problem(i, 30) for i in range(3)]
-    groups = make_engine(model).generate(problems, 5, sampling(6, stop_ids=()), step=0)
+    groups = make_engine(model, decoder="ops").generate(problems, 5, sampling(6, stop_ids=()), step=0)
     assert forwards == [90, 15, 15, 15, 15, 15]  # one prefill; the first token needs no decode, the last one no key
     assert sum(len(c.token_ids) for g in groups for c in g.completions) == 90
 
@@ -186,7 +186,7 @@ def test_prefill_passes_keep_to_their_budget(model: Transformer, forwards: list[
 
 
 def test_finished_rows_leave_the_batch(model: Transformer, forwards: list[int]):
-    groups = make_engine(model).generate([problem(i, 8) for i in range(4)], 4, sampling(20, stop_ids=(3, 8)), step=0)
+    groups = make_engine(model, decoder="ops").generate([problem(i, 8) for i in range(4)], 4, sampling(20, stop_ids=(3, 8)), step=0)
     decoded = sum(len(c.token_ids) - 1 for g in groups for c in g.completions)
     assert sum(forwards) == 4 * 8 + decoded
 

@@ -174,7 +174,7 @@ def test_padding_rows_are_not_routed(moe: Transformer):
 def test_bf16_rollout_weights_give_the_trainers_bits(name: str, num_sequences: int):
     """The copy is cast once, the trainer at each use: same places, same rounding; expert activations included."""
     model = tiny_model(MODELS[name], dtype=torch.bfloat16, scale=5.0)
-    weights = RolloutWeights(model, replace(WORLD, dtype=torch.bfloat16))
+    weights = RolloutWeights(model, replace(WORLD, size=2, dtype=torch.bfloat16))
     assert not weights.shares_memory
     groups = generate(weights.model, num_sequences)
     assert [num_different(model, groups, tokens) for tokens in (1 << 20, 150)] == [0, 0]
@@ -182,7 +182,7 @@ def test_bf16_rollout_weights_give_the_trainers_bits(name: str, num_sequences: i
 
 def test_a_rollout_copy_follows_the_trainer_only_on_refresh():
     model = tiny_model(dtype=torch.bfloat16)
-    weights = RolloutWeights(model, replace(WORLD, dtype=torch.bfloat16))
+    weights = RolloutWeights(model, replace(WORLD, size=2, dtype=torch.bfloat16))
     with torch.no_grad():
         model.embedding.weight.mul_(1.5)
         model.blocks[0].mlp.expert_bias += 1.0  # type: ignore[operator, union-attr]
@@ -191,6 +191,7 @@ def test_a_rollout_copy_follows_the_trainer_only_on_refresh():
     assert num_different(model, generate(weights.model, 4)) == 0
 
 
-def test_in_f32_one_process_samples_from_the_trainers_own_tensors():
-    model = tiny_model()
-    assert RolloutWeights(model, WORLD).model is model and model.embedding.weight.device == CPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_process_samples_from_the_trainers_own_tensors(dtype: torch.dtype):
+    model = tiny_model(dtype=dtype)
+    assert RolloutWeights(model, replace(WORLD, dtype=dtype)).model is model and model.embedding.weight.device == CPU

@@ -48,7 +48,7 @@ def test_random_work_loses_no_block_and_ends(groups: list[tuple[int, int]], max_
             for sequence in scheduler.running[:] if turn else [s for s in admitted if not s.token_ids]:
                 sequence.token_ids.append(1)
                 if len(sequence.token_ids) == max_tokens or rng.random() < 0.03:
-                    scheduler.finish(sequence, "stop")
+                    scheduler.finish(sequence)
             if not turn:
                 scheduler.grow()
                 check_accounts(scheduler, prompts)
@@ -57,7 +57,7 @@ def test_random_work_loses_no_block_and_ends(groups: list[tuple[int, int]], max_
         turns += 1
         assert turns < 10_000
     assert scheduler.pool.num_free == scheduler.pool.num_blocks - 1
-    assert all(s.finish_reason == "stop" and not s.blocks for s in sequences)
+    assert not scheduler.has_work and not any(s.blocks for s in sequences)
     assert not any(p.is_cached or p.blocks for p in prompts)
 
 
@@ -88,7 +88,7 @@ def test_a_prompt_without_running_sequences_forgets_its_keys():
     scheduler.add(Sequence(prompt, 0, 0))
     (sequence,) = scheduler.admit()
     prompt.is_cached, prompt.first_hidden = True, object()
-    scheduler.finish(sequence, "stop")
+    scheduler.finish(sequence)
     assert (prompt.is_cached, prompt.first_hidden, prompt.blocks) == (False, None, [])
 
 

@@ -211,6 +211,19 @@ def test_a_gap_above_the_limit_stops_the_update_and_the_weights_stay():
     assert "logprob_gap_max" not in metrics, "one name for one thing"
 
 
+def test_exact_mode_allows_no_gap_at_all():
+    model = tiny_model(MOE)
+    packs = pack_samples(samples_of(rollouts(model)), 10**6)
+    optimizer = Optimizer(model, OptimConfig())
+    nearly = [replace(pack, rollout_logprobs=torch.nextafter(pack.rollout_logprobs, torch.tensor(1.0)))  # type: ignore[arg-type]
+              for pack in packs]
+    with pytest.raises(FloatingPointError, match=r"on policy, and run\.exact='on' allows none"):
+        policy_update(model, optimizer, nearly, WORLD, spec=SPEC, temperature=1.0, lr_factor=1.0, max_gap=0.0)
+    assert not optimizer.adamw.state
+    metrics = policy_update(model, optimizer, packs, WORLD, spec=SPEC, temperature=1.0, lr_factor=1.0, max_gap=0.0)
+    assert metrics["max_abs_logprob_gap"] == 0.0
+
+
 def test_broken_weights_never_reach_the_optimizer():
     model = tiny_model(DENSE)
     packs = pack_samples(samples_of(rollouts(model)), 10**6)

@@ -1,0 +1,50 @@
+// What a decode step needs of a model: its sizes and its weights, as checked pointers. Filled by cpu.cpp from the tensors that
+// kernels/decode/__init__.py hands over, in the order given there.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../moe/rows.h"
+#include "../sample/rows.h"
+
+namespace reason_rl {
+
+constexpr int64_t BLOCK_SIZE = LANES;  // tokens in a block of the cache: one panel of keys
+
+struct ModelSizes {
+    int64_t hidden, heads, kv_heads, head_dim, experts, experts_per_tok, inner, shared_inner, vocab, max_positions;
+    int64_t qkv_rows() const { return (heads + 2 * kv_heads) * head_dim; }
+};
+
+// Matrices are packed (gemm.h); norms, router and embedding are f32. A null pointer: the model has no such part.
+template <class T>
+struct LayerWeights {
+    const float *attention_norm, *q_norm, *k_norm, *mlp_norm, *expert_bias, *router;
+    const T *qkv, *out, *shared_gate_up, *shared_down;
+    std::vector<ExpertWeights<T>> experts;  // one, without a router, where the layer is dense
+};
+
+template <class T>
+struct ModelWeights {
+    ModelSizes sizes;
+    RouteSpec route;
+    float eps;
+    std::vector<LayerWeights<T>> layers;
+    const float *embedding, *norm, *cos, *sin;  // [V, D], [D], [max_positions, C / 2] each
+    const T* head;
+};
+
+// The running sequences: each reads its prefix's keys, then its own, and appends to its own.
+struct DecodeRows {
+    int64_t count, num_blocks, prefix_width, own_width, max_new;
+    const int64_t *prefix_table, *prefix_lens, *prefix_index, *own_table, *own_lens, *limits, *noise_keys;
+    const int64_t* stop_ids;
+    int64_t num_stop_ids;
+    int64_t* tokens;   // [count, 1 + max_new]: the newest token, then what is drawn
+    float *logprobs, *kept_logmass;  // [count, max_new]
+    int64_t* num_new;  // [count]
+    int32_t* routes;   // [count, max_new, layers, experts per token], or null
+};
+
+}  // namespace reason_rl

@@ -1,0 +1,213 @@
+// One thread's sequences, taken through the model step after step.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../attention/rows.h"
+#include "../common/gemm.h"
+#include "../rms_norm/rows.h"
+#include "../rope/rows.h"
+#include "../swiglu/rows.h"
+#include "model.h"
+
+namespace reason_rl {
+
+template <class T>
+class Worker {
+public:
+    Worker(const ModelWeights<T>& model, const DecodeRows& rows, const SampleSpec& spec, T* keys, T* values, int64_t first, int64_t count)
+        : model_(model), s_(model.sizes), rows_(rows), spec_(spec), keys_(keys), values_(values) {
+        for (int64_t r = first; r < first + count; ++r) {
+            rows_.num_new[r] = 0;
+            if (rows_.limits[r]) active_.push_back(r);
+        }
+        // Sequences of one prefix next to each other, so that its keys are read once for all of them.
+        std::stable_sort(active_.begin(), active_.end(), [&](int64_t a, int64_t b) { return rows_.prefix_index[a] < rows_.prefix_index[b]; });
+        const int64_t pairs = count * s_.experts_per_tok, inner = std::max(s_.inner, s_.shared_inner);
+        x_.resize(count * s_.hidden), normed_.resize(count * s_.hidden), added_.resize(count * s_.hidden);
+        qkv_.resize(count * s_.qkv_rows()), attended_.resize(count * s_.heads * s_.head_dim);
+        gathered_.resize(pairs * s_.hidden), outs_.resize(pairs * s_.hidden);
+        gate_up_.resize(pairs * 2 * inner), act_.resize(pairs * inner);
+        wide_.resize(count * s_.hidden), logits_.resize(count * s_.experts), scores_.resize(s_.experts);
+        expert_ids_.resize(pairs), expert_weights_.resize(pairs), out_of_.resize(pairs);
+        even_.resize(pairs * (std::max({s_.hidden, inner, s_.heads * s_.head_dim}) + 1));
+    }
+
+    void run() {
+        while (!active_.empty()) {
+            embed();
+            for (int64_t layer = 0; layer < static_cast<int64_t>(model_.layers.size()); ++layer) {
+                attention(layer);
+                mlp(layer);
+            }
+            draw();
+        }
+    }
+
+private:
+    int64_t num() const { return active_.size(); }
+    // Own tokens of row r, the newest included.
+    int64_t own_length(int64_t r) const { return rows_.own_lens[r] + rows_.num_new[r]; }
+    int64_t position(int64_t r) const { return rows_.prefix_lens[rows_.prefix_index[r]] + own_length(r) - 1; }
+
+    // y [num, n] = x [num, k] @ packed, as `linear` does it.
+    void project(T* y, const T* x, const T* packed, int64_t n, int64_t k) {
+        for_tiles(num(), n, k, even_rows(x, num(), k, even_.data()), packed, store_tile(y, n));
+    }
+
+    void norm(T* y, const T* x, const float* weight) {
+        for (int64_t i = 0; i < num(); ++i) rms_norm_row(y + i * s_.hidden, x + i * s_.hidden, weight, s_.hidden, model_.eps);
+    }
+
+    // x += y, rounded to T: the residual stream.
+    void add(T* x, const T* y) {
+        const int64_t size = num() * s_.hidden;
+        for (int64_t j = 0; j < size; j += LANES) store(x + j, load(x + j, size - j) + load(y + j, size - j), size - j);
+    }
+
+    void embed() {
+        for (int64_t i = 0; i < num(); ++i) {
+            const int64_t r = active_[i];
+            const float* row = model_.embedding + rows_.tokens[r * (1 + rows_.max_new) + rows_.num_new[r]] * s_.hidden;
+            for (int64_t j = 0; j < s_.hidden; j += LANES) store(x_.data() + i * s_.hidden + j, load(row + j, s_.hidden - j), s_.hidden - j);
+        }
+    }
+
+    void attention(int64_t layer) {
+        const LayerWeights<T>& w = model_.layers[layer];
+        const int64_t c = s_.head_dim, head_size = rows_.num_blocks * BLOCK_SIZE * c;
+        norm(normed_.data(), x_.data(), w.attention_norm);
+        project(qkv_.data(), normed_.data(), w.qkv, s_.qkv_rows(), s_.hidden);
+        T* keys = keys_ + layer * s_.kv_heads * head_size;
+        T* values = values_ + layer * s_.kv_heads * head_size;
+        for (int64_t i = 0; i < num(); ++i) {
+            const int64_t r = active_[i], own = own_length(r) - 1;
+            const float *cos = model_.cos + position(r) * (c / 2), *sin = model_.sin + position(r) * (c / 2);
+            T* heads = qkv_.data() + i * s_.qkv_rows();
+            for (int64_t h = 0; h < s_.heads + s_.kv_heads; ++h) {
+                const float* weight = h < s_.heads ? w.q_norm : w.k_norm;
+                if (weight) rms_norm_row(heads + h * c, heads + h * c, weight, c, model_.eps);
+                rope_row(heads + h * c, heads + h * c, cos, sin, c);
+            }
+            const int64_t slot = rows_.own_table[r * rows_.own_width + own / BLOCK_SIZE] * BLOCK_SIZE + own % BLOCK_SIZE;
+            for (int64_t h = 0; h < s_.kv_heads; ++h)
+                put_key(keys + h * head_size, values + h * head_size, slot, heads + (s_.heads + h) * c, heads + (s_.heads + s_.kv_heads + h) * c, c);
+        }
+        for (int64_t first = 0; first < num();) {
+            int64_t last = first + 1;
+            while (last < num() && rows_.prefix_index[active_[last]] == rows_.prefix_index[active_[first]]) ++last;
+            for (int64_t h = 0; h < s_.kv_heads; ++h) attend_group(first, last, h, keys + h * head_size, values + h * head_size);
+            first = last;
+        }
+        project(added_.data(), attended_.data(), w.out, s_.hidden, s_.heads * c);
+        add(x_.data(), added_.data());
+    }
+
+    // The rows [first, last) share a prefix; all their query heads of kv head h.
+    void attend_group(int64_t first, int64_t last, int64_t h, const T* keys, const T* values) {
+        const int64_t c = s_.head_dim, repeat = s_.heads / s_.kv_heads, prefix = rows_.prefix_index[active_[first]];
+        q_.clear(), out_.clear(), own_.clear();
+        for (int64_t i = first; i < last; ++i) {
+            const int64_t r = active_[i];
+            for (int64_t j = h * repeat; j < (h + 1) * repeat; ++j) {
+                q_.push_back(qkv_.data() + i * s_.qkv_rows() + j * c);
+                out_.push_back(attended_.data() + (i * s_.heads + j) * c);
+                own_.push_back({keys, values, rows_.own_table + r * rows_.own_width, own_length(r)});
+            }
+        }
+        const KeyBlocks<T> shared{keys, values, rows_.prefix_table + prefix * rows_.prefix_width, rows_.prefix_lens[prefix]};
+        attend<T>(q_.size(), q_.data(), out_.data(), shared, own_.data(), c, static_cast<float>(1 / std::sqrt(static_cast<double>(c))), nullptr,
+                  attend_scratch_);
+    }
+
+    void mlp(int64_t layer) {
+        const LayerWeights<T>& w = model_.layers[layer];
+        norm(normed_.data(), x_.data(), w.mlp_norm);
+        if (s_.experts == 1) {
+            dense(added_.data(), w.experts[0].gate_up, w.experts[0].down, s_.inner);
+        } else {
+            experts(w, layer);
+            if (w.shared_gate_up) {
+                dense(outs_.data(), w.shared_gate_up, w.shared_down, s_.shared_inner);
+                add(added_.data(), outs_.data());
+            }
+        }
+        add(x_.data(), added_.data());
+    }
+
+    void dense(T* y, const T* gate_up, const T* down, int64_t inner) {
+        project(gate_up_.data(), normed_.data(), gate_up, 2 * inner, s_.hidden);
+        for (int64_t i = 0; i < num(); ++i) swiglu_row(act_.data() + i * inner, gate_up_.data() + i * 2 * inner, inner);
+        project(y, act_.data(), down, s_.hidden, inner);
+    }
+
+    void experts(const LayerWeights<T>& w, int64_t layer) {
+        const int64_t k = s_.experts_per_tok;
+        RouteSpec spec = model_.route;
+        spec.bias = w.expert_bias;
+        const int64_t size = num() * s_.hidden;
+        for (int64_t j = 0; j < size; j += LANES) store(wide_.data() + j, load(normed_.data() + j, size - j), size - j);
+        for_tiles(num(), s_.experts, s_.hidden, rows_of<float>(wide_.data(), s_.hidden), w.router, store_tile(logits_.data(), s_.experts));
+        for (int64_t i = 0; i < num(); ++i)
+            route_row(logits_.data() + i * s_.experts, spec, expert_ids_.data() + i * k, expert_weights_.data() + i * k, scores_.data());
+        for (int64_t i = 0; rows_.routes && i < num(); ++i) {
+            const int64_t r = active_[i], computed = r * rows_.max_new + rows_.num_new[r];
+            std::copy_n(expert_ids_.data() + i * k, k, rows_.routes + (computed * static_cast<int64_t>(model_.layers.size()) + layer) * k);
+        }
+        int64_t done = 0;
+        for (int64_t e = 0; e < s_.experts; ++e) {
+            const int64_t start = done;
+            for (int64_t pair = 0; pair < num() * k; ++pair) {
+                if (expert_ids_[pair] != e) continue;
+                std::copy_n(normed_.data() + pair / k * s_.hidden, s_.hidden, gathered_.data() + done * s_.hidden);
+                out_of_[pair] = outs_.data() + done * s_.hidden;
+                ++done;
+            }
+            if (done > start)
+                run_expert<T>(outs_.data() + start * s_.hidden, gathered_.data() + start * s_.hidden, done - start, w.experts[e], s_.hidden,
+                              s_.inner, gate_up_.data(), act_.data());
+        }
+        for (int64_t i = 0; i < num(); ++i)
+            combine_row<T>(added_.data() + i * s_.hidden, out_of_.data() + i * k, expert_weights_.data() + i * k, k, s_.hidden);
+    }
+
+    // The next token of every active sequence; those that end, or have what was asked for, are active no more.
+    void draw() {
+        norm(normed_.data(), x_.data(), model_.norm);
+        const int64_t n = num();
+        noise_keys_.resize(n), positions_.resize(n), drawn_.resize(n), logprob_.resize(n), kept_.resize(n);
+        for (int64_t i = 0; i < n; ++i) noise_keys_[i] = rows_.noise_keys[active_[i]], positions_[i] = own_length(active_[i]);
+        const int64_t broken = try_sample_rows<T>(normed_.data(), n, model_.head, s_.hidden, s_.vocab, spec_, noise_keys_.data(),
+                                                  positions_.data(), drawn_.data(), logprob_.data(), kept_.data(), sample_scratch_);
+        if (broken >= 0) fail_broken_row(active_[broken]);
+        std::vector<int64_t> going;
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t r = active_[i], place = rows_.num_new[r]++;
+            rows_.tokens[r * (1 + rows_.max_new) + 1 + place] = drawn_[i];
+            rows_.logprobs[r * rows_.max_new + place] = logprob_[i];
+            rows_.kept_logmass[r * rows_.max_new + place] = kept_[i];
+            const int64_t* stops = rows_.stop_ids;
+            const bool is_end = std::find(stops, stops + rows_.num_stop_ids, drawn_[i]) != stops + rows_.num_stop_ids;
+            if (!is_end && rows_.num_new[r] < rows_.limits[r]) going.push_back(r);
+        }
+        active_.swap(going);
+    }
+
+    const ModelWeights<T>& model_;
+    const ModelSizes& s_;
+    const DecodeRows& rows_;
+    const SampleSpec& spec_;
+    T *keys_, *values_;
+    std::vector<int64_t> active_;
+    std::vector<T> x_, normed_, added_, qkv_, attended_, gathered_, outs_, gate_up_, act_, even_;
+    std::vector<float> wide_, logits_, scores_, expert_weights_, logprob_, kept_;
+    std::vector<int64_t> expert_ids_, noise_keys_, positions_, drawn_;
+    std::vector<const T*> out_of_, q_;
+    std::vector<T*> out_;
+    std::vector<KeyBlocks<T>> own_;
+    AttendScratch attend_scratch_;
+    SampleScratch sample_scratch_;
+};
+
+}  // namespace reason_rl

@@ -1,0 +1,115 @@
+// The mixture of experts on rows: a token's route, an expert on the rows it was sent, and the sum over a token's choices.
+// Shared by the ops of cpu.cpp and the decode step: what makes a token's bits the same in both.
+#pragma once
+
+#include <vector>
+
+#include "../common/gemm.h"
+#include "../swiglu/rows.h"
+
+namespace reason_rl {
+
+struct RouteSpec {
+    int64_t num_experts, k;
+    bool sigmoid, normalize;
+    const float* bias;  // [num_experts], steers the choice only; may be null
+};
+constexpr float LEAST_ROUTE_SUM = 1e-20f;  // normalised weights are divided by no less
+
+// The first n lanes of x, `rest` in the others.
+inline F32x16 only(F32x16 x, int64_t n, float rest) {
+    static constexpr int32_t PLACES[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return n >= LANES ? x : select(bits_of<I32x16>(PLACES) < static_cast<int32_t>(n), x, splat(rest));
+}
+
+// softmax or sigmoid of the logits, in f32; the order of the sum is fixed by their number.
+inline void route_scores(const float* logits, const RouteSpec& spec, float* scores) {
+    const int64_t size = spec.num_experts;
+    if (spec.sigmoid) {
+        for (int64_t j = 0; j < size; j += LANES) {
+            const F32x16 logit = load(logits + j, size - j), score = splat(1.0f) / (exp(min(logit * -1.0f, splat(80.0f))) + 1.0f);
+            store(scores + j, select(logit != logit, logit, score), size - j);  // min() drops NaN
+        }
+        return;
+    }
+    constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+    F32x16 top = splat(LOWEST), total = splat(0.0f);
+    for (int64_t j = 0; j < size; j += LANES) top = max(top, only(load(logits + j, size - j), size - j, LOWEST));
+    const float shift = highest(top);
+    for (int64_t j = 0; j < size; j += LANES) {
+        const F32x16 raised = only(exp(load(logits + j, size - j) - shift), size - j, 0.0f);
+        total = total + raised;
+        store(scores + j, raised, size - j);
+    }
+    const float whole = sum(total);
+    for (int64_t j = 0; j < size; j += LANES) store(scores + j, load(scores + j, size - j) / whole, size - j);
+}
+
+// The sum of a token's chosen scores in order of k, which its weights are divided by.
+inline float route_sum(const float* scores, const int64_t* expert_ids, int64_t k) {
+    float total = scores[expert_ids[0]];
+    for (int64_t c = 1; c < k; ++c) total += scores[expert_ids[c]];
+    return total;
+}
+
+// expert_ids [k]: the k largest of score + bias, the lower index first where equal; NaN counts as the largest, as in torch.sort.
+// weights [k]: their scores, normalised or not.
+inline void route_choice(const float* scores, const RouteSpec& spec, int64_t* expert_ids, float* weights) {
+    int64_t count = 0;  // of the best so far: in expert_ids, in order, their values in `weights`
+    for (int64_t e = 0; e < spec.num_experts; ++e) {
+        const float value = spec.bias ? scores[e] + spec.bias[e] : scores[e];
+        const auto is_before = [value](float other) { return value > other || (value != value && other == other); };
+        if (count == spec.k && !is_before(weights[count - 1])) continue;
+        int64_t place = count < spec.k ? count++ : count - 1;
+        for (; place > 0 && is_before(weights[place - 1]); --place) {
+            weights[place] = weights[place - 1];
+            expert_ids[place] = expert_ids[place - 1];
+        }
+        weights[place] = value;
+        expert_ids[place] = e;
+    }
+    const float total = route_sum(scores, expert_ids, spec.k);
+    const float divisor = !spec.normalize ? 1.0f : total < LEAST_ROUTE_SUM ? LEAST_ROUTE_SUM : total;
+    for (int64_t c = 0; c < spec.k; ++c) weights[c] = scores[expert_ids[c]] / divisor;
+}
+
+inline void route_row(const float* logits, const RouteSpec& spec, int64_t* expert_ids, float* weights, float* scores) {
+    route_scores(logits, spec, scores);
+    route_choice(scores, spec, expert_ids, weights);
+}
+
+template <class T>
+struct ExpertWeights {  // packed by pack_transposed
+    const T* gate_up;   // of [2I, D]
+    const T* down;      // of [D, I]
+};
+
+// C [rows, num_columns] = A [rows, k] @ packed B, both in T.
+template <class T>
+void rows_product(T* c, const T* a, const T* packed, int64_t rows, int64_t num_columns, int64_t k) {
+    std::vector<T> pairs(k % PER_UNIT<T> ? rows * (k + 1) : 0);
+    for_tiles(rows, num_columns, k, even_rows(a, rows, k, pairs.data()), packed, store_tile(c, num_columns));
+}
+
+// out [rows, D] = down(swiglu(gate_up(x))), each rounded to T, not weighted. gate_up [rows, 2I] and act [rows, I] are written too.
+template <class T>
+void run_expert(T* out, const T* x, int64_t rows, const ExpertWeights<T>& w, int64_t hidden, int64_t inner, T* gate_up, T* act) {
+    for (int64_t first = 0; first < rows; first += ROW_BLOCK) {
+        const int64_t count = std::min(ROW_BLOCK, rows - first);
+        rows_product(gate_up + first * 2 * inner, x + first * hidden, w.gate_up, count, 2 * inner, hidden);
+        for (int64_t m = first; m < first + count; ++m) swiglu_row(act + m * inner, gate_up + m * 2 * inner, inner);
+        rows_product(out + first * hidden, act + first * inner, w.down, count, hidden, inner);
+    }
+}
+
+// y [hidden] = sum over c = 0..k-1 in order of weights[c] * outs[c], in f32, rounded once.
+template <class T>
+void combine_row(T* y, const T* const* outs, const float* weights, int64_t k, int64_t hidden) {
+    for (int64_t j = 0; j < hidden; j += LANES) {
+        F32x16 total = load(outs[0] + j, hidden - j) * weights[0];
+        for (int64_t c = 1; c < k; ++c) total = total + load(outs[c] + j, hidden - j) * weights[c];
+        store(y + j, total, hidden - j);
+    }
+}
+
+}  // namespace reason_rl

@@ -1,0 +1,30 @@
+"""`rope` by csrc/rope, as torch.ops.reason_rl.rope_{fwd,bwd}; heads are read where they lie. The tables are facts: no gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kernels.native import OPS
+from kernels.rms_norm.native import as_rows
+
+
+class NativeRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        y = torch.empty(x.shape, dtype=x.dtype)
+        OPS.rope_fwd(y, as_rows(x), cos, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dx = torch.empty(grads[0].shape, dtype=grads[0].dtype)
+        OPS.rope_bwd(dx, as_rows(grads[0]), *ctx.saved_tensors)
+        return dx, None, None
+
+
+def rope_native(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = NativeRope.apply(x, cos.float().contiguous(), sin.float().contiguous())
+    return result

@@ -1,0 +1,163 @@
+"""One decode call of the engine, in its two forms: op by op through the model, or all of it in one native call.
+
+`OpDecoder` is the readable one: the model's forward on the newest token of each sequence, with attention over the paged cache, then
+`sample`. It runs everywhere. `NativeDecoder` draws several tokens a call (kernels/decode) where the native kernels are.
+Both give a sequence the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from kernels.attention import BLOCK_SIZE, plan_pages
+from kernels.decode import DecodeBatch, DecodeModel, LayerWeights, cpu_why_not, decode, pack_layer, pack_weight
+from kernels.native import DTYPES
+from kernels.sample import sample
+from reason_rl.engine.cache import DecodeAttend, KVCache
+from reason_rl.engine.scheduler import Prompt, Sequence
+from reason_rl.model.transformer import MLP, Block, RouteTape, Transformer
+from reason_rl.types import SamplingParams
+
+
+class Drawn(NamedTuple):
+    """What a call drew, a list for each sequence."""
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    kept_logmass: list[list[float]]
+    routes: list[list[torch.Tensor]]
+    """i32[n, L, k] of the n tokens that were computed, where routes are kept; else no tensor."""
+
+
+def one_each(tokens: torch.Tensor, logprobs: torch.Tensor, kept_logmass: torch.Tensor, routes: torch.Tensor | None = None) -> Drawn:
+    """[R] each, routes i32[R, L, k] -> one token for each of R sequences."""
+    drawn, logprob, kept_mass = ([[value] for value in column.tolist()] for column in (tokens, logprobs, kept_logmass))
+    kept: list[list[torch.Tensor]] = [[]] * len(tokens) if routes is None else [[row[None]] for row in routes.cpu().unbind(0)]
+    return Drawn(drawn, logprob, kept_mass, kept)
+
+
+class Decoder(Protocol):
+    cache: KVCache
+    horizon: int
+    """Most tokens that one call draws for a sequence."""
+
+    def decode(self, running: SequenceOf[Sequence], limits: SequenceOf[int], sampling: SamplingParams) -> Drawn: ...
+
+
+def native_why_not(model: Transformer) -> str:
+    """Empty where `NativeDecoder` can decode this model, else the reason."""
+    if model.gemm != "auto":
+        return "projections by torch's own GEMMs were asked for"
+    if model.compute_dtype not in DTYPES:
+        return f"not for {model.compute_dtype}"
+    return cpu_why_not(model.embedding.weight.device)
+
+
+def picks_native(model: Transformer, decoder: str) -> bool:
+    """What `engine.decoder` comes to for this model."""
+    reason = native_why_not(model) if decoder != "ops" else "ops were asked for"
+    if decoder == "native" and reason:
+        raise ValueError(f"engine.decoder='native' cannot decode this model: {reason}")
+    return not reason
+
+
+def layout(running: SequenceOf[Sequence]) -> dict[str, np.ndarray]:
+    """Where the keys of the running sequences stand: i64 arrays, prompts numbered in order of their first sequence."""
+    prompts: dict[Prompt, int] = {}
+    index = [prompts.setdefault(s.prompt, len(prompts)) for s in running]
+    return {
+        "prefix_table": block_table([p.blocks for p in prompts]),
+        "prefix_lens": np.array([p.length for p in prompts], dtype=np.int64),
+        "prefix_index": np.array(index, dtype=np.int64), "own_table": block_table([s.blocks for s in running]),
+        "own_lens": np.array([len(s.token_ids) for s in running], dtype=np.int64)}
+
+
+def block_table(blocks: SequenceOf[list[int]]) -> np.ndarray:
+    """Lists of blocks -> i64[rows, longest], padded with block 0."""
+    table = np.zeros((len(blocks), max(map(len, blocks))), dtype=np.int64)
+    for row, held in enumerate(blocks):
+        table[row, : len(held)] = held
+    return table
+
+
+class OpDecoder:
+    """One token a call, op by op."""
+
+    horizon = 1
+
+    def __init__(self, model: Transformer, cache: KVCache, with_routes: bool) -> None:
+        self.model, self.cache, self.with_routes = model, cache, with_routes
+
+    def decode(self, running: SequenceOf[Sequence], limits: SequenceOf[int], sampling: SamplingParams) -> Drawn:
+        places, device = layout(running), self.cache.keys.device
+        tensors = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in places.items()}
+        newest = torch.tensor([s.token_ids[-1] for s in running], device=device)
+        keys, own = torch.tensor([s.key for s in running], device=device), tensors["own_lens"]
+        pages = plan_pages(**tensors, num_kv_heads=self.cache.keys.shape[1], num_blocks=self.cache.keys.shape[2])
+        block = tensors["own_table"].gather(1, (own - 1)[:, None] // BLOCK_SIZE)[:, 0]
+        attend = DecodeAttend(self.cache, block * BLOCK_SIZE + (own - 1) % BLOCK_SIZE, pages)
+        positions = tensors["prefix_lens"].index_select(0, tensors["prefix_index"]) + own - 1
+        tape = RouteTape() if self.with_routes else None
+        hidden = self.model(newest, positions, attend, tape=tape).hidden
+        drawn = sample(hidden, self.model.head_weight, keys, own, temperature=sampling.temperature,
+                       top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
+        return one_each(*drawn, None if tape is None else tape.routes())
+
+
+class NativeDecoder:
+    """Up to `horizon` tokens a call; the weights are packed when it is made, so one serves one set of weights."""
+
+    horizon = BLOCK_SIZE
+
+    def __init__(self, model: Transformer, cache: KVCache, with_routes: bool) -> None:
+        self.cache, self.packed, self.with_routes = cache, pack_model(model), with_routes
+
+    def decode(self, running: SequenceOf[Sequence], limits: SequenceOf[int], sampling: SamplingParams) -> Drawn:
+        batch = DecodeBatch(
+            newest=torch.tensor([s.token_ids[-1] for s in running]), limits=torch.tensor(limits, dtype=torch.int64),
+            noise_keys=torch.tensor([s.key for s in running]),
+            **{name: torch.from_numpy(array) for name, array in layout(running).items()})
+        tokens, logprobs, kept, routes, num_new = decode(
+            self.packed, batch, self.cache.keys, self.cache.values, stop_ids=sampling.stop_ids, temperature=sampling.temperature,
+            top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p, with_routes=self.with_routes)
+        counts = num_new.tolist()
+        drawn, logprob, mass = (
+            [row[:n] for row, n in zip(column.tolist(), counts, strict=True)] for column in (tokens, logprobs, kept))
+        return Drawn(drawn, logprob, mass, [[] if routes is None else [routes[row, :n].clone()] for row, n in enumerate(counts)])
+
+
+def pack_model(model: Transformer) -> DecodeModel:
+    """The model's weights as `decode` wants them; a copy in the compute dtype, made anew for every rollout."""
+    config, weights = model.config, []
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        weights += pack_layer(_layer_weights(block), model.compute_dtype)
+    weights += [model.embedding.weight.detach().float(), model.norm.weight.detach(),
+                pack_weight(model.head_weight, model.compute_dtype), model.rope]
+    is_dense = config.num_experts == 1
+    sizes = (
+        config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.num_experts,
+        1 if is_dense else config.num_experts_per_tok, config.expert_size,
+        0 if is_dense else config.num_shared_experts * config.expert_size, model.vocab_size, config.max_positions,
+        int(config.router_score == "sigmoid"), int(config.norm_topk))
+    return DecodeModel(weights, sizes, config.rms_norm_eps, model.compute_dtype)
+
+
+def _layer_weights(block: Block) -> LayerWeights:
+    attention, mlp = block.attention, block.mlp
+    common: dict[str, Any] = {
+        "attention_norm": block.attention_norm.weight, "qkv": attention.qkv.weight, "out": attention.out.weight,
+        "q_norm": None if attention.q_norm is None else attention.q_norm.weight,
+        "k_norm": None if attention.k_norm is None else attention.k_norm.weight, "mlp_norm": block.mlp_norm.weight}
+    if isinstance(mlp, MLP):
+        return LayerWeights(**common, gate_up=mlp.gate_up.weight[None], down=mlp.down.weight[None])
+    shared: dict[str, Any] = {}
+    if mlp.shared is not None:
+        shared = {"shared_gate_up": mlp.shared.gate_up.weight, "shared_down": mlp.shared.down.weight}
+    return LayerWeights(
+        **common, **shared, router=mlp.router, gate_up=mlp.gate_up, down=mlp.down,
+        expert_bias=mlp.expert_bias if mlp.config.expert_bias else None)

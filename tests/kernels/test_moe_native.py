@@ -1,0 +1,193 @@
+"""The native mixture of experts: bits of the gradients, poisoned outputs, uneven loads, large sizes, bad arguments to the ops."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from kernels import moe
+from kernels.moe import experts, route
+from kernels.native import ISA, OPS
+from tests.kernels.compare import THREADS, assert_no_worse_than_plain, same_bits, values_and_gradients
+from tests.kernels.test_moe import ARGUMENTS, BF16, F32, by_hand, draw, plain
+
+pytestmark = pytest.mark.skipif(not ISA, reason="needs the native library")
+Tensors = dict[str, torch.Tensor]
+
+
+def make_inputs(*size: int, dtype: torch.dtype) -> Tensors:
+    """Contiguous, for the ops themselves."""
+    return {name: tensor.contiguous() for name, tensor in moe.make_inputs(*size, dtype).items()}
+
+
+def uneven(num_tokens: int, num_experts: int, k: int, dtype: torch.dtype, hidden: int = 24, inner: int = 20) -> Tensors:
+    """Most tokens on the last experts, none on the first: several pieces of one expert, many blocks, and empty ones."""
+    inputs = make_inputs(num_tokens, num_experts, k, hidden, inner, dtype=dtype)
+    logits = draw(num_tokens, num_experts, seed=4) + torch.arange(num_experts) ** 2 * (12 / num_experts**2)
+    logits[:, 0] = -100
+    inputs["expert_ids"] = logits.topk(k).indices
+    return inputs
+
+
+def forward(inputs: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    x, gate_up = inputs["x"], inputs["gate_up"]
+    y, kept = torch.full_like(x, torch.nan), torch.full((inputs["expert_ids"].numel(), gate_up.shape[1]), torch.nan).to(x.dtype)
+    OPS.moe_experts_fwd(y, kept, *(inputs[name] for name in ARGUMENTS))
+    return y, kept
+
+
+def backward(inputs: Tensors) -> list[torch.Tensor]:
+    """Everything the native ops write, from poisoned memory."""
+    y, kept = forward(inputs)
+    shapes = {"x": inputs["x"].dtype, "gate_up": F32, "down": F32, "weights": F32}
+    gradients = [torch.full(inputs[name].shape, torch.nan, dtype=dtype) for name, dtype in shapes.items()]
+    dy = draw(*y.shape, seed=5).to(y.dtype)
+    OPS.moe_experts_bwd(*gradients, dy, kept, *(inputs[name] for name in ARGUMENTS))
+    return [y, kept, *gradients]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("size", [(1, 3, 2), (47, 2, 1), (123, 256, 8), (1100, 3, 2)], ids=str)
+def test_two_runs_and_two_threads_give_the_same_bits_and_write_every_element(size: tuple[int, int, int], dtype: torch.dtype):
+    inputs, runs = uneven(*size, dtype), []
+    for threads in (*THREADS, 1):
+        torch.set_num_threads(threads)
+        runs.append(backward(inputs))
+    assert not any(result.isnan().any() for result in runs[0])
+    assert all(same_bits(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_an_expert_with_several_pieces_has_its_gradients(dtype: torch.dtype):
+    """More rows than one product of a weight's gradient sums over, and than one group holds."""
+    inputs = uneven(1100, 3, 2, dtype)
+    assert_no_worse_than_plain(partial(experts, impl="native"), plain, by_hand, [inputs[name] for name in ARGUMENTS])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_an_experts_gradient_does_not_depend_on_the_loads_of_the_others(dtype: torch.dtype):
+    inputs = make_inputs(150, 4, 1, 24, 16, dtype=dtype)
+    alone = dict(inputs, **{name: inputs[name][inputs["expert_ids"][:, 0] == 2] for name in ("x", "expert_ids", "weights")})
+    dy = draw(150, 24, seed=6).to(dtype)
+    upstreams = (dy, dy[inputs["expert_ids"][:, 0] == 2])
+    results = []
+    for given, upstream in zip((inputs, alone), upstreams, strict=True):
+        matrices = [given[name].detach().requires_grad_() for name in ("gate_up", "down")]
+        out = experts(given["x"], *matrices, given["expert_ids"], given["weights"], impl="native")
+        results.append([gradient[2] for gradient in torch.autograd.grad(out, matrices, upstream)])
+    assert all(map(same_bits, *results))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_native_and_reference_agree_at_the_models_sizes(dtype: torch.dtype):
+    inputs = make_inputs(300, 8, 2, 128, 128, dtype=dtype)
+    arguments = [inputs[name] for name in ARGUMENTS]
+    ours, theirs = (values_and_gradients(partial(experts, impl=impl), arguments) for impl in ("native", "reference"))
+    # One rounding of a result apart: 2^-8 of the largest in bf16, and f32 sums of some hundred terms.
+    for got, want in zip(ours, theirs, strict=True):
+        assert float((got - want).abs().max()) <= (1e-2 if dtype == BF16 else 2e-6) * float(want.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_large_sizes_are_right(dtype: torch.dtype):
+    inputs = make_inputs(9, 3, 2, 2048, 768, dtype=dtype)
+    got = experts(**inputs, impl="native").double()
+    want = by_hand(*(inputs[name].double() if inputs[name].is_floating_point() else inputs[name] for name in ARGUMENTS))
+    assert float((got - want).abs().max()) <= (2e-2 if dtype == BF16 else 2e-6) * float(want.abs().max())  # as above
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted():
+    inputs = make_inputs(20, 4, 2, 8, 4, dtype=F32)
+    y, empty = torch.empty_like(inputs["x"]), torch.empty(0, 8)
+    OPS.moe_experts_fwd(y, empty, *(inputs[name] for name in ARGUMENTS))
+    assert same_bits(y, forward(inputs)[0])
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("num_experts", "k"), [(1, 1), (8, 2), (47, 3), (256, 8)])
+def test_routes_gradient_of_weights_and_scores_is_the_references(num_experts: int, k: int, score: str, normalize: bool):
+    logits, dweights, dscores = draw(33, num_experts), draw(33, k, seed=1), draw(33, num_experts, seed=2)
+
+    def gradient(wanted: str, impl: str, dtype: torch.dtype) -> torch.Tensor:
+        leaf = logits.to(dtype).requires_grad_()
+        picked = route(leaf, k, score=score, normalize=normalize, impl=impl)
+        value = sum(part for name, part in (("w", (picked.weights * dweights).sum()), ("s", (picked.scores * dscores).sum()))
+                    if name in wanted)
+        return torch.autograd.grad(value, leaf)[0]
+
+    for wanted in ("w", "s", "ws"):
+        truth, want, got = (gradient(wanted, *how) for how in (
+            ("reference", torch.float64), ("reference", F32), ("native", F32)))
+        # As far from float64 as the reference, or a few f32 roundings of the largest.
+        allowed = 1.1 * (want - truth).abs().max() + 4e-7 * max(1, truth.abs().max())
+        assert float((got - truth).abs().max()) <= float(allowed)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_a_broken_logit_still_routes_to_experts_that_exist(score: str):
+    logits = torch.zeros(4, 5)
+    logits[0, 3], logits[1, 2], logits[2, 1] = torch.nan, torch.inf, -torch.inf
+    ours, theirs = (route(logits, 2, score=score, impl=impl) for impl in ("native", "reference"))
+    assert torch.equal(ours.expert_ids, theirs.expert_ids)
+    assert torch.equal(ours.scores.isnan(), theirs.scores.isnan())
+
+
+def test_the_ops_compile_without_a_graph_break():
+    inputs, logits = make_inputs(9, 4, 2, 8, 4, dtype=F32), draw(9, 4).requires_grad_()
+    leaves = [inputs["x"].requires_grad_(), inputs["gate_up"].requires_grad_(), inputs["down"].requires_grad_(), logits]
+
+    def layer(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        picked = route(logits, 2, impl="native")
+        return experts(x, gate_up, down, picked.expert_ids, picked.weights, impl="native")
+
+    results = []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        out = run(*leaves)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(map(same_bits, *results))
+
+
+@pytest.mark.parametrize("bad", [-1, 4, 2**62, -(2**62)])
+def test_expert_ids_out_of_range_raise_before_anything_is_read(bad: int):
+    inputs = make_inputs(5, 4, 2, 8, 4, dtype=F32)
+    inputs["expert_ids"][3, 1] = bad
+    where = rf"expert_ids must be in 0\.\.3, got {bad} at token 3, choice 1"
+    with pytest.raises(RuntimeError, match=f"moe_experts_fwd: {where}"):
+        experts(**inputs, impl="native")
+    y, kept = torch.empty(5, 8), torch.empty(10, 8)
+    out = [torch.empty(inputs[name].shape) for name in ("x", "gate_up", "down", "weights")]
+    with pytest.raises(RuntimeError, match=f"moe_experts_bwd: {where}"):
+        OPS.moe_experts_bwd(*out, y, kept, *(inputs[name] for name in ARGUMENTS))
+    with pytest.raises(RuntimeError, match=f"moe_route_bwd: {where}"):
+        OPS.moe_route_bwd(torch.empty(5, 4), torch.ones(5, 2), None, inputs["expert_ids"], torch.ones(5, 4), False, True)
+
+
+def test_bad_tensors_given_straight_to_the_native_ops_raise():
+    inputs = make_inputs(5, 4, 2, 8, 6, dtype=F32)
+    good = {"y": torch.empty(5, 8), "kept": torch.empty(10, 12), **{name: inputs[name] for name in ARGUMENTS}}
+    for name, bad, message in [
+        ("y", torch.empty(5, 7), r"y must be f32\[5, 8\]"), ("kept", torch.empty(9, 12), r"kept must be f32\[10, 12\]"),
+        ("kept", torch.empty(0), r"kept must be f32\[0, 12\]"), ("x", inputs["x"][0], r"x, down and expert_ids must be"),
+        ("x", inputs["x"].double(), r"x must be f32 or bf16"),
+        ("gate_up", inputs["gate_up"][:, :11].contiguous(), r"gate_up must be f32\[4, 12, 8\]"),
+        ("gate_up", inputs["gate_up"].bfloat16(), r"gate_up must be f32\[4, 12, 8\].*got bf16"),
+        ("down", inputs["down"].transpose(1, 2).contiguous().transpose(1, 2), r"down must be .*not contiguous"),
+        ("expert_ids", inputs["expert_ids"].int(), r"expert_ids must be i64\[5, 2\]"),
+        ("expert_ids", inputs["expert_ids"][:, :0], r".* with k >= 1"),
+        ("weights", inputs["weights"][:4], r"weights must be f32\[5, 2\]"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"moe_experts_fwd: {message}"):
+            OPS.moe_experts_fwd(*{**good, name: bad}.values())
+    ids, weights, scores, logits = torch.empty(3, 2, dtype=torch.int64), torch.empty(3, 2), torch.empty(3, 4), torch.zeros(3, 4)
+    for arguments, message in [
+        ((ids, weights, scores[:2], logits, None), r"scores must be f32\[3, 4\]"),
+        ((ids[:, :0], weights, scores, logits, None), r"expert_ids must hold 1\.\.4 choices, got 0"),
+        ((ids.new_empty(3, 5), weights, scores, logits, None), r"expert_ids must hold 1\.\.4 choices, got 5"),
+        ((ids, weights, scores, logits, torch.zeros(3)), r"bias must be f32\[4\]"),
+        ((ids, weights, scores, logits.bfloat16(), None), r"logits must be f32\[3, 4\]"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"moe_route_fwd: {message}"):
+            OPS.moe_route_fwd(*arguments, False, True)
