@@ -13,17 +13,22 @@ NPROC ?= 1
 # Test processes side by side, one thread each.
 JOBS ?= 2
 
+# One line says so where a tool is missing, and the reference ops are used; where our sources do not compile, it fails.
+BUILD_NATIVE = echo 'building the native kernels' && $(BIN)/python setup.py -q build_ext --inplace && touch .venv/.native
+
 PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: help train test test-long bench lint clean always
+.PHONY: help train test test-long native sanitize bench lint clean always
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make train      the default run: a tiny MoE learns to think (see README)'
 	@echo 'make test       the tests, minutes on 2 cores'
-	@echo 'make test-long  the long tests'
+	@echo 'make test-long  the long tests, and make sanitize'
+	@echo 'make native     build the kernels of csrc/, or say what is missing; the others do it where sources changed'
+	@echo 'make sanitize   the kernels under the address and undefined-behaviour sanitizers'
 	@echo 'make bench      one training step, timed on workload W1'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make clean      remove .venv, caches and build products; runs/ stays'
@@ -33,20 +38,27 @@ help:
 	@echo "           (export TORCH and TORCH_INDEX to keep them from one make to the next)"
 
 # One process needs no launcher, and Ctrl-C then reaches it alone: torchrun would end in a traceback of its own.
-train: .venv/.ready
+train: .venv/.ready .venv/.native
 ifeq ($(NPROC),1)
 	@$(BIN)/python train.py $(ARGS)
 else
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc-per-node $(NPROC) train.py $(ARGS)
 endif
 
-test: .venv/.ready
+test: .venv/.ready .venv/.native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not long and not gpu" $(ARGS)
 
-test-long: .venv/.ready
+test-long: .venv/.ready .venv/.native
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "long and not gpu" $(ARGS)
+	@JOBS=$(JOBS) .ci/sanitize
 
-bench: .venv/.ready
+native: .venv/.tools
+	@$(BUILD_NATIVE)
+
+sanitize: .venv/.ready
+	@JOBS=$(JOBS) .ci/sanitize
+
+bench: .venv/.ready .venv/.native
 	@$(BIN)/python -m bench.train_step --workload W1 $(ARGS)
 
 lint: .venv/.ready
@@ -54,7 +66,7 @@ lint: .venv/.ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info kernels/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # .venv/.wanted changes only when TORCH or TORCH_INDEX does, and then torch is installed anew.
@@ -78,7 +90,16 @@ $(BIN)/pip: | .venv/.wanted
 	@$(PIP) install --no-deps --force-reinstall $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') '$(TORCH)'
 	@touch $@
 
-.venv/.ready: .venv/.torch pyproject.toml setup.py constraints.txt
+.venv/.tools: .venv/.torch constraints.txt
+	@$(PIP) install -c .venv/pins.txt cmake ninja
+	@touch $@
+
+# Again when csrc/ or its build changes.
+.venv/.native: .venv/.tools setup.py CMakeLists.txt $(shell find csrc -type f)
+	@$(BUILD_NATIVE)
+
+# The kernels first: pip would build them without a word.
+.venv/.ready: .venv/.torch pyproject.toml setup.py constraints.txt | .venv/.native
 	@echo 'installing the rest'
 	@$(PIP) install -c .venv/pins.txt --no-build-isolation -e '.[dev]'
 	@touch $@
