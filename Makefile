@@ -17,13 +17,14 @@ PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: help train test test-long bench lint clean always
+.PHONY: help train test test-long fuzz bench lint clean always
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make train      the default run: a tiny MoE learns to think (see README)'
 	@echo 'make test       the tests, minutes on 2 cores'
 	@echo 'make test-long  the long tests'
+	@echo 'make fuzz       ten minutes of grading nonsense: no verifier may crash, hang or leak'
 	@echo 'make bench      one training step, timed on workload W1'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make clean      remove .venv, caches and build products; runs/ stays'
@@ -45,6 +46,9 @@ test: .venv/.ready
 
 test-long: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "long and not gpu" $(ARGS)
+
+fuzz: .venv/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reward.fuzz $(ARGS)
 
 bench: .venv/.ready
 	@$(BIN)/python -m bench.train_step --workload W1 $(ARGS)
