@@ -20,7 +20,7 @@ PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: help train test test-long native sanitize bench lint clean always
+.PHONY: help train test test-long native sanitize fuzz bench lint clean always
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo 'make test-long  the long tests, and make sanitize'
 	@echo 'make native     build the kernels of csrc/, or say what is missing; the others do it where sources changed'
 	@echo 'make sanitize   the kernels under the address and undefined-behaviour sanitizers'
+	@echo 'make fuzz       ten minutes of grading nonsense: no verifier may crash, hang or leak'
 	@echo 'make bench      one training step, timed on workload W1'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make clean      remove .venv, caches and build products; runs/ stays'
@@ -57,6 +58,9 @@ native: .venv/.tools
 
 sanitize: .venv/.ready
 	@JOBS=$(JOBS) .ci/sanitize
+
+fuzz: .venv/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reward.fuzz $(ARGS)
 
 bench: .venv/.ready .venv/.native
 	@$(BIN)/python -m bench.train_step --workload W1 $(ARGS)

@@ -59,7 +59,8 @@ def workload_config(workload: str, dtype: str, device: str, exact: str = "auto")
         f"--rl.prompts_per_step={num_prompts}", f"--rl.group_size={group_size}", "--rl.updates_per_step=1",
         "--rl.drop_no_signal=false", f"--sampling.max_tokens={new_tokens}", f"--model.max_positions={prompt_tokens + new_tokens}",
         "--model.num_layers=4", "--model.expert_size=128", "--model.expert_bias=false", "--optim.lr=1e-6",
-        "--reward.accuracy=0", "--reward.format=0", f"--run.dtype={dtype}", f"--run.device={device}", f"--run.exact={exact}",
+        "--reward.accuracy=0", "--reward.format=0", "--reward.custom=bench.rewards:distinct_characters",
+        f"--run.dtype={dtype}", f"--run.device={device}", f"--run.exact={exact}",
         f"--engine.max_num_seqs={num_prompts * group_size}", "--optim.microbatch_tokens=65536"])
 
 
@@ -76,7 +77,6 @@ def workload_session(config: Config, workload: str) -> Session:
 
     session.draw_problems = draw
     session.stop_ids = ()
-    session.rewards = {"custom": lambda problem, text: float(len(set(text)))}
     return session
 
 

@@ -59,6 +59,7 @@ class Run:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.session.grader.close()
         if self.log is not None:
             self.log.close()
 
@@ -138,7 +139,8 @@ def prepare_run(config: Config, world: World, folder: RunFolder, view: View, sho
     started = time.perf_counter()
     tokenizer = Tokenizer.load(config.model.init_from) if config.model.init_from else char_tokenizer()
     given = load_model(config.model.init_from) if config.model.init_from else None
-    check_task(config if given is None else _as_given(config, given, tokenizer), tokenizer)
+    for line in check_task(config if given is None else _as_given(config, given, tokenizer), tokenizer):
+        view.message(line)
     log = _begin(config, folder) if world.is_main else None
     try:
         return _prepare(config, world, folder, view, should_stop, log, tokenizer, given, started)

@@ -18,12 +18,11 @@ from reason_rl.config import Config
 from reason_rl.data import Tokenizer, check_problems, corpus_documents, heldout_problems, rl_problems
 from reason_rl.engine import Engine, check_fits
 from reason_rl.model.transformer import Transformer
-from reason_rl.reward import grade_group, load_rewards
-from reason_rl.reward.custom import Reward
+from reason_rl.reward import Grader, Pending, check_rewards
 from reason_rl.statistics import eval_metrics, pass_at_powers
 from reason_rl.trainer.distributed import RolloutWeights, World, shard
 from reason_rl.trainer.optimizer import Optimizer
-from reason_rl.types import Group, Problem, SamplingParams
+from reason_rl.types import Completion, Group, Problem, SamplingParams
 
 EVAL_KEY = 1 << 40
 """Added to the step in an evaluation's noise key, so that no evaluation shares noise with a rollout."""
@@ -44,7 +43,8 @@ class Session:
     optimizer: Optimizer
     weights: RolloutWeights
     engine: Engine
-    rewards: dict[str, Reward]
+    grader: Grader
+    """Its workers start with the first completion."""
     draw_problems: DrawProblems
     stop_ids: tuple[int, ...]
     reference: Transformer | None
@@ -96,13 +96,13 @@ def build_session(
     def draw_problems(step: int, count: int, round_number: int, exclude: Collection[int]) -> list[Problem]:
         return rl_problems(config, tokenizer, step, count, round_number, exclude=exclude)
 
-    return Session(config, world, tokenizer, model, optimizer, weights, engine, load_rewards(config), draw_problems,
+    return Session(config, world, tokenizer, model, optimizer, weights, engine, Grader(config), draw_problems,
                    (tokenizer.eos_id,), reference)
 
 
-def check_task(config: Config, tokenizer: Tokenizer) -> None:
-    """Everything about the task that can fail, before any work: an empty task, prompts that do not fit, a missing reward."""
-    load_rewards(config)
+def check_task(config: Config, tokenizer: Tokenizer) -> list[str]:
+    """Everything about the task that can fail, before any work: an empty task, prompts that do not fit, a missing reward, a sandbox
+    that does not hold. -> what a run should say of it."""
     count = max(config.eval.final_problems, config.eval.problems)
     problems = rl_problems(config, tokenizer, 0, config.rl.prompts_per_step) + heldout_problems(config, tokenizer, count)
     check_problems(problems, config)
@@ -110,19 +110,31 @@ def check_task(config: Config, tokenizer: Tokenizer) -> None:
     if not config.model.init_from:
         corpus_documents(config, tokenizer, 0, CHECKED_DOCUMENTS)  # raises where one does not fit
     _ = tokenizer.think_open_id, tokenizer.think_close_id  # each raises where the tokenizer has no such token
+    return check_rewards(config, problems[0])
 
 
 def sample_and_grade(
     session: Session, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, step: int, with_routes: bool = False
 ) -> tuple[list[Group], dict[str, float]]:
-    """Each rank samples and grades its share; every rank gets all groups, in order -> (groups, seconds)."""
+    """Each rank samples and grades its share; every rank gets all groups, in order -> (groups, seconds).
+
+    A completion goes to the verifiers as it ends, so that grading overlaps the sampling of the others; reward_s is what is left to
+    wait for after the last of them.
+    """
     start = time.perf_counter()
+    pending: dict[tuple[int, int], Pending] = {}
+
+    def submit(problem: Problem, completion: Completion) -> None:
+        text = session.tokenizer.decode_completion(completion.token_ids)
+        pending[id(problem), completion.sample_index] = session.grader.submit(
+            problem, text, len(completion.token_ids), completion.finish_reason)
+
     mine = session.engine.generate(
-        session.world.share(problems), group_size, sampling, step=step, policy_version=session.policy_version,
+        session.world.share(problems), group_size, sampling, step=step, policy_version=session.policy_version, on_finish=submit,
         with_routes=with_routes)
     sampled = time.perf_counter()
-    graded = [grade_group(group, [session.tokenizer.decode_completion(c.token_ids) for c in group.completions],
-                          session.config, session.rewards) for group in mine]
+    graded = [group.with_scores(tuple(pending[id(group.problem), c.sample_index].score() for c in group.completions))
+              for group in mine]
     reward_s = time.perf_counter() - sampled
     groups = session.world.gather_shares(graded)
     return groups, {"rollout_s": time.perf_counter() - start - reward_s, "reward_s": reward_s}
@@ -138,13 +150,15 @@ def collect_groups(session: Session, step: int) -> tuple[list[Group], list[Group
     """A step's graded groups -> (the batch, all that were sampled, seconds).
 
     With rl.dynamic_sampling (DAPO), groups without signal are replaced by fresh problems in further rounds; what is still missing
-    after the last round, or once the task has no more problems, stays a group without signal.
+    after the last round, or once the task has no more problems, stays a group without signal. Beside the seconds stands what this
+    process's verifiers did.
     """
     rl = session.config.rl
     batch: list[Group] = []
     spare: list[Group] = []
     everything: list[Group] = []
     timings = {"rollout_s": 0.0, "reward_s": 0.0}
+    session.grader.service.take_metrics()  # an evaluation's are not this step's
     for round_number in range(1 + rl.dynamic_sampling):
         missing = rl.prompts_per_step - len(batch)
         if not missing:
@@ -161,7 +175,8 @@ def collect_groups(session: Session, step: int) -> tuple[list[Group], list[Group
         timings = {key: timings[key] + seconds[key] for key in timings}
         for group in groups:
             (batch if has_signal(group) or not rl.dynamic_sampling else spare).append(group)
-    return batch + spare[: rl.prompts_per_step - len(batch)], everything, timings
+    verifiers = {f"verifier/{name}": value for name, value in session.grader.service.take_metrics().items()}
+    return batch + spare[: rl.prompts_per_step - len(batch)], everything, timings | verifiers
 
 
 def evaluate(

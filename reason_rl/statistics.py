@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from math import comb
 from typing import NamedTuple
@@ -57,11 +58,12 @@ def rollout_metrics(groups: Sequence[Group], tokenizer: Tokenizer) -> dict[str, 
         f"reward/{name}": mean([score.parts[name] for score in graded])
         for name in dict.fromkeys(name for score in graded for name in score.parts)
     }
+    causes = Counter(score.cause.partition(":")[0].replace(" ", "_") for score in scores if not score.is_graded)
     return {
         "reward": mean([score.value for score in graded]), **parts, **_common(rows),
         "length": mean([row.num_tokens for row in rows]),
         "thinking_tokens": mean([row.num_thinking for row in rows]),
-        "ungraded": float(len(scores) - len(graded)),
+        "ungraded": float(len(scores) - len(graded)), **{f"ungraded/{cause}": float(n) for cause, n in sorted(causes.items())},
     }
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+if TYPE_CHECKING:  # named in annotations alone: a verifier's worker reads `Problem` from here and must start without torch
+    import torch
 
 FinishReason = Literal["stop", "length"]
 
@@ -161,9 +162,9 @@ class Microbatch:
         moved = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor) and name != "segments"
+            if hasattr(value, "to") and name != "segments"
         }
-        return replace(self, **moved)  # type: ignore[arg-type]
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

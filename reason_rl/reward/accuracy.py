@@ -1,24 +1,29 @@
-"""The accuracy reward: is the answer right?
+"""Accuracy for tasks whose answers are compared as text, or by a small verifier of their own.
 
 The answer is what stands in the completion's one answer block, white space around it aside. A completion without an
-answer block, or with more than one opening or closing answer tag, has no answer and gets 0: several answers would be
+answer block, or with more than one opening or closing answer tag, has no answer and is wrong: several answers would be
 several guesses. Whether the rest keeps the template is format.py's to say.
 
-Most tasks compare texts. A task with many right answers has a verifier of its own in `VERIFIERS`.
+Left out: answers compared by value (math/), programs (code/).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from reason_rl.reward.countdown import is_countdown_solution
-from reason_rl.types import Problem
+from reason_rl.reward.verdict import RIGHT, WRONG, Verdict, wrong
+
+Request = Mapping[str, Any]
 
 
-def accuracy_reward(problem: Problem, text: str) -> float:
-    """1.0 or 0.0."""
-    answer = extract_answer(text)
-    return 1.0 if answer is not None and VERIFIERS.get(problem.task, same_text)(problem, answer) else 0.0
+def grade_text_answer(request: Request) -> Verdict:
+    """request: "text", "answer", "facts", and as "verifier" a name in `VERIFIERS`."""
+    answer = extract_answer(request["text"])
+    if answer is None:
+        return wrong("no_answer")
+    return RIGHT if VERIFIERS[request["verifier"]](request, answer) else WRONG
 
 
 def extract_answer(text: str) -> str | None:
@@ -30,12 +35,12 @@ def extract_answer(text: str) -> str | None:
     return answer.strip() if closing else None
 
 
-def same_text(problem: Problem, answer: str) -> bool:
-    return answer == problem.answer
+def same_text(request: Request, answer: str) -> bool:
+    return bool(answer == request["answer"])
 
 
-def solves_countdown(problem: Problem, answer: str) -> bool:
-    return is_countdown_solution(answer, problem.facts["numbers"], problem.facts["target"])
+def solves_countdown(request: Request, answer: str) -> bool:
+    return is_countdown_solution(answer, request["facts"]["numbers"], request["facts"]["target"])
 
 
-VERIFIERS: dict[str, Callable[[Problem, str], bool]] = {"countdown": solves_countdown}
+VERIFIERS: dict[str, Callable[[Request, str], bool]] = {"text": same_text, "countdown": solves_countdown}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from reason_rl.config import Config, RewardConfig, SamplingConfig
-from reason_rl.reward import extract_answer, grade, grade_group, load_rewards, thinking_tokens
+from reason_rl.reward import Grader, check_rewards, grade_group, thinking_tokens
+from reason_rl.reward.accuracy import extract_answer
 from reason_rl.reward.countdown import is_countdown_solution
 from reason_rl.reward.format import format_reward
-from reason_rl.reward.overlong import overlong_reward
-from reason_rl.types import Completion, FinishReason, Group, Problem
+from reason_rl.reward.length import cosine_reward, overlong_reward
+from reason_rl.types import Completion, FinishReason, Group, Problem, Score
 
 PROGRAM = Problem(problem_id=1, task="program", prompt="a2,b*3,c-1?", prompt_ids=(1, 2), answer="5", level=3)
 COUNTDOWN = Problem(problem_id=2, task="countdown", prompt="a9b8c7=16?", prompt_ids=(1, 2), answer="(9-7)*8",
@@ -128,6 +131,22 @@ def test_the_overlong_penalty_is_daposs_ramp() -> None:
     assert overlong_reward(100, "length", 100, 0) == -1.0
 
 
+def test_the_cosine_reward_goes_from_its_short_end_to_its_long_one() -> None:
+    reward = RewardConfig(cosine_right_short=2.0, cosine_right_long=1.0, cosine_wrong_short=-10.0, cosine_wrong_long=0.0,
+                          cosine_cut=-10.0)
+    expected = {(True, 0): 2.0, (True, 50): 1.5, (True, 100): 1.0, (False, 0): -10.0, (False, 50): -5.0, (False, 100): 0.0}
+    for (is_right, num_tokens), value in expected.items():
+        assert cosine_reward(is_right, num_tokens, "stop", 100, reward) == pytest.approx(value, abs=1e-12)
+        assert cosine_reward(is_right, num_tokens, "length", 100, reward) == -10.0
+    right = [cosine_reward(True, n, "stop", 100, reward) for n in range(101)]
+    assert right == sorted(right, reverse=True)
+
+
+def grade(problem: Problem, text: str, completion: Completion, config: Config) -> Score:
+    with Grader(config) as grader:
+        return grader.submit(problem, text, len(completion.token_ids), completion.finish_reason).score()
+
+
 def test_the_value_is_the_weighted_sum_of_the_parts() -> None:
     config = Config(reward=RewardConfig(accuracy=2.0, format=0.25, overlong=0.5, overlong_buffer=10),
                     sampling=SamplingConfig(max_tokens=20))
@@ -137,7 +156,18 @@ def test_the_value_is_the_weighted_sum_of_the_parts() -> None:
     assert score.is_graded and not score.cause
 
 
-def test_a_part_of_weight_zero_is_still_logged() -> None:
+def test_every_part_that_has_a_weight_is_logged_and_counts() -> None:
+    reward = RewardConfig(language=0.5, repetition=0.25, repetition_ngram=2, cosine=2.0, custom="bench.rewards:distinct_characters",
+                          custom_weight=0.125, judge="bench.rewards:distinct_characters", judge_weight=-0.125)
+    score = grade(PROGRAM, "<think>la la la la</think><answer>5</answer>", completion(num_tokens=10),
+                  Config(reward=reward, sampling=SamplingConfig(max_tokens=20)))
+    assert score.parts.keys() == {"accuracy", "format", "overlong", "cosine", "language", "repetition", "custom", "judge"}
+    assert score.parts["cosine"] == pytest.approx(0.75, abs=1e-12)  # half of the way from 1 to 0.5
+    assert score.parts["custom"] == score.parts["judge"] > 0 and -1 < score.parts["repetition"] < 0
+    assert score.value == pytest.approx(1 + 0.1 + 2 * 0.75 + 0.5 + 0.25 * score.parts["repetition"], abs=1e-12)
+
+
+def test_accuracy_format_and_overlong_are_logged_without_a_weight() -> None:
     score = grade(PROGRAM, RIGHT, completion(finish_reason="length"), Config())
     assert score.parts["overlong"] == -1.0 and score.value == 1.0
 
@@ -147,35 +177,60 @@ def test_a_right_answer_out_of_format_still_counts_as_right() -> None:
     assert score.parts == {"accuracy": 1.0, "format": 0.0, "overlong": 0.0} and score.value == 1.0
 
 
-def raising(problem: Problem, text: str) -> float:
-    raise KeyError("no such column")
+def test_the_task_says_what_decides_accuracy_unless_the_config_does() -> None:
+    text = "<think></think><answer>5.0</answer>"
+    assert grade(PROGRAM, text, completion(), Config()).parts["accuracy"] == 0.0
+    assert grade(PROGRAM, text, completion(), Config(reward=RewardConfig(verifier="math"))).parts["accuracy"] == 1.0
+    score = grade(replace(PROGRAM, task="gsm8k"), text, completion(), Config())
+    assert score.parts == {"accuracy": 1.0, "format": 1.0, "overlong": 0.0}
 
 
-@pytest.mark.parametrize("reward,cause", [
-    (raising, "custom raised KeyError: 'no such column'"),
-    (lambda problem, text: float("nan"), "custom returned nan"),
-    (lambda problem, text: float("inf"), "custom returned inf"),
-    (lambda problem, text: None, "custom raised TypeError"),
-    (lambda problem: 1.0, "custom raised TypeError"),
-    (lambda problem, text: "good", "custom raised ValueError"),
-    (lambda problem, text: raising_deep(), "custom raised RecursionError"),
+USERS = """
+import os, time
+def fails(problem, text): raise KeyError("no such column")
+def nan(problem, text): return float("nan")
+def infinite(problem, text): return float("inf")
+def none(problem, text): return None
+def one_argument(problem): return 1.0
+def word(problem, text): return "good"
+def deep(problem, text): return deep(problem, text)
+def leaves(problem, text): raise SystemExit(0)
+def gone(problem, text): os._exit(0)
+def hangs(problem, text): time.sleep(60)
+def picky(problem, text): return 1.0 / len(text)
+def short(problem, text): return -len(text)
+number = 3
+"""
+
+
+@pytest.fixture
+def users_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "users_reward.py").write_text(USERS)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(sys.modules, "users_reward", None)
+    del sys.modules["users_reward"]
+    monkeypatch.chdir(tmp_path)
+    return "users_reward"
+
+
+@pytest.mark.parametrize(("function", "cause"), [
+    ("fails", "custom raised: KeyError: 'no such column'"), ("nan", "custom not_finite: returned nan"),
+    ("infinite", "custom not_finite: returned inf"), ("none", "custom raised: TypeError"),
+    ("one_argument", "custom raised: TypeError"), ("word", "custom raised: ValueError"),
+    ("deep", "custom raised: RecursionError"), ("leaves", "custom raised: SystemExit"), ("gone", "custom crash: the worker died"),
+    ("hangs", "custom deadline: no verdict within 0.3 s"),
 ])
-def test_a_reward_that_fails_leaves_the_completion_ungraded(reward, cause: str) -> None:
-    score = grade(PROGRAM, RIGHT, completion(), Config(), {"custom": reward})
+def test_a_reward_that_fails_leaves_the_completion_ungraded(function: str, cause: str, users_module: str) -> None:
+    config = Config(reward=RewardConfig(custom=f"{users_module}:{function}", custom_deadline_s=0.3))
+    score = grade(PROGRAM, RIGHT, completion(), config)
     assert not score.is_graded and score.value == 0.0
     assert score.cause.startswith(cause)
     assert score.parts["accuracy"] == 1.0
 
 
-def raising_deep() -> float:
-    return raising_deep()
-
-
-def test_one_failing_completion_leaves_the_others_graded() -> None:
-    def picky(problem: Problem, text: str) -> float:
-        return 1.0 / len(text)
-
-    graded = grade_group(group(3), [RIGHT, "", RIGHT], Config(), {"custom": picky})
+def test_one_failing_completion_leaves_the_others_graded(users_module: str) -> None:
+    with Grader(Config(reward=RewardConfig(custom=f"{users_module}:picky"))) as grader:
+        graded = grade_group(group(3), [RIGHT, "", RIGHT], grader)
     assert [s.is_graded for s in graded.scores] == [True, False, True]
     assert graded.completions == group(3).completions
 
@@ -186,16 +241,14 @@ def test_a_problem_without_its_facts_is_ungraded_and_not_wrong() -> None:
     assert not score.is_graded and "KeyError" in score.cause
 
 
-def test_a_users_reward_is_found_by_its_name(tmp_path, monkeypatch) -> None:
-    (tmp_path / "users_reward.py").write_text("def short(problem, text):\n    return -len(text)\nnumber = 3\n")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.chdir(tmp_path)
-    config = Config(reward=RewardConfig(custom="users_reward:short", custom_weight=0.5))
-    score = grade_group(group(1), [RIGHT], config).scores[0]
+def test_a_users_reward_is_found_by_its_name(users_module: str) -> None:
+    config = Config(reward=RewardConfig(custom=f"{users_module}:short", custom_weight=0.5))
+    score = grade(PROGRAM, RIGHT, completion(), config)
     assert score.parts["custom"] == -len(RIGHT)
     assert score.value == pytest.approx(1.1 - 0.5 * len(RIGHT), abs=1e-12)
-    with pytest.raises(ValueError, match="has no function 'number'"):
-        load_rewards(Config(reward=RewardConfig(custom="users_reward:number")))
+    for reward in (RewardConfig(custom=f"{users_module}:number"), RewardConfig(judge=f"{users_module}:number")):
+        with pytest.raises(ValueError, match="has no function 'number'"):
+            check_rewards(Config(reward=reward), PROGRAM)
 
 
 @pytest.mark.parametrize("entry_point,message", [
@@ -204,12 +257,20 @@ def test_a_users_reward_is_found_by_its_name(tmp_path, monkeypatch) -> None:
 ])
 def test_a_reward_that_cannot_be_loaded_is_refused_before_work_starts(entry_point: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        load_rewards(Config(reward=RewardConfig(custom=entry_point)))
+        check_rewards(Config(reward=RewardConfig(custom=entry_point)), PROGRAM)
+
+
+def test_a_reward_model_that_is_not_there_is_refused_before_work_starts(tmp_path: Path) -> None:
+    for name in ("config.json", "reward_head.safetensors"):
+        with pytest.raises(ValueError, match=f"reward.model must be a reward model's folder, but there is no {name} in"):
+            check_rewards(Config(reward=RewardConfig(model=str(tmp_path))), PROGRAM)
+        (tmp_path / name).touch()
+    assert check_rewards(Config(reward=RewardConfig(model=str(tmp_path))), PROGRAM) == []
 
 
 def test_as_many_texts_as_completions() -> None:
-    with pytest.raises(ValueError, match="each of the 2 completions, got 1"):
-        grade_group(group(2), [RIGHT], Config())
+    with Grader(Config()) as grader, pytest.raises(ValueError, match="each of the 2 completions, got 1"):
+        grade_group(group(2), [RIGHT], grader)
 
 
 def test_thinking_tokens_are_those_between_the_tags() -> None:

@@ -34,7 +34,7 @@ GROUP = Group(Problem(5, "program", "p?", (9, 9), "2", level=4), (THOUGHT, DIREC
     Score(1.1, {"accuracy": 1.0, "format": 1.0}),
     Score(0.1, {"accuracy": 0.0, "format": 1.0}),
     Score(0.0, {"accuracy": 0.0, "format": 0.0}),
-    Score(0.0, {}, is_graded=False, cause="accuracy raised KeyError"),
+    Score(0.0, {}, is_graded=False, cause="accuracy raised: KeyError"),
 ))
 
 
@@ -65,7 +65,7 @@ def test_rollout_metrics_of_a_group_counted_by_hand():
         "reward": 1.2 / 3, "reward/accuracy": 1 / 3, "reward/format": 2 / 3,  # over the three that were graded
         "accuracy": 1 / 4, "format_rate": 2 / 4, "thinks_share": 2 / 4, "truncated_share": 1 / 4,
         "accuracy_given_thought": 1 / 2, "accuracy_given_none": 0.0,
-        "length": (11 + 6 + 3 + 2) / 4, "thinking_tokens": 7 / 4, "ungraded": 1.0,
+        "length": (11 + 6 + 3 + 2) / 4, "thinking_tokens": 7 / 4, "ungraded": 1.0, "ungraded/accuracy_raised": 1.0,
     })
 
 
@@ -107,5 +107,5 @@ def test_rollout_rows_hold_each_token_with_its_logprob():
     assert row["text"] == "<think>1+1=2</think><answer>2</answer>" and row["tokens"][-1] == "<eos>"  # type: ignore[index]
     assert len(row["tokens"]) == len(row["logprobs"]) == 11  # type: ignore[arg-type]
     assert (row["advantage"], row["reward"], row["parts"]) == (0.5, 1.1, {"accuracy": 1.0, "format": 1.0})
-    assert rows[3]["is_graded"] is False and rows[3]["cause"] == "accuracy raised KeyError" and rows[2]["cause"] == ""
+    assert rows[3]["is_graded"] is False and rows[3]["cause"] == "accuracy raised: KeyError" and rows[2]["cause"] == ""
     assert rows[2]["finish_reason"] == "length"

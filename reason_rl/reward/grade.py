@@ -1,0 +1,153 @@
+"""`Grader`: a completion goes to the verifiers that its problem and the config ask for, and comes back as a `Score`.
+
+Third stage of a step, in the trainer's process. `submit` hands a completion in as soon as it is sampled and returns at once;
+`Pending.score` waits for the verdicts and joins them: the weighted sum of all parts. Where one of them is ungradable the
+completion is ungraded, with the cause, and takes no part in the update; nothing that a verifier does ends the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from reason_rl.config import Config, RewardConfig
+from reason_rl.reward.code import code_options, require_sandbox
+from reason_rl.reward.custom import load_reward
+from reason_rl.reward.length import cosine_reward, overlong_reward
+from reason_rl.reward.service import Kind, VerifierService
+from reason_rl.reward.verdict import Verdict
+from reason_rl.types import Completion, FinishReason, Group, Problem, Score
+
+VERIFIER_OF_TASK = {"countdown": "countdown", "gsm8k": "math", "math": "math", "mbpp": "code", "code": "code"}
+"""Where reward.verifier is "auto"; any other task's answers are compared as text."""
+TEXT_DEADLINE_S = 10.0
+CODE_KIND_GRACE_S = 5.0
+"""From a program's own deadline to its worker's."""
+GIB = 1 << 30
+
+
+def verifier_of(problem: Problem, config: RewardConfig) -> str:
+    return VERIFIER_OF_TASK.get(problem.task, "text") if config.verifier == "auto" else config.verifier
+
+
+def check_rewards(config: Config, problem: Problem) -> list[str]:
+    """What can fail, before any work: raises for a function, model or sandbox that is missing; lines that a run should say."""
+    reward = config.reward
+    for key, entry_point in (("reward.custom", reward.custom), ("reward.judge", reward.judge)):
+        if entry_point:
+            load_reward(entry_point, key)
+    for name in ("config.json", "reward_head.safetensors") if reward.model else ():
+        if not (Path(reward.model) / name).is_file():
+            raise ValueError(f"reward.model must be a reward model's folder, but there is no {name} in {reward.model!r}")
+    return [require_sandbox(reward.code_sandbox)] if verifier_of(problem, reward) == "code" else []
+
+
+def reward_kinds(config: RewardConfig) -> list[Kind]:
+    """All that the service may be asked for; a kind's workers start at its first request."""
+    text = {"has_language": bool(config.language), "repetition_ngram": config.repetition_ngram if config.repetition else 0}
+    kinds = [
+        Kind("text", "reason_rl.reward.text:grade_text", TEXT_DEADLINE_S, memory_bytes=GIB, options=text),
+        Kind("math", "reason_rl.reward.math:grade_math", config.math_deadline_s, memory_bytes=GIB),
+        Kind("code", "reason_rl.reward.code:run_code", config.code_deadline_s + CODE_KIND_GRACE_S,
+             options=code_options(config), batch=1),
+    ]
+    custom = "reason_rl.reward.custom:grade_custom"
+    if config.custom:
+        kinds.append(Kind("custom", custom, config.custom_deadline_s,
+                          options={"entry_point": config.custom, "key": "reward.custom"}))
+    if config.judge:
+        kinds.append(Kind("judge", custom, config.judge_deadline_s, options={"entry_point": config.judge, "key": "reward.judge"},
+                          batch=1, num_workers=config.judge_workers))
+    if config.model:
+        kinds.append(Kind("model", "reason_rl.reward_model:grade_by_model", config.model_deadline_s,
+                          options={"folder": config.model}, num_workers=1))
+    return kinds
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A completion on its way through the service."""
+
+    verdicts: dict[str, Future[Verdict]]
+    """By part; accuracy may come from the text kind, whose verdict has the other parts of the text too."""
+    num_tokens: int
+    finish_reason: FinishReason
+    config: Config
+
+    def score(self) -> Score:
+        """Waits for what is missing."""
+        parts: dict[str, float] = {}
+        causes: list[str] = []
+        for name, future in self.verdicts.items():
+            verdict = future.result()
+            if not verdict.is_graded or not math.isfinite(verdict.value):
+                causes.append(f"{name} {verdict.cause or 'not_finite'}: {verdict.detail}")
+            elif name != "text":
+                parts[name] = verdict.value
+            parts |= verdict.parts
+        parts |= self._lengths(parts)
+        weights = weights_of(self.config.reward)
+        ordered = {name: parts[name] for name in weights if name in parts}
+        if causes:
+            return Score(0.0, ordered, is_graded=False, cause=causes[0][:200])
+        return Score(sum(weights[name] * part for name, part in ordered.items()), ordered)
+
+    def _lengths(self, parts: dict[str, float]) -> dict[str, float]:
+        reward, longest = self.config.reward, self.config.sampling.max_tokens
+        lengths = {"overlong": overlong_reward(self.num_tokens, self.finish_reason, longest, reward.overlong_buffer)}
+        if reward.cosine and "accuracy" in parts:
+            is_right = parts["accuracy"] > 0.5
+            lengths["cosine"] = cosine_reward(is_right, self.num_tokens, self.finish_reason, longest, reward)
+        return lengths
+
+
+def weights_of(config: RewardConfig) -> dict[str, float]:
+    return {"accuracy": config.accuracy, "format": config.format, "overlong": config.overlong, "cosine": config.cosine,
+            "language": config.language, "repetition": config.repetition, "custom": config.custom_weight,
+            "judge": config.judge_weight, "model": config.model_weight}
+
+
+class Grader:
+    """Owns the service; one a process, closed at the run's end."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.service = VerifierService(reward_kinds(config.reward), config.reward.workers, config.reward.max_queued)
+
+    def submit(self, problem: Problem, text: str, num_tokens: int, finish_reason: FinishReason) -> Pending:
+        """text: the completion decoded, without its end token. Waits only while reward.max_queued requests are waiting."""
+        verifier = verifier_of(problem, self.config.reward)
+        request = {"text": text, "prompt": problem.prompt, "answer": problem.answer, "facts": dict(problem.facts),
+                   "task": problem.task, "finish_reason": finish_reason, "verifier": verifier}
+        is_text = verifier not in ("math", "code")
+        verdicts = {"accuracy" if is_text else "text": self.service.submit("text", request)}
+        if not is_text:
+            verdicts["accuracy"] = self.service.submit(verifier, request)
+        for kind in ("custom", "judge", "model"):
+            if kind in self.service.kinds:
+                verdicts[kind] = self.service.submit(kind, {"problem": problem, "text": text})
+        return Pending(verdicts, num_tokens, finish_reason, self.config)
+
+    def close(self) -> None:
+        self.service.close()
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def grade_group(group: Group, texts: Sequence[str], grader: Grader) -> Group:
+    """The group with a `Score` for each completion, once all are graded."""
+    if len(texts) != len(group.completions):
+        raise ValueError(f"one text for each of the {len(group.completions)} completions, got {len(texts)}")
+    pending = [grader.submit(group.problem, text, *_length(completion)) for text, completion in zip(texts, group.completions)]
+    return group.with_scores(tuple(one.score() for one in pending))
+
+
+def _length(completion: Completion) -> tuple[int, FinishReason]:
+    return len(completion.token_ids), completion.finish_reason
