@@ -207,20 +207,24 @@ inline F32x16 round_to(F32x16 x) {
 
 // ---- reductions: a fixed tree over the 16 lanes.
 
-inline float sum(F32x16 x) {
-    float lane[LANES];
-    store(lane, x);
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-    return lane[0];
-}
+typedef float Lanes8 __attribute__((vector_size(32)));
+typedef float Lanes4 __attribute__((vector_size(16)));
 
+template <class F>
+inline float reduce(F32x16 x, F&& both) {  // lane i with lane i + 8, then i + 4, i + 2, i + 1
+    Lanes8 halves[2];
+    std::memcpy(halves, &x, sizeof halves);
+    const Lanes8 eight = both(halves[0], halves[1]);
+    Lanes4 quarters[2];
+    std::memcpy(quarters, &eight, sizeof quarters);
+    const Lanes4 four = both(quarters[0], quarters[1]);
+    return both(both(four[0], four[2]), both(four[1], four[3]));
+}
+inline float sum(F32x16 x) {
+    return reduce(x, [](auto a, auto b) { return a + b; });
+}
 inline float highest(F32x16 x) {
-    float lane[LANES];
-    store(lane, x);
-    for (int width = 8; width; width /= 2)
-        for (int i = 0; i < width; ++i) lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
-    return lane[0];
+    return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // exp to within 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial of degree 6 for e^r, and n goes into the exponent. Below -87.3

@@ -133,7 +133,7 @@ void parallel_for(int64_t count, F&& body) {
 // any other. For work whose result does not depend on the cut.
 inline int64_t share(int64_t count, int64_t step, int64_t most) {
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t parts = threads * ((count + threads * most - 1) / (threads * most));
+    const int64_t parts = threads * std::max<int64_t>(1, (count + threads * most - 1) / (threads * most));
     return std::max<int64_t>(1, (count + parts * step - 1) / (parts * step)) * step;
 }
 

@@ -143,4 +143,4 @@ def test_wrong_inputs_raise_and_say_what_came() -> None:
 def test_the_reference_can_be_asked_for_by_name() -> None:
     inputs = make_inputs()["pairs"]
     by_name, _ = group_advantage(**inputs, impl="reference")
-    assert torch.equal(by_name, OP.choose(torch.device("cpu"), "reference").run(**inputs, kind="std", eps=EPS)[0])
+    assert torch.equal(by_name, OP.choose(inputs["rewards"], "reference").run(**inputs, kind="std", eps=EPS)[0])
