@@ -19,7 +19,7 @@ from reason_rl.pretrain import Interrupted
 from reason_rl.rl.advantages import compute_advantages
 from reason_rl.rl.packing import pack_samples, select_samples, split_updates
 from reason_rl.run import Run, finish_run, prepare_run
-from reason_rl.run_folder import StopSignal, open_run
+from reason_rl.run_folder import StopSignal, as_begun, open_run
 from reason_rl.session import Session, collect_groups, evaluate
 from reason_rl.statistics import rollout_metrics, update_metrics
 from reason_rl.trainer.distributed import close_world, end_process, init_world
@@ -98,6 +98,7 @@ def main(config: Config) -> int:
             if world.is_main:
                 print(f"{folder.path} is finished: see {write_report(folder.path)}. --resume never runs it afresh in a new folder.")
             return 0
+        world = as_begun(world, folder)
         with make_view(f"reason_rl · {config.run.name}", world.rank) as view:
             should_stop = StopSignal(view.message)
             try:

@@ -82,12 +82,13 @@ def write_json(record: Mapping[str, Any], target: str | None) -> None:
     path.write_text(text + "\n")
 
 
-def peak_rss_bytes() -> int:
-    """The most memory this process has held so far. Take it after the start-up and at the end, and give the difference.
+def peak_rss_bytes(process: int | str = "self") -> int:
+    """The most memory that this process (or another, by its number) has held so far. Take it after the start-up and at the end, and
+    give the difference.
 
     From /proc where there is one: getrusage's ru_maxrss starts a child at its parent's peak, even across exec.
     """
-    status = Path("/proc/self/status")
+    status = Path(f"/proc/{process}/status")
     if status.is_file():
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):

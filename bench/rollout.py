@@ -3,44 +3,68 @@
     python -m bench.rollout                        workload W1 of bench.train_step, each decoder in turn
     python -m bench.rollout --workload W2 --dtype float32 --decoder native --json rollout.json
 
-`percent_of_gemm` is the model's arithmetic (2 FLOPs a weight that a token meets, attention not counted) over the time, beside the
-rate of a 2048^3 product measured in the same run. Both decoders must draw the same tokens with the same logprobs: that is checked.
+`percent_of_gemm` is the model's arithmetic (2 FLOPs a weight that a token meets, attention not counted) over the time, beside
+the rate of a 2048^3 product measured in the same run. Each decoder runs in a process of its own. Both must draw the same tokens
+with the same logprobs: that is checked.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import statistics
 import sys
 import time
-from dataclasses import replace
-from typing import Any
 
 import torch
 
-from bench.harness import add_json_option, describe_setting, gemm_rates, peak_rss_bytes, write_json
-from bench.train_step import WORKLOADS, workload_config, workload_session
-from reason_rl.engine.decoder import native_why_not
+from bench.harness import add_json_option, describe_setting, gemm_gflops, peak_rss_bytes, write_json
+from bench.train_step import WORKLOADS, Record, run_child, workload_config, workload_session
+from kernels.native import cpu_why_not
 from reason_rl.model.transformer import num_active_parameters
-from reason_rl.session import Session
-from reason_rl.types import Group
 
 
-def measure(session: Session, decoder: str, rounds: int, warmup: int) -> tuple[dict[str, Any], list[Group]]:
-    """Medians over `rounds` rollouts of the same problems, and what the last one drew."""
-    engine, rl = session.engine, session.config.rl
-    engine.config = replace(engine.config, decoder=decoder)
-    problems = session.draw_problems(0, rl.prompts_per_step, 0, ())
+def measure(options: argparse.Namespace) -> Record:
+    """Medians over the rounds of one decoder, each a rollout of the same problems."""
+    config = workload_config(options.workload, options.dtype, options.device, decoder=options.decoder)
+    session = workload_session(config, options.workload)
+    startup_bytes = peak_rss_bytes()
+    problems = session.draw_problems(0, config.rl.prompts_per_step, 0, ())
     seconds, groups = [], []
-    for _ in range(warmup + rounds):
+    for _ in range(options.warmup + options.rounds):
         start = time.perf_counter()
-        groups = engine.generate(problems, rl.group_size, session.sampling, step=0)
+        groups = session.engine.generate(problems, config.rl.group_size, session.sampling, step=0)
         seconds.append(time.perf_counter() - start)
-    tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
-    median = statistics.median(seconds[warmup:])
-    return {"decoder": decoder, "rollout_s": median, "rollout_s_min": min(seconds[warmup:]), "rollout_tok_s": tokens / median,
-            "gflops": 2 * num_active_parameters(session.weights.model) * tokens / median / 1e9,
-            "peak_mb": peak_rss_bytes() / 2**20}, groups
+    peak_bytes = peak_rss_bytes()
+    drawn = [(c.token_ids, c.logprobs) for group in groups for c in group.completions]
+    tokens = sum(len(ids) for ids, _ in drawn)
+    median = statistics.median(seconds[options.warmup :])
+    gflops = 2 * num_active_parameters(session.weights.model) * tokens / median / 1e9
+    return {
+        "decoder": options.decoder, "dtype": str(session.world.dtype).removeprefix("torch."), "rollout_s": median,
+        "rollout_s_min": min(seconds[options.warmup :]), "rollout_tok_s": tokens / median, "startup_mb": startup_bytes / 2**20,
+        "peak_mb": peak_bytes / 2**20, "gflops": gflops,
+        "percent_of_gemm": 100 * gflops / gemm_gflops(session.world.dtype, options.device),
+        "drawn_sha256": hashlib.sha256(repr(drawn).encode()).hexdigest()}
+
+
+def measure_each(options: argparse.Namespace) -> list[Record]:
+    """Every decoder that can run here, each in a fresh process."""
+    reason = cpu_why_not(torch.device(options.device))
+    if reason:
+        print(f"native: {reason}")
+    rows = []
+    for decoder in ("ops",) if reason else ("native", "ops"):
+        command = [sys.executable, "-m", "bench.rollout", "--decoder", decoder]
+        for name in ("workload", "dtype", "device", "rounds", "warmup"):
+            command += [f"--{name}", str(getattr(options, name))]
+        rows.append(run_child([*command, "--json"])["decoders"][0])
+        show(rows[-1])
+    return rows
+
+
+def show(row: Record) -> None:
+    print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {str(value)[:12]}" for key, value in row.items()))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,26 +79,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.warmup < 0:
         parser.error("--rounds must be at least 1, --warmup at least 0")
-    session = workload_session(workload_config(options.workload, options.dtype, options.device), options.workload)
-    dtype = str(session.world.dtype).removeprefix("torch.")
-    rates = gemm_rates(options.device)
-    reason = native_why_not(session.weights.model)
-    if options.decoder == "native" and reason:
-        sys.exit(f"bench.rollout: no native decoder here: {reason}")
-    rows, drawn = [], []
-    for decoder in ("native", "ops") if options.decoder == "all" else (options.decoder,):
-        if decoder == "native" and reason:
-            print(f"native: {reason}")
-            continue
-        row, groups = measure(session, decoder, options.rounds, options.warmup)
-        row["percent_of_gemm"] = 100 * row["gflops"] / rates[dtype]
-        rows.append(row)
-        drawn.append([c for group in groups for c in group.completions])
-        print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
-    if any(other != drawn[0] for other in drawn):
+    if options.decoder == "all":
+        rows = measure_each(options)
+    else:
+        rows = [measure(options)]
+        show(rows[0])
+    if len({row["drawn_sha256"] for row in rows}) != 1:
         sys.exit("bench.rollout: the decoders drew different tokens or logprobs")
-    write_json({"bench": "rollout", "workload": options.workload, "dtype": dtype, "decoders": rows, "gemm_gflops": rates,
-                "setting": describe_setting(options.device)}, options.json)
+    write_json({"bench": "rollout", "workload": options.workload, "decoders": rows, "setting": describe_setting(options.device)},
+               options.json)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m bench.train_step --workload W1                          ours, and TRL in turn where it can be imported
     python -m bench.train_step --peer trl --peer-python P --json F    TRL from another environment's Python, record to F
     python -m bench.train_step --peer none                            ours alone
-    python -m bench.train_step --peer exact                           ours, with run.exact "on" and "off" in turn
+    python -m bench.train_step --peer exact                           ours in turn: run.exact "on", "on" decoded op by op, and "off"
     python -m bench.train_step --trace step.json                      ours alone, and where the time goes (chrome://tracing)
 
 Model of both: Qwen3-MoE shape, V64 D128 I128 L4 H4 K2 C32 E8 top-2, tied, 1.78 M parameters (0.6 M active). Work of one step:
@@ -12,6 +12,7 @@ Model of both: Qwen3-MoE shape, V64 D128 I128 L4 H4 K2 C32 E8 top-2, tied, 1.78 
 Temperature 1, no KL, one update a step; rollout, reward, loss, backward, optimizer and logging are all in `step_s`.
 `percent_of_gemm`: the step's products (2 FLOPs for each weight that a sampled token meets, 6 for a trained one; attention is not
 counted) over its time, beside the rate of a 2048^3 product in the same dtype, measured in the same process.
+`peak_mb` holds the verifiers' processes too.
 A peer's `train_s` is its step without its generation. TRL: `pip install trl transformers accelerate datasets`.
 """
 
@@ -47,13 +48,14 @@ SHOWN = ("step_s", "rollout_s", "train_s", "rollout_tok_s", "train_tok_s", "step
 OURS_ONLY = ("percent_of_gemm",)
 PEERS = ("trl float32", "trl bfloat16")
 OURS, OURS_F32 = "reason_rl", "reason_rl float32"
-COMPARED = ((OURS, PEERS[0]), (OURS, PEERS[1]), (OURS_F32, PEERS[0]), ("exact on", "exact off"))
+COMPARED = ((OURS, PEERS[0]), (OURS, PEERS[1]), (OURS_F32, PEERS[0]), ("exact on", "exact off"),
+            ("exact on, op by op", "exact off"))
 """Pairs whose ratios are printed, where both ran."""
 
 Record = dict[str, Any]
 
 
-def workload_config(workload: str, dtype: str, device: str, exact: str = "auto") -> Config:
+def workload_config(workload: str, dtype: str, device: str, exact: str = "auto", decoder: str = "auto") -> Config:
     num_prompts, prompt_tokens, group_size, new_tokens = WORKLOADS[workload]
     return load_config(None, [
         f"--rl.prompts_per_step={num_prompts}", f"--rl.group_size={group_size}", "--rl.updates_per_step=1",
@@ -61,6 +63,7 @@ def workload_config(workload: str, dtype: str, device: str, exact: str = "auto")
         "--model.num_layers=4", "--model.expert_size=128", "--model.expert_bias=false", "--optim.lr=1e-6",
         "--reward.accuracy=0", "--reward.format=0", "--reward.custom=bench.rewards:distinct_characters",
         f"--run.dtype={dtype}", f"--run.device={device}", f"--run.exact={exact}",
+        f"--engine.decoder={decoder}",
         f"--engine.max_num_seqs={num_prompts * group_size}", "--optim.microbatch_tokens=65536"])
 
 
@@ -91,9 +94,10 @@ def timed_step(session: Session, step: int, log: RunLog) -> tuple[dict[str, floa
 
 def measure(
     workload: str, dtype: str, device: str, steps: int, warmup: int, trace: str | None = None, exact: str = "auto",
+    decoder: str = "auto",
 ) -> Record:
     """Medians over `steps` steps after `warmup` uncounted ones; the gap is the largest of them all."""
-    config = workload_config(workload, dtype, device, exact)
+    config = workload_config(workload, dtype, device, exact, decoder)
     session = workload_session(config, workload)
     startup_bytes = peak_rss_bytes()
     num_prompts, prompt_tokens, group_size, new_tokens = WORKLOADS[workload]
@@ -106,7 +110,7 @@ def measure(
             gaps.append(float(stats.metrics["max_abs_logprob_gap"]))
             if step >= warmup:
                 timings.append(seconds)
-    peak_bytes = peak_rss_bytes()
+    peak_bytes = peak_rss_bytes() + sum(map(peak_rss_bytes, session.grader.service.worker_pids()))
     assert not torch.equal(before, session.model.head_weight.detach()), "the step must change the weights"
     if trace:
         write_trace(session, warmup + steps, trace)
@@ -119,7 +123,7 @@ def measure(
         "rollout_tok_s": tokens / median["rollout_s"], "train_tok_s": tokens / median["train_s"],
         "step_tok_s": tokens / median["step_s"], "startup_mb": startup_bytes / 2**20, "peak_mb": peak_bytes / 2**20,
         "percent_of_gemm": 100 * flops / median["step_s"] / 1e9 / gemm_gflops(session.world.dtype, device),
-        "max_abs_logprob_gap": max(gaps), "exact": exact, "kernels": ISA or "reference ops",
+        "max_abs_logprob_gap": max(gaps), "exact": exact, "decoder": decoder, "kernels": ISA or "reference ops",
         "parameters": num_parameters(session.weights.model), "active_parameters": active,
         "dtype": str(session.world.dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "steps": steps,
     }
@@ -154,7 +158,9 @@ def side_commands(options: argparse.Namespace) -> dict[str, list[str]]:
     same = ["--workload", options.workload, "--steps", str(options.steps), "--warmup", str(options.warmup),
             "--device", options.device]
     if options.peer == "exact":
-        return {f"exact {value}": [*ours, *same, "--dtype", options.dtype, "--exact", value] for value in ("on", "off")}
+        ways = {"exact on": ("on", "auto"), "exact on, op by op": ("on", "ops"), "exact off": ("off", "auto")}
+        return {name: [*ours, *same, "--dtype", options.dtype, "--exact", exact, "--decoder", decoder]
+                for name, (exact, decoder) in ways.items()}
     theirs = [options.peer_python, str(CHECKOUT / "bench/peers/trl_step.py"), *same]
     sides = {OURS: [*ours, *same, "--dtype", options.dtype], OURS_F32: [*ours, *same, "--dtype", "float32"]}
     return sides | dict(zip(PEERS, (theirs, [*theirs, "--bf16"]), strict=True))
@@ -217,16 +223,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--exact", choices=["auto", "on", "off"], default="auto", help="run.exact of ours")
+    parser.add_argument("--decoder", choices=["auto", "native", "ops"], default="auto", help="engine.decoder of ours")
     parser.add_argument("--peer", choices=["trl", "exact", "none"],
                         help="whom to alternate with (default: trl where it is installed); exact: ours, with and without")
     parser.add_argument("--peer-python", default=sys.executable, help="the Python that has the peer installed")
     parser.add_argument("--rounds", type=int, default=3, help="how often each side runs, with a peer")
     parser.add_argument("--trace", help="write a torch profiler trace of one step to this file; ours alone")
-    parser.add_argument("--no-gemm", action="store_true", help="leave out the machine's matrix product rates")
+    parser.add_argument("--no-gemm", action="store_true", help="leave out the table of matrix product rates")
     add_json_option(parser)
     options = parser.parse_args(arguments)
     if options.trace and options.peer in ("trl", "exact"):
         parser.error(f"--trace is of our own step: it takes no --peer {options.peer}")
+    if options.peer in ("trl", "exact") and (options.exact, options.decoder) != ("auto", "auto"):
+        parser.error("--exact and --decoder are for ours alone: they take --peer none")
     if min(options.steps, options.rounds) < 1 or options.warmup < 0:
         parser.error("--steps and --rounds must be at least 1, --warmup at least 0")
     return options
@@ -241,7 +250,8 @@ def main(arguments: list[str] | None = None) -> None:
         print_sides(record)
     else:
         record = measure(
-            options.workload, options.dtype, options.device, options.steps, options.warmup, options.trace, options.exact)
+            options.workload, options.dtype, options.device, options.steps, options.warmup, options.trace, options.exact,
+            options.decoder)
         print("  ".join(f"{key} {record[key]:.4g}" for key in (*SHOWN, *OURS_ONLY)))
         if is_wanted:
             print("trl: not installed")

@@ -70,6 +70,8 @@ def check_config(config: Config) -> None:
                           f"model.max_positions = {model.max_positions}")
     if sampling.temperature <= 0 and rl.steps > 0:
         raise ConfigError("sampling.temperature must be above 0 for RL: greedy groups hold G equal completions")
+    if config.engine.decoder == "native" and config.run.exact == "off":
+        raise ConfigError("engine.decoder='native' has its own products: it cannot go with run.exact='off'")
     truncates = sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0
     if truncates and loss.importance == "none":
         raise ConfigError("sampling.top_k/top_p/min_p needs loss.importance='tis' or 'icepop': ratios are taken over the "

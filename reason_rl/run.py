@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.native import ISA
+from kernels.native import ISA, cpu_why_not
 from reason_rl.config import Config, ConfigError
 from reason_rl.data import Tokenizer, char_tokenizer
 from reason_rl.model.transformer import Transformer, num_active_parameters, num_parameters
@@ -119,7 +119,8 @@ class Run:
             self._say_once("ungraded", f"Step {stats.step + 1}: {len(causes)} completions could not be graded and take no part "
                                        f"(metric 'ungraded' counts on). The first: {causes[0]}")
         gap = stats.metrics.get("max_abs_logprob_gap")
-        if gap is not None and not gap <= NOTABLE_GAP:
+        should_be_exact = self.session.world.device.type == "cpu" and self.config.run.exact != "off"
+        if gap is not None and not gap <= (0.0 if should_be_exact else NOTABLE_GAP):
             self._say_once("gap", f"Step {stats.step + 1}: sampler and trainer differ by {gap:.2g} nats on policy on this device; "
                                   "rl.old_logprobs='recompute' with loss.importance='tis' allows for it.")
 
@@ -141,7 +142,9 @@ def prepare_run(config: Config, world: World, folder: RunFolder, view: View, sho
     given = load_model(config.model.init_from) if config.model.init_from else None
     for line in check_task(config if given is None else _as_given(config, given, tokenizer), tokenizer):
         view.message(line)
-    log = _begin(config, folder) if world.is_main else None
+    if config.engine.decoder == "native" and cpu_why_not(world.device):
+        raise ConfigError(f"engine.decoder='native' cannot run here: {cpu_why_not(world.device)}")
+    log = _begin(config, folder, world) if world.is_main else None
     try:
         return _prepare(config, world, folder, view, should_stop, log, tokenizer, given, started)
     except BaseException:  # Ctrl-C in pretraining too: what was logged must be on disk
@@ -179,6 +182,9 @@ def _prepare(
         session.policy_version = progress.policy_version
         run.first_step, run.seconds = progress.step, dict(progress.seconds)
     view.message(describe_machine(session))
+    begun, now = folder.compute.get("kernels"), ISA or "reference ops"
+    if begun not in (None, now):
+        view.message(f"This run began with {begun} and goes on with {now}: the same numbers to a rounding, other bits from here.")
     run.step_started_s = time.perf_counter()
     run.seconds["start_s"] = run.seconds.get("start_s", 0.0) + run.step_started_s - started - base_s
     return run
@@ -188,13 +194,16 @@ def describe_machine(session: Session) -> str:
     """What was chosen to run on, in a line."""
     world, model = session.world, session.weights.model
     exact = {"on": "required", "off": "off"}.get(session.config.run.exact, "wherever the ops are")
-    kernels = f" ({ISA} kernels)" if ISA and world.device.type == "cpu" else ""
+    reason = cpu_why_not(world.device)
+    kernels = f" ({ISA} kernels)" if not reason else ""
+    if reason and world.device.type == "cpu":
+        kernels = f" (reference ops; native ones: {reason})"
     return (f"On {world.device}{kernels}, {str(world.dtype).removeprefix('torch.')}, {world.size} process(es) of "
             f"{torch.get_num_threads()} CPU thread(s); exact logprobs {exact}. "
             f"{num_parameters(model):,} parameters, {num_active_parameters(model):,} of them active for a token.")
 
 
-def _begin(config: Config, folder: RunFolder) -> RunLog:
+def _begin(config: Config, folder: RunFolder, world: World) -> RunLog:
     """The log first, as it may be refused (a package that is missing); then config.toml makes the folder a run's."""
     was_there = folder.path.exists()
     try:
@@ -203,7 +212,7 @@ def _begin(config: Config, folder: RunFolder) -> RunLog:
         if not was_there:
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
-    begin_run(folder, config)
+    begin_run(folder, config, world)
     return log
 
 
@@ -257,7 +266,7 @@ def summarise(run: Run) -> dict[str, object]:
         "seconds": {key: round(value, 2) for key, value in run.seconds.items()},
         "parameters": num_parameters(model), "active_parameters": num_active_parameters(model),
         "device": str(run.session.world.device), "dtype": str(run.session.world.dtype).removeprefix("torch."),
-        "num_processes": run.session.world.size, **describe_source(),
+        "kernels": ISA or "reference ops", "num_processes": run.session.world.size, **describe_source(),
     }
     assert all(not isinstance(value, float) or math.isfinite(value) for value in summary.values())
     return summary

@@ -13,16 +13,20 @@ import signal
 import subprocess
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from kernels.native import ISA
 from reason_rl.config import Config, ConfigError, config_difference, dump_config, load_config
 from reason_rl.trainer.checkpoint import newest_checkpoint
 from reason_rl.trainer.distributed import World
 
 SUMMARY_FILE = "summary.json"
 CONFIG_FILE = "config.toml"
+COMPUTE_FILE = "compute.json"
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class RunFolder:
     is_finished: bool
     resume_from: Path | None
     """The newest step checkpoint of an unfinished run."""
+    compute: dict[str, str] = field(default_factory=dict)
+    """What a run that was begun computes in: dtype and kernels."""
 
     @property
     def checkpoints(self) -> Path:
@@ -65,12 +71,21 @@ def _decide(config: Config) -> RunFolder:
         if differences:
             raise ConfigError(f"{path} holds a run of another config; give this one a --name of its own, or --resume never. "
                               "The differences:\n  " + "\n  ".join(differences))
-        return RunFolder(path, (path / SUMMARY_FILE).is_file(), newest_checkpoint(path / "checkpoints"))
+        begun = path / COMPUTE_FILE
+        compute = json.loads(begun.read_text()) if begun.is_file() else {}
+        return RunFolder(path, (path / SUMMARY_FILE).is_file(), newest_checkpoint(path / "checkpoints"), compute)
     return RunFolder(path, False, None)
 
 
-def begin_run(folder: RunFolder, config: Config) -> None:
-    """Write config.toml, once everything that can fail before work starts has been checked: a refused run leaves no trace.
+def as_begun(world: World, folder: RunFolder) -> World:
+    """The world in the dtype that this run began in: where run.dtype is "auto", another machine or build may choose another."""
+    name = folder.compute.get("dtype", "")
+    return dataclasses.replace(world, dtype=getattr(torch, name)) if name else world
+
+
+def begin_run(folder: RunFolder, config: Config, world: World) -> None:
+    """Write config.toml and what is computed in, once everything that can fail before work starts has been checked: a refused run
+    leaves no trace.
 
     It holds the folder's own name and resume = "auto", so that a run begun with `--resume never` can be gone on with too.
     """
@@ -79,6 +94,8 @@ def begin_run(folder: RunFolder, config: Config) -> None:
         return
     own = dataclasses.replace(config, run=dataclasses.replace(config.run, name=folder.path.name, resume="auto"))
     folder.path.mkdir(parents=True, exist_ok=True)
+    compute = {"dtype": str(world.dtype).removeprefix("torch."), "kernels": ISA or "reference ops"}
+    (folder.path / COMPUTE_FILE).write_text(json.dumps(compute) + "\n")
     partial = folder.path / f".{CONFIG_FILE}.partial"
     partial.write_text(f"# The run as resolved; `torchrun train.py {written}` runs it again.\n\n{dump_config(own)}")
     os.replace(partial, written)

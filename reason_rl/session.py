@@ -86,7 +86,7 @@ def build_session(
     if config.loss.kl_coef > 0:
         reference = Transformer(model.config, model.vocab_size, world.dtype)
         reference.load_state_dict(reference_state or model.state_dict())
-        reference.to(world.device).requires_grad_(False)
+        reference.use_gemm(model.gemm).to(world.device).requires_grad_(False)
     model.to(world.device)
     shard(model, world)
     weights = RolloutWeights(model, world)
@@ -170,7 +170,8 @@ def collect_groups(session: Session, step: int) -> tuple[list[Group], list[Group
             if round_number == 0 or not str(error).startswith("too few problems"):
                 raise
             break
-        groups, seconds = sample_and_grade(session, problems, rl.group_size, session.sampling, step, rl.routing_replay)
+        groups, seconds = sample_and_grade(
+            session, problems, rl.group_size, session.sampling, step, rl.routing_replay and session.model.config.num_experts > 1)
         everything += groups
         timings = {key: timings[key] + seconds[key] for key in timings}
         for group in groups:

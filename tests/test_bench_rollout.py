@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -9,38 +10,44 @@ import pytest
 
 from bench import rollout, train_step
 
+QUICK = ["--dtype", "float32", "--rounds", "1", "--warmup", "0", "--device", "cpu"]
+
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(train_step.WORKLOADS, "W1", (2, 4, 3, 6))
-    monkeypatch.setattr(rollout, "gemm_rates", lambda device: {"float32": 100.0, "bfloat16": 200.0})
+    monkeypatch.setattr(rollout, "gemm_gflops", lambda dtype, device: 100.0)
 
 
-def test_every_decoder_that_can_run_is_timed_on_the_same_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    rollout.main(["--dtype", "float32", "--rounds", "1", "--warmup", "0", "--json", str(tmp_path / "r.json")])
-    record = json.loads((tmp_path / "r.json").read_text())
-    assert record["decoders"][-1]["decoder"] == "ops" and record["dtype"] == "float32"
-    for row in record["decoders"]:
-        assert row["rollout_tok_s"] == pytest.approx(2 * 3 * 6 / row["rollout_s"])
-        assert row["percent_of_gemm"] == pytest.approx(row["gflops"])  # of 100
+def test_a_decoder_is_timed_and_what_it_drew_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rollout.main([*QUICK, "--decoder", "ops", "--json", str(tmp_path / "r.json")])
+    (row,) = json.loads((tmp_path / "r.json").read_text())["decoders"]
+    assert row["decoder"] == "ops" and row["dtype"] == "float32" and len(row["drawn_sha256"]) == 64
+    assert row["rollout_tok_s"] == pytest.approx(2 * 3 * 6 / row["rollout_s"])
+    assert row["percent_of_gemm"] == pytest.approx(row["gflops"])  # of 100
+    assert row["peak_mb"] >= row["startup_mb"] > 0
     assert "rollout_tok_s" in capsys.readouterr().out
 
 
-def test_decoders_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch):
-    measure = rollout.measure
-    if rollout.native_why_not(train_step.workload_session(train_step.workload_config("W1", "float32", "cpu"), "W1").model):
-        pytest.skip("native kernels: not built here")
+def fake_rows(digests: dict[str, str]) -> object:
+    def child(command: list[str]) -> dict[str, object]:
+        decoder = command[command.index("--decoder") + 1]
+        return {"decoders": [{"decoder": decoder, "drawn_sha256": digests[decoder]}]}
+    return child
 
-    def differing(session: object, decoder: str, *rest: int) -> object:
-        row, groups = measure(session, decoder, *rest)  # type: ignore[arg-type]
-        return row, groups[: 1 if decoder == "ops" else 2]
 
-    monkeypatch.setattr(rollout, "measure", differing)
+def test_each_decoder_runs_in_a_process_of_its_own_and_they_must_agree(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rollout, "cpu_why_not", lambda device: "")
+    monkeypatch.setattr(rollout, "run_child", fake_rows({"native": "a", "ops": "a"}))
+    rows = rollout.measure_each(argparse.Namespace(workload="W1", dtype="float32", device="cpu", rounds=1, warmup=0))
+    assert [row["decoder"] for row in rows] == ["native", "ops"]
+    monkeypatch.setattr(rollout, "run_child", fake_rows({"native": "a", "ops": "b"}))
     with pytest.raises(SystemExit, match="drew different tokens"):
-        rollout.main(["--dtype", "float32", "--rounds", "1", "--warmup", "0"])
+        rollout.main(QUICK)
 
 
-def test_a_decoder_that_cannot_run_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(rollout, "native_why_not", lambda model: "not built here")
-    with pytest.raises(SystemExit, match="no native decoder here: not built here"):
-        rollout.main(["--decoder", "native"])
+def test_without_native_kernels_the_reason_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(rollout, "cpu_why_not", lambda device: "not built here")
+    monkeypatch.setattr(rollout, "run_child", fake_rows({"ops": "a"}))
+    rollout.main(QUICK)
+    assert "native: not built here" in capsys.readouterr().out

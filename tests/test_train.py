@@ -18,6 +18,7 @@ import train
 from reason_rl import pretrain, session
 from reason_rl.config import ConfigError, load_config, parse_command_line
 from reason_rl.model.weights import load_model
+from reason_rl.trainer import distributed
 from tests.tiny_run import ROOT, arguments, fingerprints, never_stop, rows, run_apart, run_here, said, stop_after
 
 
@@ -293,7 +294,8 @@ def test_a_broken_reward_leaves_completions_ungraded_and_the_run_goes_on(
     ["--rl.dynamic_sampling=2", "--rl.drop_truncated=true"], ["--loss.ratio=sequence", "--loss.normalizer=sequence"],
     ["--loss.normalizer=constant", "--rl.advantage=mean", "--rl.drop_no_signal=false"],
     ["--rl.updates_per_step=16"], ["--dtype=bfloat16", "--optim.name=muon"],
-    ["--model.num_experts=1"],
+    ["--model.num_experts=1"], ["--run.exact=on", "--dtype=bfloat16"], ["--rl.routing_replay=true", "--run.exact=on"],
+    ["--rl.routing_replay=true", "--model.num_experts=1"], ["--engine.decoder=ops"],
 ], ids=lambda more: more[0])  # fmt: skip
 def test_every_way_of_training_stops_and_goes_on_to_the_same_bits(
     more: list[str], with_base: Path, monkeypatch: pytest.MonkeyPatch
@@ -358,3 +360,27 @@ def test_ctrl_c_saves_and_leaves_and_the_same_command_goes_on_to_the_same_bits(f
         assert "goes on from here" in text
         assert run_apart(with_base).returncode == 0
     assert fingerprints(with_base / "tiny") == fingerprints(finished)
+
+
+def test_exact_mode_off_trains_on_torchs_own_products(with_base: Path, monkeypatch: pytest.MonkeyPatch):
+    never_stop(monkeypatch)
+    assert run_here(with_base, "--run.exact=off", "--rl.steps=1", "--loss.kl_coef=0.05") == 0
+    (row,) = rows(with_base / "tiny", phase="rl")
+    assert row["max_abs_logprob_gap"] < 1e-4
+    assert row["kl"] < 1e-6  # the reference policy is computed as the policy is
+    with pytest.raises(ConfigError, match=r"cannot go with run\.exact='off'"):
+        run_here(with_base, "--run.exact=off", "--engine.decoder=native")
+
+
+def test_a_run_goes_on_in_the_dtype_it_began_in(with_base: Path, monkeypatch: pytest.MonkeyPatch):
+    """run.dtype = "auto" may mean another dtype on another machine, or once the native kernels are built."""
+    stop_after(monkeypatch, 1)
+    monkeypatch.setattr(distributed, "has_fast_bf16", lambda: False)
+    assert run_here(with_base, "--dtype=auto") == 130
+    assert json.loads((with_base / "tiny" / "compute.json").read_text())["dtype"] == "float32"
+    never_stop(monkeypatch)
+    monkeypatch.setattr(distributed, "has_fast_bf16", lambda: True)
+    assert run_here(with_base, "--dtype=auto") == 0
+    assert json.loads((with_base / "tiny" / "summary.json").read_text())["dtype"] == "float32"
+    assert run_here(with_base, "--dtype=auto", "--name=other", "--rl.steps=1") == 0
+    assert json.loads((with_base / "other" / "summary.json").read_text())["dtype"] == "bfloat16"

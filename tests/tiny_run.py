@@ -21,6 +21,7 @@ SETTINGS = """
 [run]
 name = "tiny"
 num_threads = 1
+dtype = "float32"
 checkpoint_every = 2
 rollout_every = 2
 [model]

@@ -1,7 +1,7 @@
 """The rollout engine: `generate(problems, group_size, sampling, ...)` -> one `Group` a problem.
 
-The loop: admit sequences while blocks are free; prefill the new prompts, once a group; then decode all running sequences one
-token at a time, each token recorded with its logprob. It calls the trainer's own model with the trainer's own ops, so its
+The loop: admit sequences while blocks are free; prefill the new prompts, once a group; then decode all running sequences, a token
+or several at a time, each recorded with its logprob. It calls the trainer's own model with the trainer's own ops, so its
 logprobs are the ones the trainer will compute.
 
 Left out: speculative decoding, prefix caching across prompts, several sampling settings in one call.
@@ -203,9 +203,8 @@ class _Rollout:
         if self.on_token is not None:
             horizon = 1
         if horizon > 1:
-            scheduler.reserve_ahead(num_blocks_for(most))
-        horizon = min(horizon, min(scheduler.room(s) for s in running))
-        limits = [min(horizon, most - len(s.token_ids)) for s in running]
+            scheduler.reserve_ahead(horizon, num_blocks_for(most))
+        limits = [min(horizon, scheduler.room(s), most - len(s.token_ids)) for s in running]
         self.record(running, decoder.decode(running, limits, self.sampling))
 
     def record(self, sequences: list[Sequence], drawn: Drawn) -> None:

@@ -115,12 +115,12 @@ class Scheduler:
         """Tokens that can be decoded before the sequence needs another block: after `grow`, at least 1."""
         return len(sequence.blocks) * BLOCK_SIZE - sequence.num_cached + 1
 
-    def reserve_ahead(self, most_blocks: int) -> None:
-        """Where blocks are plenty, one more for each sequence about to need it, so that several tokens can be decoded at once."""
+    def reserve_ahead(self, horizon: int, most_blocks: int) -> None:
+        """Where blocks are plenty, one more for each sequence without room for `horizon` tokens, to be decoded in one call."""
         for sequence in self.running:
             if self.pool.num_free <= len(self.running):
                 return
-            if self.room(sequence) <= BLOCK_SIZE and len(sequence.blocks) < most_blocks:
+            if self.room(sequence) < horizon and len(sequence.blocks) < most_blocks:
                 sequence.blocks += self.pool.take(1)
 
     def _preempt(self, sequence: Sequence) -> None:

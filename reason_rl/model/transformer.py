@@ -64,7 +64,10 @@ class RouteTape:
             expert_ids = self.given[:, len(self.taken)].long()
             weights = picked.scores.gather(1, expert_ids)
             if normalize:
-                weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+                total = weights[:, :1]
+                for choice in range(1, weights.shape[1]):  # in order of k, as `route` adds them
+                    total = total + weights[:, choice : choice + 1]
+                weights = weights / total.clamp(min=1e-20)
             picked = Route(expert_ids, weights, picked.scores)
         self.taken.append(picked.expert_ids)
         return picked

@@ -147,7 +147,8 @@ def full_state(model: Transformer) -> dict[str, torch.Tensor]:
 
 
 class RolloutWeights:
-    """The policy as the engine reads it: the trainer's own module where one process holds all of it, else a plain copy.
+    """The policy as the engine reads it: the trainer's own module where one process holds all of it (in bf16: on the CPU), else a
+    plain copy.
 
     A copy is cast once, at the places where the trainer's forward casts (matrices, but not the router), so both see the same bits.
     `refresh` after every update keeps it the policy of this version.
@@ -155,7 +156,8 @@ class RolloutWeights:
 
     def __init__(self, model: Transformer, world: World) -> None:
         self._trained, self._world = model, world
-        self.shares_memory = world.size == 1
+        # On a GPU a decode step is bound by the weights it reads: masters there would be twice the bytes and a cast at every token.
+        self.shares_memory = world.size == 1 and (world.dtype == torch.float32 or world.device.type == "cpu")
         if self.shares_memory:
             self.model = model
             return

@@ -29,7 +29,7 @@ def check_accounts(scheduler: Scheduler, prompts: list[Prompt]) -> None:
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 5)), min_size=1, max_size=6), st.integers(1, 8),
        st.integers(0, 12), st.integers(0, 10**6))
 def test_random_work_loses_no_block_and_ends(groups: list[tuple[int, int]], max_num_seqs: int, spare: int, seed: int):
-    """As the engine drives it: admit, grow, one token each, some finish; spare blocks beside what the longest needs."""
+    """As the engine drives it: admit, grow, some tokens each, some finish; spare blocks beside what the longest needs."""
     rng, max_tokens = random.Random(f"{seed}/scheduler"), 40
     prompts = [Prompt(problem(i, length)) for i, (length, _) in enumerate(groups)]
     longest = max(length for length, _ in groups)
@@ -45,8 +45,14 @@ def test_random_work_loses_no_block_and_ends(groups: list[tuple[int, int]], max_
         for sequence in admitted:
             sequence.prompt.is_cached = True
         for turn in range(2):
+            horizon = rng.choice((1, 4, 16)) if turn else 1
+            if horizon > 1:
+                scheduler.reserve_ahead(horizon, num_blocks_for(max_tokens))
+                check_accounts(scheduler, prompts)
             for sequence in scheduler.running[:] if turn else [s for s in admitted if not s.token_ids]:
-                sequence.token_ids.append(1)
+                room = scheduler.room(sequence) if turn else 1
+                assert room >= 1 and len(sequence.blocks) <= num_blocks_for(max_tokens)
+                sequence.token_ids += [1] * min(horizon, room, max_tokens - len(sequence.token_ids))
                 if len(sequence.token_ids) == max_tokens or rng.random() < 0.03:
                     scheduler.finish(sequence)
             if not turn:
@@ -59,6 +65,24 @@ def test_random_work_loses_no_block_and_ends(groups: list[tuple[int, int]], max_
     assert scheduler.pool.num_free == scheduler.pool.num_blocks - 1
     assert not scheduler.has_work and not any(s.blocks for s in sequences)
     assert not any(p.is_cached or p.blocks for p in prompts)
+
+
+def test_a_block_is_held_ahead_only_where_it_is_needed_and_plenty_are_free():
+    scheduler = Scheduler(BlockPool(1 + 12), 8)
+    sequences = [Sequence(Prompt(problem(i, 5)), i, 0, token_ids=[1] * length) for i, length in enumerate((2, 14, 16))]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    scheduler.admit()
+    assert [scheduler.room(s) for s in sequences] == [15, 3, 1]
+    scheduler.reserve_ahead(4, 8)
+    assert [scheduler.room(s) for s in sequences] == [15, 19, 17]
+    free = scheduler.pool.num_free
+    scheduler.reserve_ahead(64, 2)
+    assert [len(s.blocks) for s in sequences] == [2, 2, 2]  # never more than max_tokens need
+    assert scheduler.pool.num_free == free - 1
+    scheduler.pool.take(scheduler.pool.num_free - 3)
+    scheduler.reserve_ahead(64, 8)
+    assert scheduler.pool.num_free == 3  # one for each that runs stays in hand
 
 
 def test_sequences_are_admitted_in_order_and_the_youngest_is_preempted():
