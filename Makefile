@@ -14,7 +14,9 @@ NPROC ?= 1
 JOBS ?= 2
 
 # One line says so where a tool is missing, and the reference ops are used; where our sources do not compile, it fails.
-BUILD_NATIVE = echo 'building the native kernels' && $(BIN)/python setup.py -q build_ext --inplace && touch .venv/.native
+BUILD_NATIVE = echo 'building the native kernels' && $(BIN)/python setup.py -q build_ext --inplace && $(LIBRARIES) > .venv/.native
+# The stamp lists what was built; a library that is gone makes it old.
+LIBRARIES := echo kernels/_native_*.so
 
 PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
@@ -98,8 +100,8 @@ $(BIN)/pip: | .venv/.wanted
 	@$(PIP) install -c .venv/pins.txt cmake ninja
 	@touch $@
 
-# Again when csrc/ or its build changes.
-.venv/.native: .venv/.tools setup.py CMakeLists.txt $(shell find csrc -type f)
+# Again when csrc/ (its folders too: a file may go) or its build changes, or the libraries are not those that were built.
+.venv/.native: .venv/.tools setup.py CMakeLists.txt $(shell find csrc) $(shell $(LIBRARIES) | cmp -s - .venv/.native || echo always)
 	@$(BUILD_NATIVE)
 
 # The kernels first: pip would build them without a word.

@@ -22,6 +22,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 COMPILERS = ("c++", "g++", "clang++")
+READ_BY_CMAKE = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDA_HOME")
 
 
 def find(program: str) -> str | None:
@@ -29,8 +30,11 @@ def find(program: str) -> str | None:
     return shutil.which(program, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]))
 
 
-def what_is_missing(find: Callable[[str], str | None] = find, compiler: str = "", has_torch: bool = True) -> str:
+def what_is_missing(find: Callable[[str], str | None] = find, compiler: str = "", has_torch: bool = True,
+                    platform: str = sys.platform) -> str:
     """The first thing that the build lacks, and how to get it; empty when nothing is missing. `compiler`: CXX."""
+    if platform != "linux":
+        return f"csrc/ is built on Linux only, and this is {platform}"
     if compiler and not find(shlex.split(compiler)[0]):
         return f"no C++ compiler: CXX={compiler} is not there; unset CXX or name another"
     if not compiler and not any(map(find, COMPILERS)):
@@ -44,24 +48,31 @@ def what_is_missing(find: Callable[[str], str | None] = find, compiler: str = ""
     return ""
 
 
+def made_by(configure: list[str]) -> str:
+    """What a build tree depends on and CMake reads in its first run only."""
+    return "".join(f"{name}={os.environ.get(name, '').strip()}\n" for name in READ_BY_CMAKE) + shlex.join(configure) + "\n"
+
+
 class BuildNative(build_ext):
     """CMake in place of setuptools' own compiler calls."""
 
     def run(self) -> None:
+        output = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "kernels"
+        for earlier in [] if self.inplace else output.glob("_native_*.so"):
+            earlier.unlink()  # else a wheel would carry them, whatever this build makes
         compiler = os.environ.get("CXX", "").strip()
         missing = what_is_missing(find, compiler, importlib.util.find_spec("torch") is not None)
         if missing:
             print("reason_rl: native kernels not built, the reference ops are used: "
-                  f"{missing}, then `make native`", file=sys.stderr)
+                  f"{missing}{', then `make native`' if sys.platform == 'linux' else ''}", file=sys.stderr)
             return
-        output = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "kernels"
         tree = ROOT / "build" / ("native" if self.inplace else "wheel")
         ninja = find("ninja")
         configure = [
             str(find("cmake")), "-S", str(ROOT), "-B", str(tree), "-G", "Ninja" if ninja else "Unix Makefiles",
             f"-DCMAKE_MAKE_PROGRAM={ninja or find('make')}", f"-DPython_EXECUTABLE={sys.executable}",
             f"-DREASON_RL_OUTPUT={output}", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
-        forget_unless_made_by(tree, f"CXX={compiler}\n{shlex.join(configure)}\n")
+        forget_unless_made_by(tree, made_by(configure))
         done = subprocess.run(configure, capture_output=True, text=True)
         if done.returncode:
             raise CompileError(f"cmake does not configure:\n{done.stdout}{done.stderr}")

@@ -1,6 +1,7 @@
 // The list of native ops: each schema with one line of purpose. The functions stand in <op>/cpu.cpp and register themselves.
 //
-// Ops write into tensors marked (x!) that the caller made, and return nothing: no allocation here, and torch.compile sees the writes.
+// Ops write into tensors marked (x!) that the caller made, and return nothing: no allocation here, and torch.compile sees the
+// writes.
 #include "common/tensor.h"
 
 STABLE_TORCH_LIBRARY(reason_rl, m) {
@@ -11,11 +12,12 @@ STABLE_TORCH_LIBRARY(reason_rl, m) {
     // dweight = dy^T @ x, summed over the rows in f32 whatever x's dtype; dweight f32.
     m.def("linear_wgrad(Tensor(a!) dweight, Tensor dy, Tensor x) -> ()");
 
-    // Up to tokens.size(1) - 1 new tokens for each running sequence, the whole model in one call; tokens[:, 0] is the newest there is.
+    // Up to tokens.size(1) - 1 new tokens for each running sequence, the whole model in one call; tokens[:, 0] is the newest.
     m.def("decode(Tensor(a!) tokens, Tensor(b!) logprobs, Tensor(c!) kept_logmass, Tensor(d!) num_new, Tensor(e!) routes, "
           "Tensor(f!) keys, Tensor(g!) values, "
-          "Tensor prefix_table, Tensor prefix_lens, Tensor prefix_index, Tensor own_table, Tensor own_lens, Tensor limits, Tensor noise_keys, "
-          "Tensor stop_ids, Tensor[] weights, int[] sizes, float eps, float temperature, int top_k, float top_p, float min_p) -> ()");
+          "Tensor prefix_table, Tensor prefix_lens, Tensor prefix_index, Tensor own_table, Tensor own_lens, Tensor limits, "
+          "Tensor noise_keys, Tensor stop_ids, Tensor[] weights, int[] sizes, float eps, float temperature, int top_k, "
+          "float top_p, float min_p) -> ()");
     // weight [E, N, K], f32 or in packed's dtype, as E packed matrices (csrc/common/gemm.h) for `decode`.
     m.def("pack_weight(Tensor(a!) packed, Tensor weight) -> ()");
     // k and v [T, K, C] of T tokens into slots [T] of one layer's cache [K, num_blocks, 16, C], laid out as `decode` reads it.
@@ -38,7 +40,7 @@ STABLE_TORCH_LIBRARY(reason_rl, m) {
     // A token for each row of hidden [R, D], by Gumbel-max with noise keyed by (keys, positions); logprob, log of the kept mass.
     m.def("sample(Tensor(a!) token, Tensor(b!) logprob, Tensor(c!) kept_logmass, Tensor hidden, Tensor weight, Tensor keys, "
           "Tensor positions, float temperature, int top_k, float top_p, float min_p) -> ()");
-    // loss f32[], its gradients f32[N], and the metrics f32[14]: kernels/grpo_loss/native.py has their names and the numbers' order.
+    // loss f32[], its gradients f32[N], and the metrics f32[14]: kernels/grpo_loss/native.py has their names and the order.
     m.def("grpo_loss(Tensor(a!) loss, Tensor(b!) metrics, Tensor(c!) dlogprobs, Tensor(d!) dentropy, Tensor logprobs, "
           "Tensor old_logprobs, Tensor advantages, Tensor sequence_index, Tensor? rollout_logprobs, Tensor? ref_logprobs, "
           "Tensor? entropy, int[] choices, int[] counts, float[] numbers) -> ()");
@@ -64,6 +66,7 @@ STABLE_TORCH_LIBRARY(reason_rl, m) {
     // Causal attention of q [T, H, C] over k, v [T, K, C] in segments i32[S, 4], each after its prefix; stats f32[K, T, H / K, 2]:
     // a row's highest score, and the sum of exp(score - highest).
     m.def("attention_fwd(Tensor(a!) out, Tensor(b!) stats, Tensor q, Tensor k, Tensor v, Tensor segments, float scale) -> ()");
+    // dq, dk, dv of dout [T, H, C], the weights computed again from stats; dk and dv of a shared prefix are sums over its readers.
     m.def("attention_bwd(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor dout, Tensor out, Tensor stats, Tensor q, Tensor k, "
           "Tensor v, Tensor segments, float scale) -> ()");
     // Decoding rows q [R, H, C] over caches [K, num_blocks, 16, C]: row r reads prefix prefix_index[r], then its own keys.

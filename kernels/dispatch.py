@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: native (C++/CUDA), triton or reference, chosen once per device and dtype.
+"""Which implementation of an op runs: native (C++), cuda (CUDA C++), triton or reference, chosen once per device and dtype.
 
 An `Op` lists its implementations in order of preference. `op.choose(tensor, impl)` returns one: an explicit `impl` works or raises;
 only "auto" may fall through the list, and `python -m kernels` prints what it picks and why.
@@ -20,7 +20,7 @@ REGISTRY: dict[str, Op] = {}
 @dataclass(frozen=True)
 class Implementation:
     name: str
-    """native | triton | reference | torch"""
+    """native | cuda | triton | reference | torch"""
     run: Callable[..., Any]
     why_not: Callable[[torch.device], str] = lambda device: ""
     """Empty when it can run on the device, else the reason in a few words."""
@@ -70,13 +70,14 @@ class Op:
 
 
 def table(device: torch.device, dtype: torch.dtype = torch.float32) -> list[tuple[str, str, str, str]]:
-    """Rows (op, implementations that can run on `device`, the one "auto" picks, why the ones before it do not run)."""
+    """Rows (op, implementations that can run on `device`, the one "auto" picks, why the ones before it are not picked)."""
     rows = []
     for name, op in sorted(REGISTRY.items()):
         refusals = {i.name: i.refuses(device, dtype) for i in op.implementations}
         able = [i for i in op.implementations if not refusals[i.name]]
-        reasons = [f"{name}: {reason}" for name, reason in refusals.items() if reason]
-        picked = op.resolve(device, dtype).name if any(i.is_automatic for i in able) else "none"
+        picked = next((i.name for i in able if i.is_automatic), "none")
+        before = [*refusals][:[*refusals, "none"].index(picked)]
+        reasons = [f"{earlier}: {refusals[earlier] or 'by name only'}" for earlier in before]
         unforced = f"{picked} is the only one" if len(able) == 1 else f"{picked} comes first"
         rows.append((name, ", ".join(i.name for i in able), picked, "; ".join(reasons) or unforced))
     return rows

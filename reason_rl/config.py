@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from kernels.grpo_loss.spec import LossSpec
 from reason_rl.config_checks import ConfigError, check_config
+from reason_rl.config_reward import RewardConfig
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class RunConfig:
     (AVX-512-BF16, with the native kernels built); float32 elsewhere."""
     exact: Literal["auto", "on", "off"] = "auto"
     """Whether the sampler's logprobs are the trainer's to the bit. "auto": wherever the ops are batch-invariant; the gap is logged
-    at every step. "on": the run stops where the gap on policy is not 0. "off": projections, experts and head by torch's own GEMMs,
-    which may round a row by the batch it stands in."""
+    at every step. "on": the run stops where the gap on policy is not 0. "off": projections, experts and the trainer's head by
+    torch's own GEMMs, which may round a row by the batch it stands in."""
     num_threads: int = 0
     """CPU threads of torch in each process; 0 shares the machine's cores among the processes (a single process goes by
     OMP_NUM_THREADS where that is set)."""
@@ -169,82 +170,6 @@ class EngineConfig:
     decoder: Literal["auto", "native", "ops"] = "auto"
     """"native": several tokens a call, the whole model in it. "ops": one token a call, op by op through the model. Both draw the
     same tokens. "auto": native where it can be."""
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """Weights of the reward's parts. Accuracy, format and overlong are computed and logged whatever their weight, the others where
-    it is not 0; docs/rewards.md has each of them."""
-
-    accuracy: float = 1.0
-    format: float = 0.1
-    overlong: float = 0.0
-    """Weight of DAPO's soft overlong penalty, which is 0 up to max_tokens - overlong_buffer and -1 at max_tokens."""
-    overlong_buffer: int = 16
-    """Tokens before max_tokens over which the penalty grows."""
-    cosine: float = 0.0
-    """Weight of the cosine length reward, which goes from the short to the long value below as a completion nears max_tokens."""
-    cosine_right_short: float = 1.0
-    """Of a right completion without tokens."""
-    cosine_right_long: float = 0.5
-    """Of a right one with max_tokens."""
-    cosine_wrong_short: float = -1.0
-    """Of a wrong one without tokens."""
-    cosine_wrong_long: float = -0.5
-    """Of a wrong one with max_tokens."""
-    cosine_cut: float = -1.0
-    """For a completion cut at max_tokens, right or wrong."""
-    language: float = 0.0
-    """Weight of the share of the thought that is in the prompt's language."""
-    repetition: float = 0.0
-    """Weight of the repetition penalty, -1 (nothing but repetition) to 0."""
-    repetition_ngram: int = 5
-    """Words in a row that count as a repetition when they come again."""
-    custom: str = ""
-    """A reward of your own as "module:function", called with (problem, completion text) and returning a number."""
-    custom_weight: float = 1.0
-    custom_deadline_s: float = 20.0
-    """For one completion; beyond it the completion is ungraded."""
-    judge: str = ""
-    """Like `custom`, for a function that asks another model: "module:function"."""
-    judge_weight: float = 1.0
-    """A judge's numbers are its own, so 1 may be much."""
-    judge_deadline_s: float = 120.0
-    """For one completion; beyond it the completion is ungraded."""
-    judge_workers: int = 8
-    """How many completions are judged at a time."""
-    model: str = ""
-    """The folder of a reward model: a checkpoint with a reward_head.safetensors."""
-    model_weight: float = 1.0
-    """Its scores go from 0 to 1."""
-    model_deadline_s: float = 60.0
-    """For one completion; beyond it the completion is ungraded."""
-    verifier: Literal["auto", "text", "math", "countdown", "code"] = "auto"
-    """What decides accuracy. "auto" goes by the task: math for gsm8k and math, code for mbpp, countdown for its own, else text."""
-    math_deadline_s: float = 5.0
-    """For one answer; beyond it the completion is ungraded."""
-    workers: int = 2
-    """Processes of each kind of verifier, started when first needed, for each training process."""
-    max_queued: int = 4096
-    """Requests waiting for a worker, beyond which sampling waits too."""
-    code_sandbox: Literal["any", "namespaces", "landlock", "all"] = "any"
-    """What must hold beside resource limits before a candidate's program is run. "any": namespaces or Landlock; "all": both, and
-    seccomp. What the machine gives beyond that is used too; where the required set does not hold, code is not run."""
-    code_deadline_s: float = 30.0
-    """Wall clock for one program and all its tests; beyond it the program is wrong. Well above code_cpu_s, so that on a busy
-    machine a right program is not wrong for having waited."""
-    code_cpu_s: int = 5
-    """Processor seconds."""
-    code_memory_mb: int = 512
-    """Address space."""
-    code_file_mb: int = 16
-    """Its scratch folder, which lives in memory where namespaces hold."""
-    code_output_kb: int = 64
-    """What it may print."""
-    code_threads: int = 32
-    """Processes it can never start."""
-    code_partial: bool = False
-    """Pay the share of tests passed; else all or nothing."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Reads a folder as `load_model` does (config.json, model.safetensors, tokenizer.json) and beside it reward_head.safetensors
 with the head: "weight" f32[D] and "bias" f32[1]. The score is sigmoid(hidden of the last token . weight + bias), from 0 to 1,
-for prompt and completion together: the last token has seen all of both. Runs in a worker of its own, on the CPU, in float32.
+for prompt and completion together: the last token has seen all of both. Runs in a worker of its own, on the CPU, in float32; the
+weights are loaded at that worker's start.
 
 Stands outside reason_rl/reward since it joins that room with the model's. Left out: training one.
 """

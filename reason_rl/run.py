@@ -24,7 +24,7 @@ from reason_rl.model.weights import load_model
 from reason_rl.pretrain import HISTORY_FILE, make_base, pretrain_seconds
 from reason_rl.run_folder import RunFolder, begin_run, config_table, describe_source, write_summary
 from reason_rl.session import Session, build_session, check_task
-from reason_rl.statistics import rollout_rows
+from reason_rl.statistics import is_right, rollout_rows
 from reason_rl.trainer.checkpoint import Progress, load_checkpoint, prune_checkpoints, save_checkpoint, step_folder
 from reason_rl.trainer.distributed import World
 from reason_rl.trainer.metrics import METRICS, RunLog, read_jsonl
@@ -91,7 +91,7 @@ class Run:
             group = stats.groups[number % len(stats.groups)]
             score, completion = group.scores[0], group.completions[0]
             self.view.sample(group.problem.prompt, tokenizer.decode_completion(completion.token_ids), score.value,
-                             score.parts.get("accuracy", 0.0) > 0.5)
+                             is_right(score) is True)
 
     def log_evaluation(self, step: int, metrics: dict[str, object], eval_s: float) -> None:
         self._spend("eval_s")

@@ -10,11 +10,12 @@ from typing import NamedTuple
 from reason_rl.config import Config
 from reason_rl.data import Tokenizer
 from reason_rl.reward import thinking_tokens
-from reason_rl.types import Group
+from reason_rl.types import Group, Score
 
 
 class _Row(NamedTuple):
-    is_right: bool
+    is_right: bool | None
+    """None where accuracy could not be graded."""
     is_well_formed: bool
     num_thinking: int
     num_tokens: int
@@ -25,10 +26,26 @@ def mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def mean_of_known(values: Sequence[float | None]) -> float | None:
+    return mean([value for value in values if value is not None])
+
+
+def is_right(score: Score) -> bool | None:
+    """All of the answer, not a part of it; None where accuracy could not be graded, which is no statement about the completion."""
+    if not score.is_graded and "accuracy" not in score.parts:
+        return None
+    return score.parts.get("accuracy", 0.0) >= 1.0
+
+
+def _causes(scores: Sequence[Score]) -> dict[str, float]:
+    causes = Counter(score.cause.partition(":")[0].replace(" ", "_") for score in scores if not score.is_graded)
+    return {f"ungraded/{cause}": float(count) for cause, count in sorted(causes.items())}
+
+
 def _rows(groups: Sequence[Group], tokenizer: Tokenizer) -> list[_Row]:
     opening, closing = tokenizer.think_open_id, tokenizer.think_close_id
     return [
-        _Row(score.parts.get("accuracy", 0.0) > 0.5, score.parts.get("format", 0.0) > 0.5,
+        _Row(is_right(score), score.parts.get("format", 0.0) > 0.5,
              thinking_tokens(completion.token_ids, opening, closing), len(completion.token_ids),
              completion.finish_reason == "length")
         for group in groups
@@ -37,20 +54,21 @@ def _rows(groups: Sequence[Group], tokenizer: Tokenizer) -> list[_Row]:
 
 
 def _common(rows: Sequence[_Row]) -> dict[str, float | None]:
-    thinkers = [row for row in rows if row.num_thinking > 0]
-    others = [row for row in rows if row.num_thinking == 0]
+    """Accuracies over the rows that have one, the rest over all."""
+    thinkers = [row.is_right for row in rows if row.num_thinking > 0]
+    others = [row.is_right for row in rows if row.num_thinking == 0]
     return {
-        "accuracy": mean([row.is_right for row in rows]),
+        "accuracy": mean_of_known([row.is_right for row in rows]),
         "format_rate": mean([row.is_well_formed for row in rows]),
         "thinks_share": mean([row.num_thinking > 0 for row in rows]),
-        "accuracy_given_thought": mean([row.is_right for row in thinkers]),
-        "accuracy_given_none": mean([row.is_right for row in others]),
+        "accuracy_given_thought": mean_of_known(thinkers),
+        "accuracy_given_none": mean_of_known(others),
         "truncated_share": mean([row.is_truncated for row in rows]),
     }
 
 
 def rollout_metrics(groups: Sequence[Group], tokenizer: Tokenizer) -> dict[str, float | None]:
-    """Of an RL step's groups; means over the graded completions for rewards, over all of them for the rest."""
+    """Of an RL step's groups; means over the graded completions for rewards and accuracy, over all of them for the rest."""
     rows = _rows(groups, tokenizer)
     scores = [score for group in groups for score in group.scores]
     graded = [score for score in scores if score.is_graded]
@@ -58,12 +76,11 @@ def rollout_metrics(groups: Sequence[Group], tokenizer: Tokenizer) -> dict[str, 
         f"reward/{name}": mean([score.parts[name] for score in graded])
         for name in dict.fromkeys(name for score in graded for name in score.parts)
     }
-    causes = Counter(score.cause.partition(":")[0].replace(" ", "_") for score in scores if not score.is_graded)
     return {
         "reward": mean([score.value for score in graded]), **parts, **_common(rows),
         "length": mean([row.num_tokens for row in rows]),
         "thinking_tokens": mean([row.num_thinking for row in rows]),
-        "ungraded": float(len(scores) - len(graded)), **{f"ungraded/{cause}": float(n) for cause, n in sorted(causes.items())},
+        "ungraded": float(len(scores) - len(graded)), **_causes(scores),
     }
 
 
@@ -88,13 +105,14 @@ def update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float | Non
 
 
 def eval_metrics(groups: Sequence[Group], tokenizer: Tokenizer) -> dict[str, float | None]:
-    """Of held-out problems, over all samples; one whose accuracy could not be graded counts as wrong."""
+    """Of held-out problems, over all samples; accuracy over those where it could be graded, the others are counted by cause."""
     rows = _rows(groups, tokenizer)
+    scores = [score for group in groups for score in group.scores]
     return {
         "problems": len(groups), "samples": len(rows) // max(1, len(groups)), **_common(rows),
         "mean_thinking_tokens": mean([row.num_thinking for row in rows]),
         "mean_thinking_tokens_among_thinkers": mean([row.num_thinking for row in rows if row.num_thinking > 0]),
-        "ungraded": sum(not score.is_graded for group in groups for score in group.scores),
+        "ungraded": sum(not score.is_graded for score in scores), **_causes(scores),
     }
 
 
@@ -106,13 +124,13 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def pass_at_powers(groups: Sequence[Group]) -> dict[str, float]:
-    """{"1": .., "2": .., "4": ..}: mean pass@k over the problems, k the powers of two up to the number of samples."""
-    if not groups:
-        return {}
-    size = len(groups[0].completions)
-    right = [sum(score.parts.get("accuracy", 0.0) > 0.5 for score in group.scores) for group in groups]
-    powers = [2**i for i in range(size.bit_length()) if 2**i <= size]
-    return {str(k): sum(pass_at_k(size, c, k) for c in right) / len(right) for k in powers}
+    """{"1": .., "2": .., "4": ..}: mean pass@k, k the powers of two up to the number of samples, over the problems with k samples
+    whose accuracy could be graded; no other samples count."""
+    known = [[verdict for score in group.scores if (verdict := is_right(score)) is not None] for group in groups]
+    largest = max(map(len, known), default=0)
+    powers = [2**i for i in range(largest.bit_length()) if 2**i <= largest]
+    estimates = {k: [pass_at_k(len(one), sum(one), k) for one in known if len(one) >= k] for k in powers}
+    return {str(k): sum(values) / len(values) for k, values in estimates.items()}
 
 
 def rollout_rows(

@@ -105,7 +105,8 @@ def test_the_children_run_what_was_asked_for():
 
 def test_exact_mode_is_timed_beside_its_absence():
     commands = train_step.side_commands(train_step.parse(["--peer", "exact", "--dtype", "bfloat16"]))
-    assert [" ".join(c).split("--exact ")[1].split()[0] for c in commands.values()] == ["on", "off"]
+    ways = {name: (words[words.index("--exact") + 1], words[words.index("--decoder") + 1]) for name, words in commands.items()}
+    assert ways == {"exact on": ("on", "auto"), "exact on, op by op": ("on", "ops"), "exact off": ("off", "auto")}
     assert all("--dtype bfloat16" in " ".join(command) for command in commands.values())
 
 

@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# room -> our own rooms it may import, beside itself. `config_checks` is config's second file; modules that stand alone
-# in reason_rl/ are commands and, like train.py, may import everything.
+# room -> our own rooms it may import, beside itself. `config_checks` and `config_reward` are config's other files; modules that
+# stand alone in reason_rl/ are commands and, like train.py, may import everything.
 ARROWS = {
     "kernels": set(),
     "types": set(),
@@ -33,7 +33,7 @@ def room_of(module: str) -> str:
     first, *rest = module.split(".")
     if first != "reason_rl" or not rest:
         return first
-    return "config" if rest[0] == "config_checks" else rest[0]
+    return "config" if rest[0] in ("config_checks", "config_reward") else rest[0]
 
 
 def imports_of(source: str, module: str, is_package: bool) -> Iterator[str]:

@@ -45,7 +45,7 @@ def test_train_py_reads_in_five_minutes():
 
 def test_a_run_writes_its_files(finished: Path):
     names = {path.name for path in finished.iterdir()}
-    assert names == {"config.toml", "metrics.jsonl", "timings.jsonl", "rollouts", "tensorboard", "checkpoints",
+    assert names == {"config.toml", "compute.json", "metrics.jsonl", "timings.jsonl", "rollouts", "tensorboard", "checkpoints",
                      "summary.json", "report.html"}
     assert {p.name for p in (finished / "rollouts").iterdir()} == {f"step_{s:06d}.jsonl" for s in (1, 2, 4, 5)}
     assert {p.name for p in (finished / "checkpoints").iterdir()} == {"step_000002", "step_000004", "final"}
@@ -364,7 +364,7 @@ def test_ctrl_c_saves_and_leaves_and_the_same_command_goes_on_to_the_same_bits(f
 
 def test_exact_mode_off_trains_on_torchs_own_products(with_base: Path, monkeypatch: pytest.MonkeyPatch):
     never_stop(monkeypatch)
-    assert run_here(with_base, "--run.exact=off", "--rl.steps=1", "--loss.kl_coef=0.05") == 0
+    assert run_here(with_base, "--run.exact=off", "--rl.steps=1", "--rl.updates_per_step=1", "--loss.kl_coef=0.05") == 0
     (row,) = rows(with_base / "tiny", phase="rl")
     assert row["max_abs_logprob_gap"] < 1e-4
     assert row["kl"] < 1e-6  # the reference policy is computed as the policy is

@@ -16,9 +16,9 @@
 namespace reason_rl {
 namespace {
 
-constexpr int64_t CHUNK_ROWS = 512;  // query rows that share one packing of a key tile
-constexpr int64_t BLOCK_ROWS = 48;   // of these, the rows whose weights with a key tile are at hand at once
-constexpr int64_t NUM_UNITS = 8;     // families are cut until there are as many units
+constexpr int64_t BACKWARD_ROWS = 512;  // query rows that share one packing of a key tile
+constexpr int64_t BLOCK_ROWS = 48;      // of these, the rows whose weights with a key tile are at hand at once
+constexpr int64_t NUM_UNITS = 8;        // families are cut until there are as many units
 constexpr int64_t SLICE_BYTES = 64 << 20;  // and two units at least, where the sums of all slices would take more than this
 
 struct FamilyChunk {
@@ -82,7 +82,7 @@ struct Unit {
 
 // Units, the slices of a family's head one after the other; starts[f * K + head] is the first of them.
 std::vector<Unit> cut_families(const std::vector<Family>& families, const HeadShape& shape, std::vector<int64_t>& starts) {
-    const int64_t whole = families.size() * shape.num_kv_heads, token_bytes = 2 * whole_panels(shape.head_dim) * sizeof(float);
+    const int64_t whole = families.size() * shape.num_kv_heads, token_bytes = 2 * padded(shape.head_dim) * sizeof(float);
     int64_t slices = (NUM_UNITS + whole - 1) / std::max<int64_t>(whole, 1);
     if (slices * shape.num_tokens * shape.num_kv_heads * token_bytes > SLICE_BYTES) slices = whole == 1 ? 2 : 1;
     std::vector<Unit> units;
@@ -116,7 +116,7 @@ void widen(float* panels, const T* rows, int64_t count, int64_t columns, int64_t
 
 // C += A @ B in f32; C's rows are whole panels.
 void add_product(float* c, int64_t num_rows, int64_t num_columns, int64_t k, RowsOf<float> a, const float* b, int64_t stride_b) {
-    const int64_t stride = whole_panels(num_columns);
+    const int64_t stride = padded(num_columns);
     Tile tile;
     for (int64_t n = 0; n < num_columns; n += TILE_COLUMNS) {
         const int64_t columns = std::min<int64_t>(TILE_COLUMNS, stride - n);
@@ -141,7 +141,7 @@ struct Pointers {
 template <class T>
 void write_keys(const HeadShape& shape, const Pointers<T>& at, float scale, const Family& family, int64_t head,
                 const std::vector<const float*>& slices) {
-    const int64_t head_dim = shape.head_dim, width = whole_panels(head_dim), to_dv = family.num_tokens * width;
+    const int64_t head_dim = shape.head_dim, width = padded(head_dim), to_dv = family.num_tokens * width;
     int64_t offset = 0;
     for (const Segment& segment : family.segments) {
         for (int64_t t = 0; t < segment.length; ++t, offset += width) {
@@ -186,13 +186,12 @@ private:
     const HeadShape shape;
     const Pointers<T> at;
     const float scale;
-    const int64_t max_rows = std::max(CHUNK_ROWS, shape.repeat), head_dim = shape.head_dim, width = whole_panels(head_dim);
+    const int64_t max_rows = std::max(BACKWARD_ROWS, shape.repeat), head_dim = shape.head_dim, width = padded(head_dim);
     Scratch<T> queries{max_rows * head_dim}, douts{max_rows * head_dim};
     Scratch<T> key_panels{KEY_TILE * head_dim}, value_panels{KEY_TILE * head_dim};
     Scratch<float> wide_queries{max_rows * width}, wide_douts{max_rows * width}, wide_keys{KEY_TILE * width}, dq{max_rows * width};
     Scratch<float> tops{max_rows}, shares{max_rows}, deltas{max_rows};
     Scratch<float> weights{BLOCK_ROWS * KEY_TILE}, dscores{BLOCK_ROWS * KEY_TILE};
-
 
     // The keys of one part, and how many of them the first token sees; each token after it sees `growth` more.
     struct Part {
@@ -260,7 +259,7 @@ private:
         const int64_t units = head_dim / PER_UNIT<T>, panel_size = LANES * head_dim;
         Tile scores, dweights;
         for (int64_t n = 0; n < num_keys; n += TILE_COLUMNS) {
-            const int64_t columns = std::min<int64_t>(TILE_COLUMNS, whole_panels(num_keys) - n);
+            const int64_t columns = std::min<int64_t>(TILE_COLUMNS, padded(num_keys) - n);
             const int panels = static_cast<int>(columns / LANES);
             for (int64_t m = 0; m < count; m += TILE_ROWS) {
                 const int rows = static_cast<int>(std::min<int64_t>(TILE_ROWS, count - m));
@@ -291,17 +290,18 @@ void run_backward(const HeadShape& shape, const std::vector<Family>& families, c
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return units[a].work > units[b].work; });
     std::vector<std::unique_ptr<Scratch<float>>> sums(units.size());
-    run_units(units.size(), [&] {
-        return [&, worker = std::make_unique<Backward<T>>(shape, at, scale)](int64_t i) {
+    share_out(units.size(), [&](auto next) {
+        Backward<T> worker(shape, at, scale);
+        for (int64_t i; (i = next()) >= 0;) {
             const int64_t number = order[i];
             const Unit& unit = units[number];
             const Family& family = families[unit.family];
-            sums[number] = std::make_unique<Scratch<float>>(2 * family.num_tokens * whole_panels(shape.head_dim));
-            worker->run(family, unit, *sums[number]);
-            if (unit.last - unit.first < static_cast<int64_t>(family.chunks.size())) return;
+            sums[number] = std::make_unique<Scratch<float>>(2 * family.num_tokens * padded(shape.head_dim));
+            worker.run(family, unit, *sums[number]);
+            if (unit.last - unit.first < static_cast<int64_t>(family.chunks.size())) continue;
             write_keys<T>(shape, at, scale, family, unit.head, {*sums[number]});
             sums[number].reset();
-        };
+        }
     });
     parallel_for(starts.size() - 1, [&](int64_t i) {  // what was cut
         if (starts[i + 1] - starts[i] < 2) return;
@@ -317,7 +317,7 @@ void attention_bwd(Tensor dq, Tensor dk, Tensor dv, Tensor dout, Tensor out, Ten
     const char* op = "attention_bwd";
     const HeadShape shape = head_shape(op, q, k);
     const int64_t t = shape.num_tokens, h = q.size(1), kv = shape.num_kv_heads, c = shape.head_dim;
-    const int64_t chunk_tokens = std::max<int64_t>(1, CHUNK_ROWS / shape.repeat);
+    const int64_t chunk_tokens = std::max<int64_t>(1, BACKWARD_ROWS / shape.repeat);
     const std::vector<Family> families = find_families(read_segments(op, segments, t), chunk_tokens);
     const float* sums = data<const float>(op, "stats", stats, {kv, t, shape.repeat, 2});
     by_dtype(op, "q", q, [&](auto zero) {

@@ -7,7 +7,7 @@
 namespace reason_rl {
 namespace {
 
-constexpr int64_t CHUNK_ROWS = 1024;  // query rows that share one packing of their keys
+constexpr int64_t FORWARD_ROWS = 1024;  // query rows that share one packing of their keys
 
 // The rows of one kv head on their way to `attend`: those of one prefix.
 template <class T>
@@ -47,8 +47,8 @@ struct PackedForward {
         const int64_t head = unit % shape.num_kv_heads, head_dim = shape.head_dim, stride = shape.kv_stride();
         const int64_t own_at = segment.start * stride + head * head_dim, first = segment.start + chunk.first;
         const int64_t prefix_at = segment.prefix_length ? segment.prefix_start * stride + head * head_dim : 0;
-        const int64_t own_keys = chunk.first + chunk.count, prefix_size = whole_panels(segment.prefix_length) * head_dim;
-        panels.resize(prefix_size + whole_panels(own_keys) * head_dim);
+        const int64_t own_keys = chunk.first + chunk.count, prefix_size = padded(segment.prefix_length) * head_dim;
+        panels.resize(prefix_size + padded(own_keys) * head_dim);
         T* own_panels = panels.data() + prefix_size;
         pack_transposed(panels.data(), k + prefix_at, segment.prefix_length, head_dim, stride);
         pack_transposed(own_panels, k + own_at, own_keys, head_dim, stride);
@@ -67,7 +67,7 @@ void attention_fwd(Tensor out, Tensor stats, Tensor q, Tensor k, Tensor v, Tenso
     const char* op = "attention_fwd";
     const HeadShape shape = head_shape(op, q, k);
     const auto [t, num_kv_heads, repeat, c] = shape;
-    const std::vector<Chunk> chunks = cut(read_segments(op, segments, t), std::max<int64_t>(1, CHUNK_ROWS / repeat));
+    const std::vector<Chunk> chunks = cut(read_segments(op, segments, t), std::max<int64_t>(1, FORWARD_ROWS / repeat));
     float* sums = data<float>(op, "stats", stats, {num_kv_heads, t, repeat, 2});
     by_dtype(op, "q", q, [&](auto zero) {
         using T = decltype(zero);
@@ -75,8 +75,9 @@ void attention_fwd(Tensor out, Tensor stats, Tensor q, Tensor k, Tensor v, Tenso
         const T* queries = data<const T>(op, "q", q, {t, num_kv_heads * shape.repeat, c});
         const T* keys = data<const T>(op, "k", k, {t, num_kv_heads, c});
         const T* values = data<const T>(op, "v", v, {t, num_kv_heads, c});
-        run_units(chunks.size() * num_kv_heads, [&] {
-            return PackedForward<T>{shape, chunks, result, sums, queries, keys, values, static_cast<float>(scale)};
+        share_out(chunks.size() * shape.num_kv_heads, [&](auto next) {
+            PackedForward<T> run{shape, chunks, result, sums, queries, keys, values, static_cast<float>(scale)};
+            for (int64_t unit; (unit = next()) >= 0;) run(unit);
         });
     });
 }
@@ -142,7 +143,7 @@ struct PagedForward {
     Rows<T> rows{};
 
     KeyBlocks<T> pack(T* memory, const Table& table, int64_t row, int64_t head) {
-        const int64_t length = table.lengths[row], size = LANES * shape.head_dim, num = whole_panels(length) / LANES;
+        const int64_t length = table.lengths[row], size = LANES * shape.head_dim, num = padded(length) / LANES;
         for (int64_t b = 0; b < num; ++b) {
             const int64_t at = (head * num_blocks + table.row(row)[b]) * size;
             const int64_t filled = std::min<int64_t>(LANES, length - b * LANES);
@@ -157,7 +158,7 @@ struct PagedForward {
         const int64_t prefix = unit / shape.num_kv_heads, head = unit % shape.num_kv_heads, head_dim = shape.head_dim;
         const int64_t end = readers.starts[prefix + 1], together = std::max<int64_t>(1, QUERY_ROWS / shape.repeat);
         if (readers.starts[prefix] == end) return;
-        prefix_memory.resize(2 * whole_panels(prefixes.lengths[prefix]) * head_dim);
+        prefix_memory.resize(2 * padded(prefixes.lengths[prefix]) * head_dim);
         own_memory.resize(2 * together * owns.width * LANES * head_dim);
         const KeyBlocks<T> keys = pack(prefix_memory.data(), prefixes, prefix, head);
         for (int64_t first = readers.starts[prefix]; first < end; first += together) {
@@ -190,9 +191,10 @@ void paged_attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tenso
         const T* queries = data<const T>(op, "q", q, {shape.num_tokens, q.size(1), shape.head_dim});
         const T* keys = data<const T>(op, "k_cache", k_cache, {shape.num_kv_heads, num_blocks, LANES, shape.head_dim});
         const T* values = data<const T>(op, "v_cache", v_cache, {shape.num_kv_heads, num_blocks, LANES, shape.head_dim});
-        run_units(num_prefixes * shape.num_kv_heads, [&] {
-            return PagedForward<T>{shape, prefixes, owns, readers, result, queries, keys, values, num_blocks,
-                                   static_cast<float>(scale)};
+        share_out(num_prefixes * shape.num_kv_heads, [&](auto next) {
+            PagedForward<T> run{shape, prefixes, owns, readers, result, queries, keys, values, num_blocks,
+                                static_cast<float>(scale)};
+            for (int64_t unit; (unit = next()) >= 0;) run(unit);
         });
     });
 }

@@ -17,8 +17,6 @@ namespace reason_rl {
 constexpr int64_t KEY_TILE = 128, TILE_BLOCKS = KEY_TILE / LANES, TILE_CHUNKS = KEY_TILE / TILE_COLUMNS, MAX_HEAD_DIM = 256;
 constexpr int64_t QUERY_ROWS = 24;  // rows that pass over a key tile while it is in the first cache
 
-constexpr int64_t whole_panels(int64_t columns) { return (columns + LANES - 1) / LANES * LANES; }
-
 // The keys of one kv head: block b stands at keys + b * 16 * head_dim and values + b * 16 * (value_stride or head_dim); with a
 // table, block table[b] does. The caller has checked the table.
 template <class T>
@@ -51,39 +49,6 @@ void put_key(T* keys, T* values, int64_t slot, const T* k, const T* v, int64_t h
     T* place = keys + block + lane * UNIT;
     for (int64_t c = 0; c < head_dim; c += UNIT, place += LANES * UNIT) std::memcpy(place, k + c, UNIT * sizeof(T));
     std::memcpy(values + block + lane * head_dim, v, head_dim * sizeof(T));
-}
-
-// exp for x <= 0 (and a rounding above it), to within 1 ulp: exactly 1 at 0, exactly 0 below -87.3; NaN stays NaN. It is simd.h's
-// exp without the care for large x, which costs as much as the rest.
-inline F32x16 exp_below(F32x16 x) {
-    const F32x16 magic = splat(12583039.0f);  // 1.5 * 2^23 + 127: adding it leaves the biased exponent in the low bits
-    const F32x16 shifted = fma(x, splat(1.44269504088896341f), magic);
-    const F32x16 n = shifted - magic;
-    F32x16 r = fma(n, splat(-0.693359375f), x);
-    r = fma(n, splat(2.12194440e-4f), r);
-    F32x16 p = splat(1.9875691500e-4f);
-    p = fma(p, r, splat(1.3981999507e-3f));
-    p = fma(p, r, splat(8.3334519073e-3f));
-    p = fma(p, r, splat(4.1665795894e-2f));
-    p = fma(p, r, splat(1.6666665459e-1f));
-    p = fma(p, r, splat(5.0000001201e-1f));
-    p = fma(p, r * r, r + 1.0f);
-    return select(x < -87.33654f, splat(0.0f), p * bits_of<F32x16>(bits_of<I32x16>(shifted) << 23));
-}
-
-inline float highest_lane(F32x16 x) {  // exact in any order, so by the fastest
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps((__m512)x.part[0]);
-#else
-    return highest(x);
-#endif
-}
-
-// x in the lanes below `limit`, `rest` in the others.
-inline F32x16 keep_first(F32x16 x, int64_t limit, float rest) {
-    static constexpr float NUMBERS[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    if (limit >= LANES) return x;
-    return select(load(NUMBERS) < static_cast<float>(limit), x, splat(rest));
 }
 
 inline float* score_at(Tile* scores, int r, int64_t key) { return scores[key / TILE_COLUMNS].row(r) + key % TILE_COLUMNS; }
@@ -121,7 +86,7 @@ inline void weigh(Tile* scores, int rows, int64_t first, int64_t num_keys, const
             store(place, score);
             high = max(score, high);
         }
-        highs[r] = highest_lane(high);
+        highs[r] = highest(high);
     }
     const F32x16 before = load(tops), top = max(load(highs), before);  // the lanes past `rows` stay as they are
     store(tops, top);
@@ -220,7 +185,7 @@ void add_all_values(int rows, ValueTile<T>& tile, const KeyBlocks<T>& part, int6
 // Rows [begin, end) of the block in hand over one part; scratch.limits says how many of its keys each may see.
 template <class T>
 void attend_part(int64_t begin, int64_t end, const KeyBlocks<T>& part, int64_t head_dim, float scale, AttendScratch& scratch) {
-    const int64_t sums_stride = whole_panels(head_dim), most = *std::max_element(scratch.limits + begin, scratch.limits + end);
+    const int64_t sums_stride = padded(head_dim), most = *std::max_element(scratch.limits + begin, scratch.limits + end);
     for (int64_t first = 0; first < most; first += KEY_TILE) {
         for (int64_t m = begin; m < end; m += TILE_ROWS) {
             const int rows = static_cast<int>(std::min<int64_t>(TILE_ROWS, end - m));
@@ -246,7 +211,7 @@ void attend_part(int64_t begin, int64_t end, const KeyBlocks<T>& part, int64_t h
 template <class T>
 void attend(int64_t count, const T* const* q, T* const* out, const KeyBlocks<T>& prefix, const KeyBlocks<T>* own, int64_t head_dim,
             float scale, float* stats, AttendScratch& scratch) {
-    const int64_t sums_stride = whole_panels(head_dim);
+    const int64_t sums_stride = padded(head_dim);
     for (int64_t start = 0; start < count; start += QUERY_ROWS) {
         const int64_t rows = std::min(QUERY_ROWS, count - start);
         const KeyBlocks<T>* keys = own + start;

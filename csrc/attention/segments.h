@@ -1,7 +1,6 @@
-// The segments of a pack as forward and backward take them, checked; and the threads' way through units of unequal size.
+// The segments of a pack as forward and backward take them, checked.
 #pragma once
 
-#include <atomic>
 #include <vector>
 
 #include "../common/tensor.h"
@@ -64,19 +63,6 @@ inline std::vector<Chunk> cut(const std::vector<Segment>& segments, int64_t most
         for (int64_t first = 0; first < segment.length; first += most)
             chunks.push_back({segment, first, std::min(most, segment.length - first)});
     return chunks;
-}
-
-// Each thread makes a worker and lets it run one unit after the other, the next that nobody has taken. Which thread takes a unit
-// must not matter to its result.
-template <class MakeWorker>
-void run_units(int64_t num_units, MakeWorker&& make_worker) {
-    std::atomic<int64_t> next{0};
-    parallel_for(std::min<int64_t>(torch::stable::get_num_threads(), num_units), [&](int64_t) {
-        int64_t unit = next++;
-        if (unit >= num_units) return;
-        auto worker = make_worker();
-        for (; unit < num_units; unit = next++) worker(unit);
-    });
 }
 
 }  // namespace reason_rl

@@ -106,7 +106,7 @@ template <class T, class S>
 void pack_transposed_panel(T* panel, const S* matrix, int64_t num_columns, int64_t k, int64_t stride, int64_t n) {
     constexpr int64_t UNIT = PER_UNIT<T>, BLOCK_UNITS = LANES / UNIT;
     const int64_t units = num_units<T>(k), lanes = std::min<int64_t>(LANES, num_columns - n);
-    // A square of 16 x 16 at a time: rounded row by row, turned in the first cache. A column of the matrix becomes a lane of the panel.
+    // A square of 16 x 16 at a time: rounded row by row, turned in the first cache. A row of the matrix becomes a lane.
     T square[LANES * LANES] = {};
     for (int64_t first = 0; first < units; first += BLOCK_UNITS) {
         const int64_t column = first * UNIT, count = std::min(BLOCK_UNITS, units - first);
@@ -114,7 +114,8 @@ void pack_transposed_panel(T* panel, const S* matrix, int64_t num_columns, int64
             store(square + lane * LANES, load(matrix + (n + lane) * stride + column, std::min<int64_t>(LANES, k - column)));
         T* place = panel + first * UNIT * LANES;
         for (int64_t u = 0; u < count; ++u)
-            for (int64_t lane = 0; lane < LANES; ++lane, place += UNIT) std::memcpy(place, square + lane * LANES + u * UNIT, UNIT * sizeof(T));
+            for (int64_t lane = 0; lane < LANES; ++lane, place += UNIT)
+                std::memcpy(place, square + lane * LANES + u * UNIT, UNIT * sizeof(T));
     }
 }
 

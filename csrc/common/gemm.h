@@ -1,14 +1,14 @@
 // The matrix product that every kernel shares: C[m, n] = sum_k A[m, k] * B[k, n], accumulated in f32.
 //
-// One rule makes the whole project's bits: an element of C is summed over k in order, in blocks of K_BLOCK terms whose sums are added
-// in order, by the same instruction at every step. Neither the number of rows, nor a tile's place, nor the threads enter.
+// One rule makes the whole project's bits: an element of C is summed over k in order, in blocks of K_BLOCK terms whose sums are
+// added in order, by the same instruction at every step. Neither the number of rows, nor a tile's place, nor the threads enter.
 // bf16 operands are taken in pairs (k, k + 1) by the dot-product instruction where there is one (its products are exact and its
 // sums f32), and by two multiply-adds elsewhere.
 //
 // B is packed in panels of 16 columns, so that the inner loop reads it straight through:
 //     f32    [N/16][K][16]          bf16    [N/16][ceil(K/2)][16][2]          (zeros beyond N and K)
-// A is read where it lies, with a row stride and a k stride in units (a float, or a pair of bf16). An A whose rows are an odd number of
-// bf16 long is copied first (`pack_pairs`).
+// A is read where it lies, with a row stride and a k stride in units (a float, or a pair of bf16). An A whose rows are an odd
+// number of bf16 long is copied first (`even_rows`).
 #pragma once
 
 #include <algorithm>
@@ -41,7 +41,7 @@ template <class T> constexpr int64_t PER_UNIT = sizeof(T) == 4 ? 1 : 2;
 template <class T> constexpr int64_t num_units(int64_t k) { return (k + PER_UNIT<T> - 1) / PER_UNIT<T>; }
 // Elements of T in a packed B of K rows and N columns.
 template <class T> constexpr int64_t packed_size(int64_t n, int64_t k) {
-    return (n + LANES - 1) / LANES * LANES * num_units<T>(k) * PER_UNIT<T>;
+    return padded(n) * num_units<T>(k) * PER_UNIT<T>;
 }
 
 template <class T>
@@ -52,8 +52,7 @@ struct RowsOf {  // A, strides in units
 // Rows that lie one after the other, K elements each (K even for bf16).
 template <class T> RowsOf<T> rows_of(const T* start, int64_t row_length) { return {start, row_length / PER_UNIT<T>, 1}; }
 
-// tile[0..rows)[0..panels * 16) = A's rows times the panels at `b`, over `units` units of k; panel_stride in elements of TB.
-// (TA, TB): (float, float), (bf16, bf16), and (float, bf16) for f32 weights on bf16 values with B as rows [k][b_row] (attention's V).
+// tile[0..rows)[0..panels * 16) = A's rows times the panels at `b`, over `units` units of k; panel_stride in elements of T.
 template <class T>
 void multiply(int rows, int panels, int64_t units, RowsOf<T> a, const T* b, int64_t panel_stride, Tile& tile);
 
@@ -119,7 +118,11 @@ void pack_plain(T* packed, const S* matrix, int64_t k, int64_t num_columns, int6
 template <class T>
 RowsOf<T> columns_of(const T* matrix, int64_t k, int64_t num_columns, int64_t stride, T* pairs);
 
-// A row of K elements as A wants it: in place, or, where K is odd and T bf16, copied to `pairs` [rows, K + 1] with a zero behind.
+// Elements that each row of K takes in the `pairs` of even_rows: none where the rows are read in place.
+template <class T> constexpr int64_t odd_row(int64_t k) { return k % PER_UNIT<T> ? k + 1 : 0; }
+
+// Rows of K elements as A wants them: in place, or, where K is odd and T bf16, copied to `pairs` [num_rows, K + 1] with a zero
+// behind each.
 template <class T>
 RowsOf<T> even_rows(const T* rows, int64_t num_rows, int64_t k, T* pairs) {
     if (k % PER_UNIT<T> == 0) return rows_of(rows, k);
@@ -128,6 +131,12 @@ RowsOf<T> even_rows(const T* rows, int64_t num_rows, int64_t k, T* pairs) {
         pairs[m * (k + 1) + k] = T{};
     }
     return rows_of<T>(pairs, k + 1);
+}
+
+// C [M, N] = A [M, K] @ packed B, C and A in T, on this thread; pairs [M, odd_row(K)].
+template <class T>
+void product(T* c, const T* a, const T* packed_b, int64_t num_rows, int64_t num_columns, int64_t k, T* pairs) {
+    for_tiles(num_rows, num_columns, k, even_rows(a, num_rows, k, pairs), packed_b, store_tile(c, num_columns));
 }
 
 }  // namespace reason_rl

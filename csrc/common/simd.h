@@ -33,6 +33,9 @@ constexpr int REGISTER_BYTES = 16;
 #endif
 constexpr int PARTS = 64 / REGISTER_BYTES, PART_LANES = LANES / PARTS;
 
+// `count`, rounded up to a whole number of vectors.
+constexpr int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
 template <class To, class From>
 inline To bits_of(const From& from) {
     static_assert(sizeof(To) == sizeof(From));
@@ -121,17 +124,21 @@ inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return bits_of<float>(static_cast<uint32_t>(x.bits) << 16); }
 
 // The 16 bits of each lane's bf16, in the low half.
-inline U32x16 bf16_bits(F32x16 x) {
-#if defined(__AVX512BF16__)
-    return bits_of<U32x16>(_mm512_cvtepu16_epi32(bits_of<__m256i>(_mm512_cvtneps_pbh((__m512)x.part[0]))));
-#else
+inline U32x16 bf16_bits_exact(F32x16 x) {
     const U32x16 bits = bits_of<U32x16>(x);
     const U32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return select((bits & 0x7fffffffu) > 0x7f800000u, (bits >> 16) | 0x40u, rounded);
+}
+inline U32x16 bf16_bits(F32x16 x) {  // by the CPU's instruction where it has one: that takes subnormal numbers for 0
+#if defined(__AVX512BF16__)
+    return bits_of<U32x16>(_mm512_cvtepu16_epi32(bits_of<__m256i>(_mm512_cvtneps_pbh((__m512)x.part[0]))));
+#else
+    return bf16_bits_exact(x);
 #endif
 }
 
-// ---- memory. `load(p)` reads 16 elements, `load(p, n)` only n <= 16 and zeros; stores alike. bf16 is widened and rounded on the way.
+// ---- memory. `load(p)` reads 16 elements; `load(p, n)` the first n with zeros behind, all 16 where n is larger. Stores alike.
+// bf16 is widened and rounded on the way.
 
 typedef uint16_t HalfPart __attribute__((vector_size(REGISTER_BYTES / 2)));
 
@@ -157,16 +164,18 @@ inline F32x16 load(const bf16* p) {
     return bits_of<F32x16>(x);
 #endif
 }
+inline void store_halves(bf16* p, U32x16 bits) {
+    each_part([&](int i) {
+        const HalfPart half = __builtin_convertvector(bits.part[i], HalfPart);
+        std::memcpy(p + i * PART_LANES, &half, sizeof half);
+    });
+}
 inline void store(bf16* p, F32x16 x) {
 #if defined(__AVX512BF16__)
     const __m256bh half = _mm512_cvtneps_pbh((__m512)x.part[0]);
     std::memcpy(p, &half, sizeof half);
 #else
-    const U32x16 bits = bf16_bits(x);
-    each_part([&](int i) {
-        const HalfPart half = __builtin_convertvector(bits.part[i], HalfPart);
-        std::memcpy(p + i * PART_LANES, &half, sizeof half);
-    });
+    store_halves(p, bf16_bits(x));
 #endif
 }
 
@@ -198,11 +207,34 @@ inline void store(T* p, F32x16 x, int64_t n) {
 #endif
 }
 
+// The same for n >= 1 with subnormal numbers kept, for what torch itself rounds in the op-by-op form.
+template <class T>
+inline void store_as_torch(T* p, F32x16 x, int64_t n) {
+    if constexpr (sizeof(T) == 4) {
+        store(p, x, n);
+    } else {
+        T halves[LANES];
+        store_halves(halves, bf16_bits_exact(x));
+        std::memcpy(p, halves, (n < LANES ? n : LANES) * sizeof(T));
+    }
+}
+
 // x as it reads after being stored as T and loaded again.
 template <class T>
 inline F32x16 round_to(F32x16 x) {
     if constexpr (sizeof(T) == 4) return x;
     else return bits_of<F32x16>(bf16_bits(x) << 16);
+}
+
+// ---- lanes
+
+inline I32x16 lane_is_below(int64_t n) {
+    static constexpr int32_t PLACES[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return bits_of<I32x16>(PLACES) < static_cast<int32_t>(n < 0 ? 0 : n < LANES ? n : LANES);
+}
+// x in the lanes below n, `rest` in the others.
+inline F32x16 keep_first(F32x16 x, int64_t n, float rest) {
+    return n >= LANES ? x : select(lane_is_below(n), x, splat(rest));
 }
 
 // ---- reductions: a fixed tree over the 16 lanes.
@@ -213,7 +245,11 @@ typedef float Lanes4 __attribute__((vector_size(16)));
 template <class F>
 inline float reduce(F32x16 x, F&& both) {  // lane i with lane i + 8, then i + 4, i + 2, i + 1
     Lanes8 halves[2];
+#if defined(__AVX512F__)
+    halves[0] = (Lanes8)_mm512_castps512_ps256((__m512)x.part[0]), halves[1] = (Lanes8)_mm512_extractf32x8_ps((__m512)x.part[0], 1);
+#else
     std::memcpy(halves, &x, sizeof halves);
+#endif
     const Lanes8 eight = both(halves[0], halves[1]);
     Lanes4 quarters[2];
     std::memcpy(quarters, &eight, sizeof quarters);
@@ -227,22 +263,27 @@ inline float highest(F32x16 x) {
     return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// exp to within 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial of degree 6 for e^r, and n goes into the exponent. Below -87.3
-// (the smallest normal float) the result is exactly 0, above 88.7 infinity; NaN stays NaN.
-inline F32x16 exp(F32x16 x) {
-    const F32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    const F32x16 clamped = min(max(x, splat(-87.5f)), splat(89.0f));
-    const F32x16 shifted = fma(clamped, splat(1.44269504088896341f), magic);
-    const F32x16 n = shifted - magic;
-    F32x16 r = fma(n, splat(-0.693359375f), clamped);
+// e^r of x = n ln 2 + r with |r| <= ln 2 / 2, by a polynomial of degree 6: Cephes expf.
+inline F32x16 exp_of_rest(F32x16 x, F32x16 n) {
+    F32x16 r = fma(n, splat(-0.693359375f), x);
     r = fma(n, splat(2.12194440e-4f), r);
-    F32x16 p = splat(1.9875691500e-4f);  // Cephes expf
+    F32x16 p = splat(1.9875691500e-4f);
     p = fma(p, r, splat(1.3981999507e-3f));
     p = fma(p, r, splat(8.3334519073e-3f));
     p = fma(p, r, splat(4.1665795894e-2f));
     p = fma(p, r, splat(1.6666665459e-1f));
     p = fma(p, r, splat(5.0000001201e-1f));
-    p = fma(p, r * r, r + 1.0f);
+    return fma(p, r * r, r + 1.0f);
+}
+
+// exp to within 1 ulp: n of the above goes into the exponent. Below -87.3 (the smallest normal float) the result is exactly 0,
+// above 88.7 infinity; NaN stays NaN.
+inline F32x16 exp(F32x16 x) {
+    const F32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const F32x16 clamped = min(max(x, splat(-87.5f)), splat(89.0f));
+    const F32x16 shifted = fma(clamped, splat(1.44269504088896341f), magic);
+    const F32x16 n = shifted - magic;
+    const F32x16 p = exp_of_rest(clamped, n);
 #if defined(__AVX512F__)
     F32x16 y = bits_of<F32x16>(_mm512_scalef_ps((__m512)p.part[0], (__m512)n.part[0]));  // p * 2^n
 #else
@@ -255,6 +296,15 @@ inline F32x16 exp(F32x16 x) {
     y = select(x < -87.33654f, splat(0.0f), y);
     y = select(x > 88.72284f, splat(std::numeric_limits<float>::infinity()), y);
     return select(x != x, x, y);
+}
+
+// exp for x <= 0 (and a rounding above it), to within 1 ulp: exactly 1 at 0, exactly 0 below -87.3; NaN stays NaN. It is exp
+// without the care for large x, which costs as much as the rest.
+inline F32x16 exp_below(F32x16 x) {
+    const F32x16 magic = splat(12583039.0f);  // 1.5 * 2^23 + 127: adding it leaves the biased exponent in the low bits
+    const F32x16 shifted = fma(x, splat(1.44269504088896341f), magic);
+    const F32x16 p = exp_of_rest(x, shifted - magic);
+    return select(x < -87.33654f, splat(0.0f), p * bits_of<F32x16>(bits_of<I32x16>(shifted) << 23));
 }
 
 }  // namespace reason_rl

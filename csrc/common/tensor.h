@@ -11,11 +11,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
 #include <mutex>
 #include <new>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -74,7 +76,7 @@ inline std::string shape_text(const std::vector<int64_t>& shape) {
     return text.str();
 }
 
-// The tensor's memory as T*, once it is a contiguous CPU tensor of that dtype and shape: "linear_fwd: x must be f32[?, 8], got ...".
+// The tensor's memory as T*, once it is a contiguous CPU tensor of that dtype and shape: "linear_fwd: x must be f32[?, 8], got ..".
 template <class T>
 T* data(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
     bool is_right = tensor.dim() == static_cast<int64_t>(shape.size()) && tensor.is_contiguous() && tensor.is_cpu() &&
@@ -86,11 +88,17 @@ T* data(const char* op, const char* name, const Tensor& tensor, std::initializer
     if (!is_right) [[unlikely]] {
         std::vector<int64_t> have(tensor.dim());
         for (int64_t i = 0; i < tensor.dim(); ++i) have[i] = tensor.size(i);
-        fail(op, ": ", name, " must be ", type_name(scalar_type<std::remove_const_t<T>>), shape_text(shape), " contiguous on cpu, got ",
-             type_name(tensor.scalar_type()), shape_text(have), tensor.is_contiguous() ? "" : " not contiguous",
-             tensor.is_cpu() ? "" : " on another device");
+        fail(op, ": ", name, " must be ", type_name(scalar_type<std::remove_const_t<T>>), shape_text(shape),
+             " contiguous on cpu, got ", type_name(tensor.scalar_type()), shape_text(have),
+             tensor.is_contiguous() ? "" : " not contiguous", tensor.is_cpu() ? "" : " on another device");
     }
     return static_cast<T*>(tensor.data_ptr());
+}
+
+// The same, or null where none is given.
+template <class T>
+T* optional_data(const char* op, const char* name, const std::optional<Tensor>& tensor, std::initializer_list<int64_t> shape) {
+    return tensor ? data<T>(op, name, *tensor, shape) : nullptr;
 }
 
 // by_dtype(op, name, x, [&](auto zero) { using T = decltype(zero); ... }): float or bf16, as the tensor is.
@@ -129,6 +137,19 @@ void parallel_for(int64_t count, F&& body) {
     if (error) std::rethrow_exception(error);
 }
 
+// work(next) on each thread: while ((i = next()) >= 0) it takes the units of [0, count) in order, so that units of unequal size
+// keep all threads busy. Who takes which must not matter.
+template <class F>
+void share_out(int64_t count, F&& work) {
+    std::atomic<int64_t> taken{0};
+    parallel_for(std::min<int64_t>(count, torch::stable::get_num_threads()), [&](int64_t) {
+        work([&]() -> int64_t {
+            const int64_t i = taken.fetch_add(1, std::memory_order_relaxed);
+            return i < count ? i : -1;
+        });
+    });
+}
+
 // How many of `count` things to take at a time: a whole number of `step`s, at most `most`, and as many parts for each thread as for
 // any other. For work whose result does not depend on the cut.
 inline int64_t share(int64_t count, int64_t step, int64_t most) {
@@ -141,7 +162,8 @@ inline int64_t share(int64_t count, int64_t step, int64_t most) {
 template <class T>
 class Scratch {
 public:
-    explicit Scratch(int64_t count) : memory_(static_cast<T*>(::operator new(std::max<int64_t>(count, 1) * sizeof(T), std::align_val_t(64)))) {}
+    explicit Scratch(int64_t count)
+        : memory_(static_cast<T*>(::operator new(std::max<int64_t>(count, 1) * sizeof(T), std::align_val_t(64)))) {}
     ~Scratch() { ::operator delete(memory_, std::align_val_t(64)); }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;

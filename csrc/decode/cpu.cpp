@@ -1,9 +1,9 @@
 // Decoding on the CPU: several tokens for each running sequence in one call, the whole model inside.
 //
-// Sequences do not see each other, so each thread takes some of them through all layers and all steps without waiting for the others.
-// The row functions are those of the ops that the trainer calls, and they give a row the same bits in any company: that is why the
-// logprobs recorded here equal the trainer's. The readable form of the same step is reason_rl/model/transformer.py with the engine's
-// paged attention; tests/reason_rl/test_engine_bits.py holds the two together.
+// Sequences do not see each other, so each thread takes some of them through all layers and all steps without waiting for the
+// others. The row functions are those of the ops that the trainer calls, and they give a row the same bits in any company: that is
+// why the logprobs recorded here equal the trainer's. The readable form of the same step is reason_rl/model/transformer.py with the
+// engine's paged attention; tests/reason_rl/test_engine_bits.py holds the two together.
 // Siblings: kernels/decode/ (the weights' order and the checks a caller sees), model.h and worker.h here.
 #include <cmath>
 
@@ -15,11 +15,10 @@ namespace {
 
 constexpr int64_t TENSORS_PER_LAYER = 12, TENSORS_AFTER = 4;
 constexpr int64_t SEQUENCES_AT_A_TIME = 64;  // their activations stay in the second cache
+constexpr int64_t MAX_SIZE = 1 << 20;        // of a model's sizes: their products fit 64 bits
 
-template <class S>
-const S* optional_data(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
-    return tensor.numel() ? data<const S>(op, name, tensor, shape) : nullptr;
-}
+// In a list of tensors an empty one stands for none.
+std::optional<Tensor> if_any(const Tensor& tensor) { return tensor.numel() ? std::optional(tensor) : std::nullopt; }
 
 template <class T>
 const T* packed(const char* op, const char* name, const Tensor& tensor, int64_t count, int64_t n, int64_t k) {
@@ -31,16 +30,16 @@ LayerWeights<T> read_layer(const char* op, const ModelSizes& s, const Tensor* t)
     LayerWeights<T> layer;
     layer.attention_norm = data<const float>(op, "attention_norm", t[0], {s.hidden});
     layer.qkv = packed<T>(op, "qkv", t[1], 1, s.qkv_rows(), s.hidden);
-    layer.q_norm = optional_data<float>(op, "q_norm", t[2], {s.head_dim});
-    layer.k_norm = optional_data<float>(op, "k_norm", t[3], {s.head_dim});
+    layer.q_norm = optional_data<const float>(op, "q_norm", if_any(t[2]), {s.head_dim});
+    layer.k_norm = optional_data<const float>(op, "k_norm", if_any(t[3]), {s.head_dim});
     layer.out = packed<T>(op, "out", t[4], 1, s.hidden, s.heads * s.head_dim);
     layer.mlp_norm = data<const float>(op, "mlp_norm", t[5], {s.hidden});
     layer.router = s.experts > 1 ? packed<float>(op, "router", t[6], 1, s.experts, s.hidden) : nullptr;
     const T* gate_up = packed<T>(op, "gate_up", t[7], s.experts, 2 * s.inner, s.hidden);
     const T* down = packed<T>(op, "down", t[8], s.experts, s.hidden, s.inner);
-    for (int64_t e = 0; e < s.experts; ++e)
-        layer.experts.push_back({gate_up + e * packed_size<T>(2 * s.inner, s.hidden), down + e * packed_size<T>(s.hidden, s.inner)});
-    layer.expert_bias = optional_data<float>(op, "expert_bias", t[9], {s.experts});
+    const int64_t up_size = packed_size<T>(2 * s.inner, s.hidden), down_size = packed_size<T>(s.hidden, s.inner);
+    for (int64_t e = 0; e < s.experts; ++e) layer.experts.push_back({gate_up + e * up_size, down + e * down_size});
+    layer.expert_bias = optional_data<const float>(op, "expert_bias", if_any(t[9]), {s.experts});
     const bool is_shared = s.shared_inner > 0;
     layer.shared_gate_up = is_shared ? packed<T>(op, "shared_gate_up", t[10], 1, 2 * s.shared_inner, s.hidden) : nullptr;
     layer.shared_down = is_shared ? packed<T>(op, "shared_down", t[11], 1, s.hidden, s.shared_inner) : nullptr;
@@ -50,15 +49,21 @@ LayerWeights<T> read_layer(const char* op, const ModelSizes& s, const Tensor* t)
 template <class T>
 ModelWeights<T> read_model(const char* op, const std::vector<Tensor>& t, const std::vector<int64_t>& sizes, double eps) {
     RR_CHECK(sizes.size() == 12, op, ": sizes must hold 12 numbers, got ", sizes.size());
-    for (int64_t size : sizes) RR_CHECK(size >= 0, op, ": sizes must not be negative, got ", size);
+    for (size_t i = 0; i < sizes.size(); ++i) {
+        // The first eight are multiplied with each other, the others are a tensor's own.
+        const int64_t most = i < 8 ? MAX_SIZE : INT64_MAX;
+        RR_CHECK(sizes[i] >= 0 && sizes[i] <= most, op, ": sizes[", i, "] must be in 0..", most, ", got ", sizes[i]);
+    }
     ModelWeights<T> model;
     model.sizes = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9]};
     const ModelSizes& s = model.sizes;
     RR_CHECK(s.hidden && s.experts && s.inner && s.vocab, op, ": hidden size, experts, inner size and vocabulary must be above 0");
-    RR_CHECK(s.kv_heads && s.heads % s.kv_heads == 0, op, ": heads must be a multiple of kv heads, got ", s.heads, " and ", s.kv_heads);
-    RR_CHECK(s.head_dim && s.head_dim % 2 == 0 && s.head_dim <= 256, op, ": the head dim must be even and in 2..256, got ", s.head_dim);
-    RR_CHECK(s.experts_per_tok >= 1 && s.experts_per_tok <= s.experts, op, ": experts per token must be in 1..", s.experts, ", got ",
-             s.experts_per_tok);
+    RR_CHECK(s.kv_heads && s.heads % s.kv_heads == 0, op, ": heads must be a multiple of kv heads, got ", s.heads, " and ",
+             s.kv_heads);
+    RR_CHECK(s.head_dim && s.head_dim % 2 == 0 && s.head_dim <= MAX_HEAD_DIM, op, ": the head dim must be even and in 2..",
+             MAX_HEAD_DIM, ", got ", s.head_dim);
+    RR_CHECK(s.experts_per_tok >= 1 && s.experts_per_tok <= s.experts, op, ": experts per token must be in 1..", s.experts,
+             ", got ", s.experts_per_tok);
     const int64_t num_layers = (static_cast<int64_t>(t.size()) - TENSORS_AFTER) / TENSORS_PER_LAYER;
     RR_CHECK(num_layers * TENSORS_PER_LAYER + TENSORS_AFTER == static_cast<int64_t>(t.size()), op, ": weights must hold ",
              TENSORS_PER_LAYER, " tensors a layer and ", TENSORS_AFTER, " more, got ", t.size());
@@ -76,7 +81,26 @@ ModelWeights<T> read_model(const char* op, const std::vector<Tensor>& t, const s
 
 void check_in(const char* op, const char* name, const int64_t* values, int64_t count, int64_t low, int64_t high) {
     for (int64_t i = 0; i < count; ++i)
-        RR_CHECK(values[i] >= low && values[i] <= high, op, ": ", name, " must be in ", low, "..", high, ", got ", values[i], " at ", i);
+        RR_CHECK(values[i] >= low && values[i] <= high, op, ": ", name, " must be in ", low, "..", high, ", got ", values[i],
+                 " at ", i);
+}
+
+// Own keys of row r after its last step.
+int64_t last_length(const DecodeRows& rows, int64_t r) { return rows.own_lens[r] + std::max<int64_t>(rows.limits[r], 1) - 1; }
+
+// A row writes into its own blocks, so nobody else may stand in them: no other row, no prefix. What is checked here is in range.
+void check_own_blocks(const char* op, const DecodeRows& rows, int64_t num_prefixes) {
+    std::vector<bool> is_taken(rows.num_blocks);
+    for (int64_t p = 0; p < num_prefixes; ++p)
+        for (int64_t b = 0; b * BLOCK_SIZE < rows.prefix_lens[p]; ++b)
+            is_taken[rows.prefix_table[p * rows.prefix_width + b]] = true;
+    for (int64_t r = 0; r < rows.count; ++r)
+        for (int64_t b = 0; b * BLOCK_SIZE < last_length(rows, r); ++b) {
+            const int64_t block = rows.own_table[r * rows.own_width + b];
+            RR_CHECK(!is_taken[block], op, ": own_table[", r, ", ", b, "] must be a block of this row alone, got ", block,
+                     ", which a prefix or another place of own_table has too");
+            is_taken[block] = true;
+        }
 }
 
 // Every index that memory is read or written through.
@@ -85,38 +109,44 @@ void check_rows(const char* op, const DecodeRows& rows, const ModelSizes& s, int
     check_in(op, "prefix_lens", rows.prefix_lens, num_prefixes, 0, rows.prefix_width * BLOCK_SIZE);
     check_in(op, "prefix_index", rows.prefix_index, rows.count, 0, num_prefixes - 1);
     check_in(op, "own_table", rows.own_table, rows.count * rows.own_width, 0, rows.num_blocks - 1);
+    check_in(op, "own_lens", rows.own_lens, rows.count, 1, rows.own_width * BLOCK_SIZE);
     check_in(op, "limits", rows.limits, rows.count, 0, rows.max_new);
     for (int64_t r = 0; r < rows.count; ++r) {
         check_in(op, "tokens", rows.tokens + r * (1 + rows.max_new), 1, 0, s.vocab - 1);
-        const int64_t last = rows.own_lens[r] + std::max<int64_t>(rows.limits[r], 1) - 1;  // own keys after the last step
-        RR_CHECK(rows.own_lens[r] >= 1 && last <= rows.own_width * BLOCK_SIZE, op, ": own_lens[", r, "] = ", rows.own_lens[r], " and limits[", r,
-                 "] = ", rows.limits[r], " do not fit own_table of ", rows.own_width, " blocks of ", BLOCK_SIZE);
+        const int64_t last = last_length(rows, r);
+        RR_CHECK(last <= rows.own_width * BLOCK_SIZE, op, ": own_lens[", r, "] = ", rows.own_lens[r], " and limits[", r, "] = ",
+                 rows.limits[r], " do not fit own_table of ", rows.own_width, " blocks of ", BLOCK_SIZE);
         const int64_t position = rows.prefix_lens[rows.prefix_index[r]] + last - 1;
         RR_CHECK(position < s.max_positions, op, ": row ", r, " would reach position ", position, " of ", s.max_positions);
     }
+    check_own_blocks(op, rows, num_prefixes);
 }
 
 void decode(Tensor tokens, Tensor logprobs, Tensor kept_logmass, Tensor num_new, Tensor routes, Tensor keys, Tensor values,
-            Tensor prefix_table, Tensor prefix_lens, Tensor prefix_index, Tensor own_table, Tensor own_lens, Tensor limits, Tensor noise_keys, Tensor stop_ids,
-            std::vector<Tensor> weights, std::vector<int64_t> sizes, double eps, double temperature, int64_t top_k, double top_p,
-            double min_p) {
+            Tensor prefix_table, Tensor prefix_lens, Tensor prefix_index, Tensor own_table, Tensor own_lens, Tensor limits,
+            Tensor noise_keys, Tensor stop_ids, std::vector<Tensor> weights, std::vector<int64_t> sizes, double eps,
+            double temperature, int64_t top_k, double top_p, double min_p) {
     const char* op = "decode";
-    RR_CHECK(tokens.dim() == 2 && tokens.size(1) >= 2, op, ": tokens must be i64[R, 1 + new tokens], got ", tokens.dim(), " dimensions");
+    RR_CHECK(tokens.dim() == 2 && tokens.size(1) >= 2, op, ": tokens must be i64[R, 1 + new tokens], got ", tokens.dim(),
+             " dimensions");
     RR_CHECK(prefix_table.dim() == 2 && own_table.dim() == 2 && keys.dim() == 5 && stop_ids.dim() == 1, op,
-             ": prefix_table, own_table, keys, stop_ids must have 2, 2, 5, 1 dimensions, got ", prefix_table.dim(), ", ", own_table.dim(), ", ",
-             keys.dim(), ", ", stop_ids.dim());
+             ": prefix_table, own_table, keys, stop_ids must have 2, 2, 5, 1 dimensions, got ", prefix_table.dim(), ", ",
+             own_table.dim(), ", ", keys.dim(), ", ", stop_ids.dim());
     RR_CHECK(temperature >= 0 && top_k >= 0 && top_p > 0 && top_p <= 1 && min_p >= 0 && min_p <= 1, op,
-             ": needs temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1, got ", temperature, ", ", top_k, ", ", top_p, ", ", min_p);
+             ": needs temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1, got ", temperature, ", ", top_k, ", ", top_p,
+             ", ", min_p);
     const int64_t count = tokens.size(0), max_new = tokens.size(1) - 1, prefixes = prefix_table.size(0);
     DecodeRows rows{count, keys.size(2), prefix_table.size(1), own_table.size(1), max_new,
                     data<const int64_t>(op, "prefix_table", prefix_table, {prefixes, ANY}),
                     data<const int64_t>(op, "prefix_lens", prefix_lens, {prefixes}),
                     data<const int64_t>(op, "prefix_index", prefix_index, {count}),
-                    data<const int64_t>(op, "own_table", own_table, {count, ANY}), data<const int64_t>(op, "own_lens", own_lens, {count}),
-                    data<const int64_t>(op, "limits", limits, {count}), data<const int64_t>(op, "noise_keys", noise_keys, {count}),
+                    data<const int64_t>(op, "own_table", own_table, {count, ANY}),
+                    data<const int64_t>(op, "own_lens", own_lens, {count}), data<const int64_t>(op, "limits", limits, {count}),
+                    data<const int64_t>(op, "noise_keys", noise_keys, {count}),
                     data<const int64_t>(op, "stop_ids", stop_ids, {ANY}), stop_ids.numel(),
                     data<int64_t>(op, "tokens", tokens, {count, ANY}), data<float>(op, "logprobs", logprobs, {count, max_new}),
-                    data<float>(op, "kept_logmass", kept_logmass, {count, max_new}), data<int64_t>(op, "num_new", num_new, {count}), nullptr};
+                    data<float>(op, "kept_logmass", kept_logmass, {count, max_new}),
+                    data<int64_t>(op, "num_new", num_new, {count}), nullptr};
     by_dtype(op, "keys", keys, [&](auto zero) {
         using T = decltype(zero);
         const ModelWeights<T> model = read_model<T>(op, weights, sizes, eps);
@@ -145,7 +175,8 @@ void pack_weight(Tensor packed_weight, Tensor weight) {
         by_master<T>(op, "weight", weight, {count, n, k}, [&](const auto* matrices) {
             parallel_for(count * panels, [&](int64_t unit) {
                 const int64_t e = unit / panels, column = unit % panels * LANES;
-                pack_transposed_panel<T>(place + e * packed_size<T>(n, k) + packed_size<T>(column, k), matrices + e * n * k, n, k, k, column);
+                T* panel = place + e * packed_size<T>(n, k) + packed_size<T>(column, k);
+                pack_transposed_panel<T>(panel, matrices + e * n * k, n, k, k, column);
             });
         });
     });
@@ -155,6 +186,8 @@ void store_keys(Tensor keys, Tensor values, Tensor k, Tensor v, Tensor slots) {
     const char* op = "store_keys";
     RR_CHECK(k.dim() == 3 && keys.dim() == 4, op, ": k and keys must have 3 and 4 dimensions, got ", k.dim(), " and ", keys.dim());
     const int64_t tokens = k.size(0), heads = k.size(1), head_dim = k.size(2), num_blocks = keys.size(1);
+    RR_CHECK(head_dim >= 2 && head_dim % 2 == 0 && head_dim <= MAX_HEAD_DIM, op, ": k's head dim must be even and in 2..",
+             MAX_HEAD_DIM, ", got ", head_dim);
     const int64_t* place = data<const int64_t>(op, "slots", slots, {tokens});
     check_in(op, "slots", place, tokens, 0, num_blocks * BLOCK_SIZE - 1);
     by_dtype(op, "k", k, [&](auto zero) {
@@ -165,8 +198,10 @@ void store_keys(Tensor keys, Tensor values, Tensor k, Tensor v, Tensor slots) {
         T* to_v = data<T>(op, "values", values, {heads, num_blocks, BLOCK_SIZE, head_dim});
         parallel_for(heads, [&](int64_t h) {
             const int64_t head = h * num_blocks * BLOCK_SIZE * head_dim;
-            for (int64_t t = 0; t < tokens; ++t)
-                put_key(to_k + head, to_v + head, place[t], from_k + (t * heads + h) * head_dim, from_v + (t * heads + h) * head_dim, head_dim);
+            for (int64_t t = 0; t < tokens; ++t) {
+                const int64_t from = (t * heads + h) * head_dim;
+                put_key(to_k + head, to_v + head, place[t], from_k + from, from_v + from, head_dim);
+            }
         });
     });
 }

@@ -16,14 +16,16 @@ namespace reason_rl {
 template <class T>
 class Worker {
 public:
-    Worker(const ModelWeights<T>& model, const DecodeRows& rows, const SampleSpec& spec, T* keys, T* values, int64_t first, int64_t count)
+    Worker(const ModelWeights<T>& model, const DecodeRows& rows, const SampleSpec& spec, T* keys, T* values, int64_t first,
+           int64_t count)
         : model_(model), s_(model.sizes), rows_(rows), spec_(spec), keys_(keys), values_(values) {
         for (int64_t r = first; r < first + count; ++r) {
             rows_.num_new[r] = 0;
             if (rows_.limits[r]) active_.push_back(r);
         }
         // Sequences of one prefix next to each other, so that its keys are read once for all of them.
-        std::stable_sort(active_.begin(), active_.end(), [&](int64_t a, int64_t b) { return rows_.prefix_index[a] < rows_.prefix_index[b]; });
+        const auto is_before = [&](int64_t a, int64_t b) { return rows_.prefix_index[a] < rows_.prefix_index[b]; };
+        std::stable_sort(active_.begin(), active_.end(), is_before);
         const int64_t pairs = count * s_.experts_per_tok, inner = std::max(s_.inner, s_.shared_inner);
         x_.resize(count * s_.hidden), normed_.resize(count * s_.hidden), added_.resize(count * s_.hidden);
         qkv_.resize(count * s_.qkv_rows()), attended_.resize(count * s_.heads * s_.head_dim);
@@ -53,24 +55,25 @@ private:
 
     // y [num, n] = x [num, k] @ packed, as `linear` does it.
     void project(T* y, const T* x, const T* packed, int64_t n, int64_t k) {
-        for_tiles(num(), n, k, even_rows(x, num(), k, even_.data()), packed, store_tile(y, n));
+        product(y, x, packed, num(), n, k, even_.data());
     }
 
     void norm(T* y, const T* x, const float* weight) {
         for (int64_t i = 0; i < num(); ++i) rms_norm_row(y + i * s_.hidden, x + i * s_.hidden, weight, s_.hidden, model_.eps);
     }
 
-    // x += y, rounded to T: the residual stream.
+    // x += y, rounded to T as torch does it: the residual stream.
     void add(T* x, const T* y) {
         const int64_t size = num() * s_.hidden;
-        for (int64_t j = 0; j < size; j += LANES) store(x + j, load(x + j, size - j) + load(y + j, size - j), size - j);
+        for (int64_t j = 0; j < size; j += LANES) store_as_torch(x + j, load(x + j, size - j) + load(y + j, size - j), size - j);
     }
 
     void embed() {
         for (int64_t i = 0; i < num(); ++i) {
             const int64_t r = active_[i];
             const float* row = model_.embedding + rows_.tokens[r * (1 + rows_.max_new) + rows_.num_new[r]] * s_.hidden;
-            for (int64_t j = 0; j < s_.hidden; j += LANES) store(x_.data() + i * s_.hidden + j, load(row + j, s_.hidden - j), s_.hidden - j);
+            T* x = x_.data() + i * s_.hidden;
+            for (int64_t j = 0; j < s_.hidden; j += LANES) store_as_torch(x + j, load(row + j, s_.hidden - j), s_.hidden - j);
         }
     }
 
@@ -91,8 +94,9 @@ private:
                 rope_row(heads + h * c, heads + h * c, cos, sin, c);
             }
             const int64_t slot = rows_.own_table[r * rows_.own_width + own / BLOCK_SIZE] * BLOCK_SIZE + own % BLOCK_SIZE;
+            const T *k = heads + s_.heads * c, *v = k + s_.kv_heads * c;
             for (int64_t h = 0; h < s_.kv_heads; ++h)
-                put_key(keys + h * head_size, values + h * head_size, slot, heads + (s_.heads + h) * c, heads + (s_.heads + s_.kv_heads + h) * c, c);
+                put_key(keys + h * head_size, values + h * head_size, slot, k + h * c, v + h * c, c);
         }
         for (int64_t first = 0; first < num();) {
             int64_t last = first + 1;
@@ -117,8 +121,8 @@ private:
             }
         }
         const KeyBlocks<T> shared{keys, values, rows_.prefix_table + prefix * rows_.prefix_width, rows_.prefix_lens[prefix]};
-        attend<T>(q_.size(), q_.data(), out_.data(), shared, own_.data(), c, static_cast<float>(1 / std::sqrt(static_cast<double>(c))), nullptr,
-                  attend_scratch_);
+        const float scale = static_cast<float>(1 / std::sqrt(static_cast<double>(c)));
+        attend<T>(q_.size(), q_.data(), out_.data(), shared, own_.data(), c, scale, nullptr, attend_scratch_);
     }
 
     void mlp(int64_t layer) {
@@ -148,12 +152,13 @@ private:
         spec.bias = w.expert_bias;
         const int64_t size = num() * s_.hidden;
         for (int64_t j = 0; j < size; j += LANES) store(wide_.data() + j, load(normed_.data() + j, size - j), size - j);
-        for_tiles(num(), s_.experts, s_.hidden, rows_of<float>(wide_.data(), s_.hidden), w.router, store_tile(logits_.data(), s_.experts));
+        product<float>(logits_.data(), wide_.data(), w.router, num(), s_.experts, s_.hidden, nullptr);
         for (int64_t i = 0; i < num(); ++i)
-            route_row(logits_.data() + i * s_.experts, spec, expert_ids_.data() + i * k, expert_weights_.data() + i * k, scores_.data());
+            route_row(logits_.data() + i * s_.experts, spec, expert_ids_.data() + i * k, expert_weights_.data() + i * k,
+                      scores_.data());
         for (int64_t i = 0; rows_.routes && i < num(); ++i) {
-            const int64_t r = active_[i], computed = r * rows_.max_new + rows_.num_new[r];
-            std::copy_n(expert_ids_.data() + i * k, k, rows_.routes + (computed * static_cast<int64_t>(model_.layers.size()) + layer) * k);
+            const int64_t r = active_[i], computed = r * rows_.max_new + rows_.num_new[r], num_layers = model_.layers.size();
+            std::copy_n(expert_ids_.data() + i * k, k, rows_.routes + (computed * num_layers + layer) * k);
         }
         int64_t done = 0;
         for (int64_t e = 0; e < s_.experts; ++e) {
@@ -165,8 +170,8 @@ private:
                 ++done;
             }
             if (done > start)
-                run_expert<T>(outs_.data() + start * s_.hidden, gathered_.data() + start * s_.hidden, done - start, w.experts[e], s_.hidden,
-                              s_.inner, gate_up_.data(), act_.data());
+                run_expert<T>(outs_.data() + start * s_.hidden, gathered_.data() + start * s_.hidden, done - start, w.experts[e],
+                              s_.hidden, s_.inner, gate_up_.data(), act_.data());
         }
         for (int64_t i = 0; i < num(); ++i)
             combine_row<T>(added_.data() + i * s_.hidden, out_of_.data() + i * k, expert_weights_.data() + i * k, k, s_.hidden);
@@ -178,7 +183,7 @@ private:
         const int64_t n = num();
         noise_keys_.resize(n), positions_.resize(n), drawn_.resize(n), logprob_.resize(n), kept_.resize(n);
         for (int64_t i = 0; i < n; ++i) noise_keys_[i] = rows_.noise_keys[active_[i]], positions_[i] = own_length(active_[i]);
-        const int64_t broken = try_sample_rows<T>(normed_.data(), n, model_.head, s_.hidden, s_.vocab, spec_, noise_keys_.data(),
+        const int64_t broken = sample_rows<T>(normed_.data(), n, model_.head, s_.hidden, s_.vocab, spec_, noise_keys_.data(),
                                                   positions_.data(), drawn_.data(), logprob_.data(), kept_.data(), sample_scratch_);
         if (broken >= 0) fail_broken_row(active_[broken]);
         std::vector<int64_t> going;

@@ -4,7 +4,6 @@
 // A sequence is one thread's; its sums go into doubles every FLUSH tokens, and the sequences' sums are added in order.
 #include <array>
 #include <cmath>
-#include <optional>
 
 #include "../common/tensor.h"
 
@@ -95,9 +94,7 @@ Term surrogate(const Spec& spec, F32x16 logprob, F32x16 log_ratio, F32x16 ratio,
 // Sixteen tokens from i on, n of them there.
 void add_tokens(const Spec& spec, const Columns& c, const Tokens& all, int64_t i, int64_t n, std::array<F32x16, NUM_METRICS>& m) {
     const F32x16 zero = splat(0.0f), logprob = load(c.logprobs + i, n), old = load(c.old_logprobs + i, n);
-    int32_t lane[LANES];
-    for (int64_t j = 0; j < LANES; ++j) lane[j] = j < n ? -1 : 0;
-    const I32x16 is_there = bits_of<I32x16>(lane);
+    const I32x16 is_there = lane_is_below(n);
     const F32x16 token_log_ratio = logprob - old, log_ratio = spec.by_sequence ? splat(all.mean_log_ratio) : token_log_ratio;
     const F32x16 ratio = exp(capped(log_ratio));
     Term term = surrogate(spec, logprob, log_ratio, ratio, load(c.advantages + i, n), m);
@@ -188,9 +185,9 @@ std::vector<int64_t> sequence_starts(const char* op, const I* index, int64_t num
     return starts;
 }
 
-const float* optional_data(const char* op, const char* name, const std::optional<Tensor>& tensor, int64_t n, bool is_needed) {
+const float* column(const char* op, const char* name, const std::optional<Tensor>& tensor, int64_t n, bool is_needed) {
     RR_CHECK(tensor.has_value() || !is_needed, op, ": ", name, " must be given for these choices, got None");
-    return tensor.has_value() ? data<const float>(op, name, *tensor, {n}) : nullptr;
+    return optional_data<const float>(op, name, tensor, {n});
 }
 
 Spec read_spec(const char* op, const std::vector<int64_t>& choices, const std::vector<int64_t>& counts,
@@ -222,9 +219,9 @@ void grpo_loss(Tensor loss, Tensor metrics, Tensor dlogprobs, Tensor dentropy, T
     const int64_t n = logprobs.size(0);
     Columns c{data<const float>(op, "logprobs", logprobs, {n}), data<const float>(op, "old_logprobs", old_logprobs, {n}),
               data<const float>(op, "advantages", advantages, {n}),
-              optional_data(op, "rollout_logprobs", rollout_logprobs, n, spec.importance != NONE),
-              optional_data(op, "ref_logprobs", ref_logprobs, n, spec.kl_coef != 0),
-              optional_data(op, "entropy", entropy, n, spec.entropy_coef != 0), data<float>(op, "dlogprobs", dlogprobs, {n}),
+              column(op, "rollout_logprobs", rollout_logprobs, n, spec.importance != NONE),
+              column(op, "ref_logprobs", ref_logprobs, n, spec.kl_coef != 0),
+              column(op, "entropy", entropy, n, spec.entropy_coef != 0), data<float>(op, "dlogprobs", dlogprobs, {n}),
               data<float>(op, "dentropy", dentropy, {spec.entropy_coef != 0 ? n : 0})};
     float* total = data<float>(op, "loss", loss, {});
     float* measured = data<float>(op, "metrics", metrics, {NUM_METRICS});

@@ -8,15 +8,14 @@
 namespace reason_rl {
 namespace {
 
-// C [M, N] = A [M, K] @ packed B, C and A in T.
+// `product`, its rows spread over the threads.
 template <class T>
-void product(T* c, const T* a, const T* packed, int64_t num_rows, int64_t num_columns, int64_t k) {
+void spread_product(T* c, const T* a, const T* packed, int64_t num_rows, int64_t num_columns, int64_t k) {
     const int64_t blocks = (num_rows + ROW_BLOCK - 1) / ROW_BLOCK;
     parallel_for(blocks, [&](int64_t block) {
         const int64_t first = block * ROW_BLOCK, rows = std::min(ROW_BLOCK, num_rows - first);
-        Scratch<T> pairs(k % PER_UNIT<T> ? rows * (k + 1) : 0);
-        for_tiles(rows, num_columns, k, even_rows(a + first * k, rows, k, static_cast<T*>(pairs)), packed,
-                  store_tile(c + first * num_columns, num_columns));
+        Scratch<T> pairs(rows * odd_row<T>(k));
+        product<T>(c + first * num_columns, a + first * k, packed, rows, num_columns, k, pairs);
     });
 }
 
@@ -34,13 +33,14 @@ void linear_fwd(Tensor y, Tensor x, Tensor weight) {
                 pack_transposed_panel<T>(packed + packed_size<T>(panel * LANES, k), matrix, n, k, k, panel * LANES);
             });
         });
-        product<T>(out, rows, packed, m, n, k);
+        spread_product<T>(out, rows, packed, m, n, k);
     });
 }
 
 void linear_dgrad(Tensor dx, Tensor dy, Tensor weight) {
     const char* op = "linear_dgrad";
-    RR_CHECK(dy.dim() == 2 && weight.dim() == 2, op, ": dy and weight must have 2 dimensions, got ", dy.dim(), " and ", weight.dim());
+    RR_CHECK(dy.dim() == 2 && weight.dim() == 2, op, ": dy and weight must have 2 dimensions, got ", dy.dim(), " and ",
+             weight.dim());
     const int64_t m = dy.size(0), n = dy.size(1), k = weight.size(1);
     by_dtype(op, "dy", dy, [&](auto zero) {
         using T = decltype(zero);
@@ -52,7 +52,7 @@ void linear_dgrad(Tensor dx, Tensor dy, Tensor weight) {
                 pack_panel<T>(packed + packed_size<T>(panel * LANES, n), matrix, n, k, k, panel * LANES);
             });
         });
-        product<T>(out, rows, packed, m, k, n);
+        spread_product<T>(out, rows, packed, m, k, n);
     });
 }
 

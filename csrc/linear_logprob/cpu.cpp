@@ -68,7 +68,7 @@ void linear_logprob_fwd(Tensor logprob, Tensor entropy, Tensor stats, Tensor hid
                 pack_chunk<T>(panels, static_cast<T*>(nullptr), matrix, token, count, s.hidden);
                 for_row_blocks(s.rows, [&](int64_t first, int64_t rows) {
                     Scratch<float> logits(rows * width);
-                    Scratch<T> pairs(s.hidden % PER_UNIT<T> ? rows * (s.hidden + 1) : 0);
+                    Scratch<T> pairs(rows * odd_row<T>(s.hidden));
                     const auto a = even_rows(inputs + first * s.hidden, rows, s.hidden, static_cast<T*>(pairs));
                     logit_rows<T>(logits, width, a, rows, panels, s.hidden, count, static_cast<float>(temperature));
                     for (int64_t r = 0; r < rows; ++r) {
@@ -124,7 +124,7 @@ struct Backward {
     void run(const S* weight) const {
         const int64_t most = std::min(s.vocab, LOGIT_CHUNK), width = padded(most);
         // Rows whose dz and inputs are held at a time: half a megabyte, but enough of them to pay for the pass over dweight.
-        const int64_t row_bytes = (width + s.hidden) * static_cast<int64_t>(sizeof(T));
+        const int64_t row_bytes = std::max<int64_t>(1, (width + s.hidden) * static_cast<int64_t>(sizeof(T)));  // 0: nothing at all
         const int64_t block = std::clamp((1 << 19) / row_bytes / K_BLOCK * K_BLOCK, 4 * K_BLOCK, 16 * K_BLOCK);
         Scratch<T> panels(packed_size<T>(most, s.hidden)), plain(packed_size<T>(s.hidden, most));
         Scratch<T> dz(block * width), pairs(PER_UNIT<T> == 2 ? block * width : 0), inputs(packed_size<T>(s.hidden, block));
@@ -153,7 +153,7 @@ struct Backward {
     void rows_of_chunk(int64_t first, int64_t rows, int64_t token, int64_t count, int64_t width, const T* panels, const T* plain,
                        T* dz, float* wide) const {
         Scratch<float> logits(rows * width);
-        Scratch<T> odd(s.hidden % PER_UNIT<T> ? rows * (s.hidden + 1) : 0);
+        Scratch<T> odd(rows * odd_row<T>(s.hidden));
         const auto a = even_rows(hidden + first * s.hidden, rows, s.hidden, static_cast<T*>(odd));
         logit_rows<T>(logits, width, a, rows, panels, s.hidden, count, temperature);
         for (int64_t r = 0; r < rows; ++r) {

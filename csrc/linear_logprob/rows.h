@@ -18,13 +18,6 @@ namespace reason_rl {
 
 constexpr int64_t LOGIT_CHUNK = 1024;
 
-inline int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
-inline I32x16 lane_is_below(int64_t n) {
-    I32x16 lane;
-    for (int i = 0; i < LANES; ++i) reinterpret_cast<int32_t*>(&lane)[i] = i;
-    return lane < static_cast<int32_t>(std::min<int64_t>(n, LANES));
-}
-
 // logits [rows, stride] of `count` tokens whose panels begin at `panels`: z, and -inf from `count` up to the next multiple of 16.
 template <class T>
 void logit_rows(float* logits, int64_t stride, RowsOf<T> hidden, int64_t rows, const T* panels, int64_t hidden_size, int64_t count,
@@ -34,8 +27,7 @@ void logit_rows(float* logits, int64_t stride, RowsOf<T> hidden, int64_t rows, c
             for (int64_t j = 0; j < columns; j += LANES) {
                 F32x16 z = load(tile.row(r) + j);
                 if (temperature != 1.0f) z = z / splat(temperature);
-                if (columns - j < LANES) z = select(lane_is_below(columns - j), z, splat(-std::numeric_limits<float>::infinity()));
-                store(logits + (m + r) * stride + n + j, z);
+                store(logits + (m + r) * stride + n + j, keep_first(z, columns - j, -std::numeric_limits<float>::infinity()));
             }
     };
     for_tiles(rows, count, hidden_size, hidden, panels, put);

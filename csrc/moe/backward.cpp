@@ -82,7 +82,7 @@ struct Backward {
         const int64_t hidden = plan.size.hidden, inner = plan.size.inner;
         share_out(blocks.size(), [&](auto next) {
             Scratch<T> dy_rows(ROW_BLOCK * hidden), x_rows(ROW_BLOCK * hidden), act(ROW_BLOCK * inner), dp(ROW_BLOCK * 2 * inner);
-            Scratch<T> pairs(hidden % PER_UNIT<T> ? ROW_BLOCK * (hidden + 1) : 0);
+            Scratch<T> pairs(ROW_BLOCK * odd_row<T>(hidden));
             Scratch<float> dact(ROW_BLOCK * inner);
             for (int64_t i; (i = next()) >= 0;) {
                 const auto& [piece, offset] = blocks[i];

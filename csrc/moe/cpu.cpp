@@ -3,8 +3,6 @@
 //
 // The (token, choice) pairs are sorted by expert, each expert's rows run in blocks, and each token sums its rows in order of k:
 // a row's bits come from run_expert alone, whoever else was sent there.
-#include <optional>
-
 #include "plan.h"
 
 namespace reason_rl {
@@ -30,7 +28,7 @@ void moe_route_fwd(Tensor expert_ids, Tensor weights, Tensor scores, Tensor logi
     int64_t* ids = data<int64_t>(op, "expert_ids", expert_ids, {num_tokens, k});
     float* out = data<float>(op, "weights", weights, {num_tokens, k});
     float* all = data<float>(op, "scores", scores, {num_tokens, num_experts});
-    const RouteSpec spec{num_experts, k, sigmoid, normalize, bias ? data<const float>(op, "bias", *bias, {num_experts}) : nullptr};
+    const RouteSpec spec{num_experts, k, sigmoid, normalize, optional_data<const float>(op, "bias", bias, {num_experts})};
     for_token_blocks(num_tokens, [&](int64_t first, int64_t last) {  // route_row in two loops: the first has no branches to guess
         for (int64_t t = first; t < last; ++t) route_scores(in + t * num_experts, spec, all + t * num_experts);
         for (int64_t t = first; t < last; ++t) route_choice(all + t * num_experts, spec, ids + t * k, out + t * k);
@@ -71,8 +69,8 @@ void moe_route_bwd(Tensor dlogits, std::optional<Tensor> dweights, std::optional
     const int64_t num_tokens = scores.size(0), num_experts = scores.size(1), k = expert_ids.size(1);
     RR_CHECK(k >= 1, op, ": expert_ids must hold 1 choice or more, got ", k);
     float* out = data<float>(op, "dlogits", dlogits, {num_tokens, num_experts});
-    const float* dw = dweights ? data<const float>(op, "dweights", *dweights, {num_tokens, k}) : nullptr;
-    const float* ds = dscores ? data<const float>(op, "dscores", *dscores, {num_tokens, num_experts}) : nullptr;
+    const float* dw = optional_data<const float>(op, "dweights", dweights, {num_tokens, k});
+    const float* ds = optional_data<const float>(op, "dscores", dscores, {num_tokens, num_experts});
     const float* all = data<const float>(op, "scores", scores, {num_tokens, num_experts});
     const int64_t* ids = data<const int64_t>(op, "expert_ids", expert_ids, {num_tokens, k});
     check_expert_ids(op, ids, num_tokens, k, num_experts);

@@ -1,8 +1,7 @@
 // What the experts' forward and backward share: the sort of (token, choice) pairs by expert, the work cut into blocks, the packed
-// weights, and threads that take the next block when they are done with theirs, so that uneven experts keep all of them busy.
+// weights. Blocks are shared out to the threads (common/tensor.h), so that uneven experts keep all of them busy.
 #pragma once
 
-#include <atomic>
 #include <numeric>
 
 #include "../common/tensor.h"
@@ -80,18 +79,6 @@ struct Plan {
         });
     }
 };
-
-// work(next) on each thread: while ((i = next()) >= 0) it takes the units of [0, count) in order. Who takes which must not matter.
-template <class F>
-void share_out(int64_t count, F&& work) {
-    std::atomic<int64_t> taken{0};
-    parallel_for(std::min<int64_t>(count, torch::stable::get_num_threads()), [&](int64_t) {
-        work([&]() -> int64_t {
-            const int64_t i = taken.fetch_add(1, std::memory_order_relaxed);
-            return i < count ? i : -1;
-        });
-    });
-}
 
 // The matrices [num_rows, num_columns] of the experts that have rows, packed for products with the matrix or with its transpose.
 template <class T, bool IS_TRANSPOSED>

@@ -16,12 +16,6 @@ struct RouteSpec {
 };
 constexpr float LEAST_ROUTE_SUM = 1e-20f;  // normalised weights are divided by no less
 
-// The first n lanes of x, `rest` in the others.
-inline F32x16 only(F32x16 x, int64_t n, float rest) {
-    static constexpr int32_t PLACES[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return n >= LANES ? x : select(bits_of<I32x16>(PLACES) < static_cast<int32_t>(n), x, splat(rest));
-}
-
 // softmax or sigmoid of the logits, in f32; the order of the sum is fixed by their number.
 inline void route_scores(const float* logits, const RouteSpec& spec, float* scores) {
     const int64_t size = spec.num_experts;
@@ -34,10 +28,10 @@ inline void route_scores(const float* logits, const RouteSpec& spec, float* scor
     }
     constexpr float LOWEST = -std::numeric_limits<float>::infinity();
     F32x16 top = splat(LOWEST), total = splat(0.0f);
-    for (int64_t j = 0; j < size; j += LANES) top = max(top, only(load(logits + j, size - j), size - j, LOWEST));
+    for (int64_t j = 0; j < size; j += LANES) top = max(top, keep_first(load(logits + j, size - j), size - j, LOWEST));
     const float shift = highest(top);
     for (int64_t j = 0; j < size; j += LANES) {
-        const F32x16 raised = only(exp(load(logits + j, size - j) - shift), size - j, 0.0f);
+        const F32x16 raised = keep_first(exp(load(logits + j, size - j) - shift), size - j, 0.0f);
         total = total + raised;
         store(scores + j, raised, size - j);
     }
@@ -84,21 +78,15 @@ struct ExpertWeights {  // packed by pack_transposed
     const T* down;      // of [D, I]
 };
 
-// C [rows, num_columns] = A [rows, k] @ packed B, both in T.
-template <class T>
-void rows_product(T* c, const T* a, const T* packed, int64_t rows, int64_t num_columns, int64_t k) {
-    std::vector<T> pairs(k % PER_UNIT<T> ? rows * (k + 1) : 0);
-    for_tiles(rows, num_columns, k, even_rows(a, rows, k, pairs.data()), packed, store_tile(c, num_columns));
-}
-
 // out [rows, D] = down(swiglu(gate_up(x))), each rounded to T, not weighted. gate_up [rows, 2I] and act [rows, I] are written too.
 template <class T>
 void run_expert(T* out, const T* x, int64_t rows, const ExpertWeights<T>& w, int64_t hidden, int64_t inner, T* gate_up, T* act) {
+    std::vector<T> pairs(std::min(rows, ROW_BLOCK) * std::max(odd_row<T>(hidden), odd_row<T>(inner)));
     for (int64_t first = 0; first < rows; first += ROW_BLOCK) {
         const int64_t count = std::min(ROW_BLOCK, rows - first);
-        rows_product(gate_up + first * 2 * inner, x + first * hidden, w.gate_up, count, 2 * inner, hidden);
+        product(gate_up + first * 2 * inner, x + first * hidden, w.gate_up, count, 2 * inner, hidden, pairs.data());
         for (int64_t m = first; m < first + count; ++m) swiglu_row(act + m * inner, gate_up + m * 2 * inner, inner);
-        rows_product(out + first * hidden, act + first * inner, w.down, count, hidden, inner);
+        product(out + first * hidden, act + first * inner, w.down, count, hidden, inner, pairs.data());
     }
 }
 

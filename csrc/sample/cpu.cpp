@@ -38,7 +38,7 @@ void sample(Tensor token, Tensor logprob, Tensor kept_logmass, Tensor hidden, Te
         parallel_for((rows + block - 1) / block, [&](int64_t i) {
             SampleScratch scratch;
             const int64_t first = i * block, count = std::min(block, rows - first);
-            const int64_t broken = try_sample_rows<T>(inputs + first * k, count, packed, k, vocab, spec, key + first,
+            const int64_t broken = sample_rows<T>(inputs + first * k, count, packed, k, vocab, spec, key + first,
                                                       position + first, tokens + first, logprobs + first, kept + first, scratch);
             int64_t earliest = first_broken;
             while (broken >= 0 && first + broken < earliest && !first_broken.compare_exchange_weak(earliest, first + broken)) {}

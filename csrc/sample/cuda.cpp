@@ -6,34 +6,40 @@
 namespace reason_rl {
 namespace {
 
+// A row's threads count past its end by a block of groups of four: 4 * 1024 columns, which an int32 must still hold.
+constexpr int64_t MAX_COLUMNS = INT32_MAX - 4096;
+
+// The tensor's memory, once it is on the GPU of `logits`.
 template <class T>
-T* on_gpu(const char* name, const Tensor& tensor, ScalarType type, std::initializer_list<int64_t> shape) {
-    bool is_right = tensor.is_cuda() && tensor.is_contiguous() && tensor.scalar_type() == type && tensor.dim() == std::ssize(shape);
+T* on_gpu(const char* name, const Tensor& tensor, const Tensor& logits, ScalarType type, std::initializer_list<int64_t> shape) {
+    const int64_t gpu = logits.get_device_index();
+    const bool is_there = tensor.is_cuda() && tensor.get_device_index() == gpu;
+    bool is_right = is_there && tensor.is_contiguous() && tensor.scalar_type() == type && tensor.dim() == std::ssize(shape);
     for (int64_t i = 0; is_right && i < tensor.dim(); ++i) is_right = tensor.size(i) == shape.begin()[i];
-    RR_CHECK(is_right, "sample_cuda: ", name, " must be ", type_name(type), shape_text(shape), " contiguous on cuda, got ",
-             type_name(tensor.scalar_type()), " with ", tensor.dim(), " dimensions and ", tensor.numel(), " elements",
-             tensor.is_cuda() ? "" : " on another device");
+    RR_CHECK(is_right, "sample_cuda: ", name, " must be ", type_name(type), shape_text(shape), " contiguous on cuda:", gpu,
+             ", got ", type_name(tensor.scalar_type()), " with ", tensor.dim(), " dimensions and ", tensor.numel(), " elements",
+             is_there ? "" : " on another device");
     return static_cast<T*>(tensor.data_ptr());
 }
 
-// `stream`: torch's current cudaStream_t as a number.
+// `stream`: torch's current cudaStream_t of the logits' GPU as a number, which is trusted: it cannot be checked.
 void sample_cuda(Tensor token, Tensor logprob, Tensor kept_logmass, Tensor is_broken, Tensor logits, Tensor keys, Tensor positions,
                  double temperature, int64_t top_k, double top_p, double min_p, int64_t stream) {
     RR_CHECK(logits.dim() == 2, "sample_cuda: logits must have 2 dimensions, got ", logits.dim());
     const int64_t rows = logits.size(0), vocab = logits.size(1);
-    RR_CHECK(rows <= INT32_MAX && vocab > 0 && vocab <= INT32_MAX - 4, "sample_cuda: logits have ", rows, " rows of ", vocab,
-             ": needs 1 to 2^31 - 5 columns and less than 2^31 rows");
+    RR_CHECK(rows <= INT32_MAX && vocab > 0 && vocab <= MAX_COLUMNS, "sample_cuda: logits have ", rows, " rows of ", vocab,
+             ": needs 1 to ", MAX_COLUMNS, " columns and less than 2^31 rows");
     RR_CHECK(temperature >= 0 && top_k >= 0 && top_p > 0 && top_p <= 1 && min_p >= 0 && min_p <= 1,
-             "sample_cuda: needs temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1, got ", temperature, ", ", top_k, ", ",
-             top_p, ", ", min_p);
+             "sample_cuda: needs temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1, got ", temperature, ", ", top_k,
+             ", ", top_p, ", ", min_p);
     const char* error = launch_sample({
-        .logits = on_gpu<const float>("logits", logits, ScalarType::Float, {rows, vocab}),
-        .keys = on_gpu<const int64_t>("keys", keys, ScalarType::Long, {rows}),
-        .positions = on_gpu<const int64_t>("positions", positions, ScalarType::Long, {rows}),
-        .token = on_gpu<int64_t>("token", token, ScalarType::Long, {rows}),
-        .logprob = on_gpu<float>("logprob", logprob, ScalarType::Float, {rows}),
-        .kept_logmass = on_gpu<float>("kept_logmass", kept_logmass, ScalarType::Float, {rows}),
-        .is_broken = on_gpu<bool>("is_broken", is_broken, ScalarType::Bool, {rows}),
+        .logits = on_gpu<const float>("logits", logits, logits, ScalarType::Float, {rows, vocab}),
+        .keys = on_gpu<const int64_t>("keys", keys, logits, ScalarType::Long, {rows}),
+        .positions = on_gpu<const int64_t>("positions", positions, logits, ScalarType::Long, {rows}),
+        .token = on_gpu<int64_t>("token", token, logits, ScalarType::Long, {rows}),
+        .logprob = on_gpu<float>("logprob", logprob, logits, ScalarType::Float, {rows}),
+        .kept_logmass = on_gpu<float>("kept_logmass", kept_logmass, logits, ScalarType::Float, {rows}),
+        .is_broken = on_gpu<bool>("is_broken", is_broken, logits, ScalarType::Bool, {rows}),
         .rows = static_cast<int32_t>(rows), .vocab = static_cast<int32_t>(vocab),
         .temperature = temperature, .top_p = top_p, .min_p = min_p, .top_k = top_k,
     }, reinterpret_cast<void*>(stream));

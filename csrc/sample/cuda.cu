@@ -1,5 +1,5 @@
-// `sample` on a GPU: one block a row, the algorithm of select.h. Siblings: kernels/sample/cuda.py, tests/kernels/test_sample_cuda.py,
-// and test_sample_select.py, which needs no GPU.
+// `sample` on a GPU: one block a row, the algorithm of select.h. Siblings: kernels/sample/cuda.py, and in tests/kernels
+// test_sample_cuda.py and test_sample_select.py, which needs no GPU.
 //
 // A row is read three times, and up to four times more for a cut; after the first time it comes from the second cache.
 #include "cuda.h"

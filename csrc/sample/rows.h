@@ -102,8 +102,7 @@ inline bool shift_row(float* logits, int64_t vocab, float max) {
     for (int64_t v = 0; v < vocab; v += LANES) {
         const F32x16 shifted = load(logits + v) - max;
         store(logits + v, shifted);
-        const F32x16 own = vocab - v < LANES ? select(lane_is_below(vocab - v), shifted, splat(0.0f)) : shifted;
-        is_finite = is_finite & (own >= -std::numeric_limits<float>::max());
+        is_finite = is_finite & (keep_first(shifted, vocab - v, 0.0f) >= -std::numeric_limits<float>::max());
     }
     return lane_bits(is_finite) == 0xffffu;
 }
@@ -133,7 +132,7 @@ inline Drawn sample_row(float* logits, int64_t vocab, const SampleSpec& spec, in
 // -> the first row whose logits hold NaN or inf, or -1. Rows are taken as many at a time as keeps their logits in the cache, and
 // the head is read once for each such block.
 template <class T>
-int64_t try_sample_rows(const T* hidden, int64_t rows, const T* packed_head, int64_t hidden_size, int64_t vocab,
+int64_t sample_rows(const T* hidden, int64_t rows, const T* packed_head, int64_t hidden_size, int64_t vocab,
                         const SampleSpec& spec, const int64_t* keys, const int64_t* positions, int64_t* token, float* logprob,
                         float* kept_logmass, SampleScratch& scratch) {
     const int64_t stride = padded(vocab);
@@ -159,15 +158,6 @@ int64_t try_sample_rows(const T* hidden, int64_t rows, const T* packed_head, int
 [[noreturn]] inline void fail_broken_row(int64_t row) {
     throw std::runtime_error("sample: the logits of row " + std::to_string(row) +
                              " hold NaN or inf; the weights or the hidden states are broken");
-}
-
-template <class T>
-void sample_rows(const T* hidden, int64_t rows, const T* packed_head, int64_t hidden_size, int64_t vocab, const SampleSpec& spec,
-                 const int64_t* keys, const int64_t* positions, int64_t* token, float* logprob, float* kept_logmass,
-                 SampleScratch& scratch) {
-    const int64_t broken = try_sample_rows(hidden, rows, packed_head, hidden_size, vocab, spec, keys, positions, token, logprob,
-                                           kept_logmass, scratch);
-    if (broken >= 0) fail_broken_row(broken);
 }
 
 }  // namespace reason_rl

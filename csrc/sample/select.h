@@ -7,6 +7,7 @@
 // its sums are exact in any order. A Block is what the threads of a row share:
 //     rank(), size() (a power of two), sync(), highest(float), sum(double) in fixed order, sum(uint64_t), before(Tally): the sum
 //     over lower ranks, add(Tally&, uint32_t, uint64_t): atomic, winner(Score)
+// `vocab` is at most INT32_MAX - 4 * size(): indices run past the end by as much.
 #pragma once
 
 #include <cmath>

@@ -10,7 +10,8 @@ each row's own keys follow on blocks of its own.
 Scores, softmax and sums are f32 (f64 for f64 inputs); the result is rounded once to q's dtype. Keys are summed in tiles of fixed
 size, prefix first, so that both forms give a token the same bits. Saved for backward: q, k, v, the result and two f32 a row (its
 highest score, its denominator), from which the weights are computed again; the reference saves the weights. dk and dv of a shared
-prefix are summed over its readers in their order, in f32. The native kernels take even head dims up to 256.
+prefix are summed over its readers in their order, in f32. The native kernels take even head dims up to 256; "auto" gives the
+others to the reference. `paged_attention` has no gradient.
 Flops per query-key pair and head: 4 * C, and 10 * C backward. Siblings: plan.py, pages.py, reference.py and native.py here,
 csrc/attention/, tests/kernels/test_attention{,_native}.py.
 """
@@ -37,6 +38,15 @@ PAGED_OP = Op("paged_attention", (
     Implementation("reference", paged_attention_reference)))
 
 
+MAX_NATIVE_HEAD_DIM = 256
+
+
+def _choose(op: Op, q: torch.Tensor, impl: str) -> Implementation:
+    """By name, what was named; by itself, the reference where the native kernel would refuse q's head dim."""
+    is_odd = q.shape[2] % 2 == 1 or not 2 <= q.shape[2] <= MAX_NATIVE_HEAD_DIM
+    return op.choose(q, "reference" if is_odd and impl == "auto" else impl)
+
+
 def _check_heads(op: str, num_heads: int, num_kv_heads: int) -> None:
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"{op}: the heads of q must be a multiple of the heads of k, got {num_heads} and {num_kv_heads}")
@@ -54,19 +64,22 @@ def attention(
     plan = segments if isinstance(segments, SegmentPlan) else plan_segments(segments, q.shape[0], q.device)
     if plan.num_tokens != q.shape[0]:
         raise ValueError(f"attention: the plan is for {plan.num_tokens} tokens, q holds {q.shape[0]}")
-    result: torch.Tensor = OP.choose(q, impl).run(q, k, v, plan, q.shape[2] ** -0.5 if scale is None else scale)
+    result: torch.Tensor = _choose(OP, q, impl).run(q, k, v, plan, q.shape[2] ** -0.5 if scale is None else scale)
     return result
 
 
 def paged_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, pages: Pages, scale: float | None = None, impl: str = "auto"
 ) -> torch.Tensor:
-    """q: float[R, H, C]; caches: float[K, num_blocks, BLOCK_SIZE, C], finite wherever `pages` points -> float[R, H, C]."""
+    """q: float[R, H, C]; caches: float[K, num_blocks, BLOCK_SIZE, C], finite wherever `pages` points -> float[R, H, C].
+    Without a gradient: an input that wants one is refused."""
     op = "paged_attention"
     check(op, "q", q, (pages.num_rows, "H", "C"), FLOATS)
     check(op, "k_cache", k_cache, (pages.num_kv_heads, pages.num_blocks, BLOCK_SIZE, q.shape[2]), q.dtype, like=q)
     check(op, "v_cache", v_cache, tuple(k_cache.shape), q.dtype, like=q)
     _check_heads(op, q.shape[1], k_cache.shape[0])
-    result: torch.Tensor = PAGED_OP.choose(q, impl).run(
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
+        raise ValueError(f"{op} has no gradient, but q, k_cache or v_cache requires one: detach it, or call under torch.no_grad()")
+    result: torch.Tensor = _choose(PAGED_OP, q, impl).run(
         q, k_cache, v_cache, pages, q.shape[2] ** -0.5 if scale is None else scale)
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from kernels.grpo_loss.spec import LossSpec
 from kernels.native import OPS
@@ -25,9 +26,8 @@ class NativeGrpoLoss(torch.autograd.Function):
         ctx: Any, logprobs: torch.Tensor, entropy: torch.Tensor | None, constants: list[torch.Tensor | None],
         spec: LossSpec, counts: list[int],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, metrics = torch.empty(()), torch.empty(len(METRICS))
-        dlogprobs = torch.empty(logprobs.shape)
-        dentropy = torch.empty(logprobs.shape if spec.entropy_coef != 0 else (0,))
+        loss, metrics, dlogprobs, dentropy = (torch.empty(shape, dtype=torch.float32, device=logprobs.device) for shape in (
+            (), (len(METRICS),), logprobs.shape, logprobs.shape if spec.entropy_coef != 0 else (0,)))
         old, advantages, index, rollout, ref = (None if x is None else x.detach().contiguous() for x in constants)
         choices = [allowed.index(getattr(spec, name)) for name, allowed in CHOICES.items()]
         OPS.grpo_loss(
@@ -38,6 +38,7 @@ class NativeGrpoLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dlogprobs, dentropy = ctx.saved_tensors
         return dlogprobs * grads[0], None if dentropy is None else dentropy * grads[0], None, None, None

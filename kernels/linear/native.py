@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from kernels.native import OPS
 
@@ -19,6 +20,7 @@ class NativeLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         x, weight = ctx.saved_tensors
         dy = grads[0].contiguous()
@@ -27,7 +29,7 @@ class NativeLinear(torch.autograd.Function):
             dx = torch.empty_like(x)
             OPS.linear_dgrad(dx, dy, weight)
         if ctx.needs_input_grad[1]:
-            dweight = torch.empty(weight.shape, dtype=torch.float32)
+            dweight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
             OPS.linear_wgrad(dweight, dy, x)
             dweight = dweight.to(weight.dtype)
         return dx, dweight

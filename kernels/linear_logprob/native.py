@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from kernels.native import OPS
 
@@ -16,17 +17,19 @@ class NativeLinearLogprob(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, weight, target_ids = hidden.contiguous(), weight.contiguous(), target_ids.contiguous()
         num_tokens = hidden.shape[0]
-        logprob, entropy = (torch.empty(num_tokens) for _ in range(2))
-        stats = torch.empty(num_tokens, 2)
+        logprob, entropy, stats = (torch.empty(shape, dtype=torch.float32, device=hidden.device)
+                                   for shape in ((num_tokens,), (num_tokens,), (num_tokens, 2)))
         OPS.linear_logprob_fwd(logprob, entropy, stats, hidden, weight, target_ids, temperature)
         ctx.save_for_backward(hidden, weight, target_ids, stats, entropy)
         ctx.temperature = temperature
         return logprob, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, target_ids, stats, entropy = ctx.saved_tensors
-        dhidden, dweight = torch.empty_like(hidden), torch.empty(weight.shape)
+        dhidden = torch.empty_like(hidden)
+        dweight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
         dlogprob, dentropy = (grad.contiguous() for grad in grads)
         OPS.linear_logprob_bwd(
             dhidden, dweight, dlogprob, dentropy, hidden, weight, target_ids, stats, entropy, ctx.temperature)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from kernels.moe.reference import Route
 from kernels.native import OPS
@@ -17,7 +18,7 @@ class NativeRoute(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits = logits.contiguous()
         num_tokens = logits.shape[0]
-        expert_ids = torch.empty(num_tokens, k, dtype=torch.int64)
+        expert_ids = torch.empty(num_tokens, k, dtype=torch.int64, device=logits.device)
         weights, scores = logits.new_empty(num_tokens, k), torch.empty_like(logits)
         bias = None if expert_bias is None else expert_bias.detach().to(logits.dtype).contiguous()
         OPS.moe_route_fwd(expert_ids, weights, scores, logits, bias, is_sigmoid, normalize)
@@ -28,6 +29,7 @@ class NativeRoute(torch.autograd.Function):
         return expert_ids, weights, scores
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         expert_ids, scores = ctx.saved_tensors
         _, dweights, dscores = (None if grad is None else grad.contiguous() for grad in grads)
@@ -52,10 +54,11 @@ class NativeExperts(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         kept, x, gate_up, down, expert_ids, shares = ctx.saved_tensors
         dx, dweights = torch.empty_like(x), torch.empty_like(shares)
-        dgate_up, ddown = (torch.empty(w.shape, dtype=torch.float32) for w in (gate_up, down))
+        dgate_up, ddown = (torch.empty(w.shape, dtype=torch.float32, device=w.device) for w in (gate_up, down))
         OPS.moe_experts_bwd(dx, dgate_up, ddown, dweights, grads[0].contiguous(), kept, x, gate_up, down, expert_ids, shares)
         return dx, dgate_up.to(gate_up.dtype), ddown.to(down.dtype), None, dweights.to(ctx.weights_dtype), None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from kernels.native import OPS
 
@@ -23,15 +24,16 @@ class NativeRmsNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         rows = as_rows(x)
-        y = torch.empty(rows.shape, dtype=x.dtype)
+        y = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
         OPS.rms_norm_fwd(y, rows, weight, eps)
         return y.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = as_rows(x)
-        dx, dweight = torch.empty(rows.shape, dtype=x.dtype), torch.empty_like(weight)
+        dx, dweight = torch.empty(rows.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight)
         OPS.rms_norm_bwd(dx, dweight, as_rows(grads[0]), rows, weight, ctx.eps)
         return dx.view(x.shape), dweight, None
 

@@ -12,7 +12,8 @@ def sample_native(
     temperature: float, top_k: int, top_p: float, min_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     num_rows = hidden.shape[0]
-    token, logprob, kept_logmass = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows), torch.empty(num_rows)
+    token, logprob, kept_logmass = (
+        torch.empty(num_rows, dtype=dtype, device=hidden.device) for dtype in (torch.int64, torch.float32, torch.float32))
     inputs = (tensor.contiguous() for tensor in (hidden, weight, keys, positions))
     try:
         OPS.sample(token, logprob, kept_logmass, *inputs, temperature, top_k, top_p, min_p)

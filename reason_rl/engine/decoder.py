@@ -54,6 +54,8 @@ def native_why_not(model: Transformer) -> str:
         return "projections by torch's own GEMMs were asked for"
     if model.compute_dtype not in DTYPES:
         return f"not for {model.compute_dtype}"
+    if model.config.head_dim > 256:
+        return f"not for a head dim of {model.config.head_dim}: above 256"
     return cpu_why_not(model.embedding.weight.device)
 
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reason_rl.reward.format import thinking_tokens
-    from reason_rl.reward.grade import Grader, Pending, check_rewards, grade_group
+    from reason_rl.reward.grade import Grader, Pending, check_rewards
 
-__all__ = ["Grader", "Pending", "check_rewards", "grade_group", "thinking_tokens"]
+__all__ = ["Grader", "Pending", "check_rewards", "thinking_tokens"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ completion is ungraded, with the cause, and takes no part in the update; nothing
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,13 @@ from reason_rl.reward.custom import load_reward
 from reason_rl.reward.length import cosine_reward, overlong_reward
 from reason_rl.reward.service import Kind, VerifierService
 from reason_rl.reward.verdict import Verdict
-from reason_rl.types import Completion, FinishReason, Group, Problem, Score
+from reason_rl.types import FinishReason, Problem, Score
 
 VERIFIER_OF_TASK = {"countdown": "countdown", "gsm8k": "math", "math": "math", "mbpp": "code", "code": "code"}
 """Where reward.verifier is "auto"; any other task's answers are compared as text."""
 TEXT_DEADLINE_S = 10.0
+FACTS_OF_VERIFIER = {"countdown": ("numbers", "target"), "code": ("tests",)}
+"""What a problem must bring beside its answer."""
 CODE_KIND_GRACE_S = 5.0
 """From a program's own deadline to its worker's."""
 GIB = 1 << 30
@@ -34,15 +36,20 @@ def verifier_of(problem: Problem, config: RewardConfig) -> str:
 
 
 def check_rewards(config: Config, problem: Problem) -> list[str]:
-    """What can fail, before any work: raises for a function, model or sandbox that is missing; lines that a run should say."""
-    reward = config.reward
+    """What can fail, before any work: raises for a function, model, sandbox or fact of the task's (problem: one of its problems)
+    that is missing; lines that a run should say."""
+    reward, verifier = config.reward, verifier_of(problem, config.reward)
+    missing = [name for name in FACTS_OF_VERIFIER.get(verifier, ()) if problem.facts.get(name) in (None, "", [], ())]
+    if missing:
+        raise ValueError(f"reward.verifier {verifier!r} needs {' and '.join(missing)} among a problem's facts, but the task "
+                         f"{problem.task!r} has {sorted(problem.facts) or 'none'}")
     for key, entry_point in (("reward.custom", reward.custom), ("reward.judge", reward.judge)):
         if entry_point:
             load_reward(entry_point, key)
     for name in ("config.json", "reward_head.safetensors") if reward.model else ():
         if not (Path(reward.model) / name).is_file():
             raise ValueError(f"reward.model must be a reward model's folder, but there is no {name} in {reward.model!r}")
-    return [require_sandbox(reward.code_sandbox)] if verifier_of(problem, reward) == "code" else []
+    return [require_sandbox(reward.code_sandbox)] if verifier == "code" else []
 
 
 def reward_kinds(config: RewardConfig) -> list[Kind]:
@@ -52,18 +59,18 @@ def reward_kinds(config: RewardConfig) -> list[Kind]:
         Kind("text", "reason_rl.reward.text:grade_text", TEXT_DEADLINE_S, memory_bytes=GIB, options=text),
         Kind("math", "reason_rl.reward.math:grade_math", config.math_deadline_s, memory_bytes=GIB),
         Kind("code", "reason_rl.reward.code:run_code", config.code_deadline_s + CODE_KIND_GRACE_S,
-             options=code_options(config), batch=1),
+             options=code_options(config), batch=1, num_workers=os.cpu_count() or 1),
     ]
-    custom = "reason_rl.reward.custom:grade_custom"
+    custom, load = "reason_rl.reward.custom:grade_custom", "reason_rl.reward.custom:load_reward"
     if config.custom:
-        kinds.append(Kind("custom", custom, config.custom_deadline_s,
+        kinds.append(Kind("custom", custom, config.custom_deadline_s, prepare=load,
                           options={"entry_point": config.custom, "key": "reward.custom"}))
     if config.judge:
-        kinds.append(Kind("judge", custom, config.judge_deadline_s, options={"entry_point": config.judge, "key": "reward.judge"},
-                          batch=1, num_workers=config.judge_workers))
+        kinds.append(Kind("judge", custom, config.judge_deadline_s, prepare=load,
+                          options={"entry_point": config.judge, "key": "reward.judge"}, batch=1, num_workers=config.judge_workers))
     if config.model:
         kinds.append(Kind("model", "reason_rl.reward_model:grade_by_model", config.model_deadline_s,
-                          options={"folder": config.model}, num_workers=1))
+                          prepare="reason_rl.reward_model:load_reward_model", options={"folder": config.model}, num_workers=1))
     return kinds
 
 
@@ -71,8 +78,10 @@ def reward_kinds(config: RewardConfig) -> list[Kind]:
 class Pending:
     """A completion on its way through the service."""
 
-    verdicts: dict[str, Future[Verdict]]
-    """By part; accuracy may come from the text kind, whose verdict has the other parts of the text too."""
+    service: VerifierService
+    verdicts: dict[str, tuple[str, Future[Verdict]]]
+    """By part, its kind and what that will say; accuracy may come from the text kind, whose verdict has the other parts of the
+    text too."""
     num_tokens: int
     finish_reason: FinishReason
     config: Config
@@ -81,8 +90,8 @@ class Pending:
         """Waits for what is missing."""
         parts: dict[str, float] = {}
         causes: list[str] = []
-        for name, future in self.verdicts.items():
-            verdict = future.result()
+        for name, (kind, future) in self.verdicts.items():
+            verdict = self.service.result(kind, future)
             if not verdict.is_graded or not math.isfinite(verdict.value):
                 causes.append(f"{name} {verdict.cause or 'not_finite'}: {verdict.detail}")
             elif name != "text":
@@ -99,7 +108,7 @@ class Pending:
         reward, longest = self.config.reward, self.config.sampling.max_tokens
         lengths = {"overlong": overlong_reward(self.num_tokens, self.finish_reason, longest, reward.overlong_buffer)}
         if reward.cosine and "accuracy" in parts:
-            is_right = parts["accuracy"] > 0.5
+            is_right = parts["accuracy"] >= 1.0
             lengths["cosine"] = cosine_reward(is_right, self.num_tokens, self.finish_reason, longest, reward)
         return lengths
 
@@ -123,13 +132,13 @@ class Grader:
         request = {"text": text, "prompt": problem.prompt, "answer": problem.answer, "facts": dict(problem.facts),
                    "task": problem.task, "finish_reason": finish_reason, "verifier": verifier}
         is_text = verifier not in ("math", "code")
-        verdicts = {"accuracy" if is_text else "text": self.service.submit("text", request)}
+        verdicts = {"accuracy" if is_text else "text": ("text", self.service.submit("text", request))}
         if not is_text:
-            verdicts["accuracy"] = self.service.submit(verifier, request)
+            verdicts["accuracy"] = verifier, self.service.submit(verifier, request)
         for kind in ("custom", "judge", "model"):
             if kind in self.service.kinds:
-                verdicts[kind] = self.service.submit(kind, {"problem": problem, "text": text})
-        return Pending(verdicts, num_tokens, finish_reason, self.config)
+                verdicts[kind] = kind, self.service.submit(kind, {"problem": problem, "text": text})
+        return Pending(self.service, verdicts, num_tokens, finish_reason, self.config)
 
     def close(self) -> None:
         self.service.close()
@@ -139,15 +148,3 @@ class Grader:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def grade_group(group: Group, texts: Sequence[str], grader: Grader) -> Group:
-    """The group with a `Score` for each completion, once all are graded."""
-    if len(texts) != len(group.completions):
-        raise ValueError(f"one text for each of the {len(group.completions)} completions, got {len(texts)}")
-    pending = [grader.submit(group.problem, text, *_length(completion)) for text, completion in zip(texts, group.completions)]
-    return group.with_scores(tuple(one.score() for one in pending))
-
-
-def _length(completion: Completion) -> tuple[int, FinishReason]:
-    return len(completion.token_ids), completion.finish_reason

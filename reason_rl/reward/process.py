@@ -30,7 +30,7 @@ GRACE_S = 1.0
 """From the deadline, at which the worker interrupts itself, to the kill."""
 MAX_REPLY_BYTES = 1 << 26
 START_DEADLINE_S = 120.0
-"""For a worker's imports (a reward model loads torch and its weights), on a machine that may be busy."""
+"""For a worker's imports and its kind's `prepare` (a reward model loads torch and its weights), on a machine that may be busy."""
 PROGRESS = struct.Struct("qd")
 """(index in the batch of the request it is at, monotonic seconds since when); index -1 before the first."""
 ENTRY = ("import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -43,14 +43,14 @@ class WorkerStartError(RuntimeError):
 
 @dataclass(frozen=True)
 class Lost:
-    """The worker is gone: `index` of the request that it was at, and the verdict on that one."""
+    """The worker is gone: `index` of the request that it was at (-1: it had not begun), and the verdict on that one."""
 
     index: int
     verdict: Verdict
 
 
 class WorkerProcess:
-    def __init__(self, function: str, options: Mapping[str, Any], deadline_s: float, memory_bytes: int) -> None:
+    def __init__(self, function: str, options: Mapping[str, Any], deadline_s: float, memory_bytes: int, prepare: str = "") -> None:
         self.deadline_s = deadline_s
         ours, theirs = Pipe()
         self._connection: Connection = ours
@@ -67,7 +67,8 @@ class WorkerProcess:
         theirs.close()
         os.close(page)
         self._ending = threading.Lock()
-        self._setup = {"function": function, "options": dict(options), "deadline_s": deadline_s, "memory_bytes": memory_bytes}
+        self._setup = {"function": function, "prepare": prepare, "options": dict(options), "deadline_s": deadline_s,
+                       "memory_bytes": memory_bytes}
 
     @property
     def pid(self) -> int:
@@ -100,7 +101,7 @@ class WorkerProcess:
                     self.kill()
                     yield Lost(index, ungradable("deadline", f"no verdict within {self.deadline_s:g} s; the worker was killed"))
                     return
-        except (EOFError, OSError, ValueError, TypeError):  # gone, or what it sends is none of ours
+        except (EOFError, OSError, ValueError, TypeError, RecursionError):  # gone, or what it sends is none of ours
             index, _ = PROGRESS.unpack(self._progress)
             yield Lost(index, ungradable("crash", f"the worker died: {self._ended()}"))
 

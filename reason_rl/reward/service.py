@@ -18,14 +18,16 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from reason_rl.reward.process import WorkerProcess, WorkerStartError
+from reason_rl.reward.process import GRACE_S, START_DEADLINE_S, WorkerProcess, WorkerStartError
 from reason_rl.reward.verdict import Verdict, ungradable
 
 Request = Mapping[str, Any]
 """Picklable, of plain values."""
+SLACK_S = 60.0
+"""Beyond all deadlines, on a machine that may be busy, before a kind without any verdict is taken for broken."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Kind:
     memory_bytes: int = 0
     """Limit of a worker's address space; 0 sets none."""
     options: Mapping[str, Any] = field(default_factory=dict)
+    prepare: str = ""
+    """"module:function", called with the options at a worker's start: loads once what no request's deadline should pay for."""
     batch: int = 64
     """Most requests sent to a worker at once: 1 for slow kinds."""
     num_workers: int = 0
@@ -49,6 +53,8 @@ class _Task:
     request: bytes
     """Pickled by who hands it in, so that what cannot be sent is seen there and later changes to it are not."""
     future: Future[Verdict]
+    is_second_try: bool = False
+    """A worker was lost before it began with this one."""
 
 
 @dataclass
@@ -66,6 +72,8 @@ class _State:
     busy_since_s: float = 0.0
     busy_s: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
+    num_done: Counter[str] = field(default_factory=Counter)
+    """Batches that a kind's threads have taken and verdicts that they gave: as long as it grows, they are alive."""
     queue_peak: int = 0
 
 
@@ -83,6 +91,7 @@ class VerifierService:
         if kind not in self.kinds:
             raise ValueError(f"the service has the kinds {sorted(self.kinds)}, got {kind!r}")
         state, future = self._state, Future[Verdict]()
+        future.set_running_or_notify_cancel()  # from here on it is the service's to resolve
         try:
             task, refused = _Task(pickle.dumps(request), future), None
         except Exception as error:
@@ -98,15 +107,30 @@ class VerifierService:
                 state.queues[kind].append(task)
                 state.num_queued += 1
                 state.queue_peak = max(state.queue_peak, state.num_queued)
-                self._need_worker(kind)
+                refused = self._need_worker(kind)
+                if refused is not None:
+                    state.queues[kind].pop()
+                    state.num_queued -= 1
                 state.changed.notify_all()
         if refused is not None:
-            _finish(state, task, refused)
+            _finish(state, kind, task, refused)
         return future
+
+    def result(self, kind: str, future: Future[Verdict]) -> Verdict:
+        """Waits for as long as verdicts of this kind keep coming. Each worker gives one within the deadlines of its start and of a
+        request; where none comes in that time and SLACK_S, the service is broken, and the request ungradable."""
+        patience_s = START_DEADLINE_S + self.kinds[kind].deadline_s + GRACE_S + SLACK_S
+        while True:
+            seen = self._state.num_done[kind]
+            try:
+                return future.result(timeout=patience_s)
+            except TimeoutError:
+                if self._state.num_done[kind] == seen:
+                    return ungradable("stalled", f"no verdict of the kind {kind!r} in {patience_s:.0f} s")
 
     def grade(self, kind: str, requests: Sequence[Request]) -> list[Verdict]:
         """All of them, in order; for callers with nothing else to do meanwhile."""
-        return [future.result() for future in [self.submit(kind, request) for request in requests]]
+        return [self.result(kind, future) for future in [self.submit(kind, request) for request in requests]]
 
     def take_metrics(self) -> dict[str, float]:
         """Counts since the last call. gradings_per_s is over the time in which something was waiting for a verdict."""
@@ -136,27 +160,29 @@ class VerifierService:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _need_worker(self, name: str) -> None:
-        """A thread more where all of the kind's are busy and there may be more. Held: `changed`."""
+    def _need_worker(self, name: str) -> Verdict | None:
+        """A thread more where all of the kind's are busy and there may be more; a verdict where there is none at all and none can
+        be had. Held: `changed`."""
         state, kind = self._state, self.kinds[name]
         threads = state.threads[name]
         if len(state.queues[name]) > state.idle[name] and len(threads) < (kind.num_workers or self.num_workers):
             thread = threading.Thread(
                 target=_serve, args=(state, kind, kind.num_workers or self.num_workers), name=f"verify-{name}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the machine gives no more threads
+                return None if threads else ungradable("start", str(error))
             threads.append(thread)
-            thread.start()
+        return None
 
 
 def _close(state: _State) -> None:
     with state.changed:
         state.is_closed = True
-        waiting = [task for queue in state.queues.values() for task in queue]
-        for queue in state.queues.values():
-            queue.clear()
         processes = list(state.processes)
         state.changed.notify_all()
-    for task in waiting:
-        _finish(state, task, ungradable("closed"))
+    for name in state.queues:
+        _close_queue(state, name)
     for process in processes:
         process.kill()
     for thread in [thread for threads in state.threads.values() for thread in threads]:
@@ -170,26 +196,35 @@ def _serve(state: _State, kind: Kind, num_workers: int) -> None:
     has_failed = False
     try:
         while tasks := _take(state, kind, num_workers):
-            if worker is None:
-                try:
+            try:
+                if worker is None:
                     worker = _start(state, kind, has_failed)
-                except WorkerStartError as error:
-                    _finish_all(state, tasks, ungradable("start", str(error)))
-                    continue
-            unfinished = _grade_batch(state, worker, tasks)
+                unfinished = _grade_batch(state, kind.name, worker, tasks)
+            except WorkerStartError as error:
+                _finish_all(state, kind.name, tasks, ungradable("start", str(error)))
+                continue
+            except Exception as error:  # a mistake of ours: the thread must outlive it, or the kind would never answer again
+                _finish_all(state, kind.name, tasks, ungradable("crash", f"{type(error).__name__} in the service: {error}"))
+                unfinished = []
             if unfinished is not None:
-                _stop(state, worker)
+                if worker is not None:
+                    _stop(state, worker)
                 worker, has_failed = None, True
-                with state.changed:  # the rest goes back to the head of the queue, in its order
-                    state.queues[kind.name].extendleft(reversed(unfinished))
-                    state.num_queued += len(unfinished)
-                    state.changed.notify_all()
-                    closed = state.is_closed
-                if closed:
-                    _close_queue(state, kind.name)
+                _put_back(state, kind.name, unfinished)
     finally:
         if worker is not None:
             _stop(state, worker)
+
+
+def _put_back(state: _State, name: str, tasks: Sequence[_Task]) -> None:
+    """To the head of the queue, in their order."""
+    with state.changed:
+        state.queues[name].extendleft(reversed(tasks))
+        state.num_queued += len(tasks)
+        state.changed.notify_all()
+        is_closed = state.is_closed
+    if is_closed:
+        _close_queue(state, name)
 
 
 def _take(state: _State, kind: Kind, num_workers: int) -> list[_Task]:
@@ -204,6 +239,7 @@ def _take(state: _State, kind: Kind, num_workers: int) -> list[_Task]:
         count = min(kind.batch, max(1, -(-len(queue) // num_workers)))
         tasks = [queue.popleft() for _ in range(min(count, len(queue)))]
         state.num_queued -= len(tasks)
+        state.num_done[kind.name] += 1
         state.changed.notify_all()
         return tasks
 
@@ -213,12 +249,12 @@ def _close_queue(state: _State, name: str) -> None:
         waiting = list(state.queues[name])
         state.queues[name].clear()
         state.num_queued -= len(waiting)
-    _finish_all(state, waiting, ungradable("closed"))
+    _finish_all(state, name, waiting, ungradable("closed"))
 
 
 def _start(state: _State, kind: Kind, is_restart: bool) -> WorkerProcess:
     try:
-        worker = WorkerProcess(kind.function, kind.options, kind.deadline_s, kind.memory_bytes)
+        worker = WorkerProcess(kind.function, kind.options, kind.deadline_s, kind.memory_bytes, kind.prepare)
     except OSError as error:  # no process, no memory, no files to be had
         raise WorkerStartError(f"{type(error).__name__}: {error}") from error
     with state.changed:
@@ -229,7 +265,7 @@ def _start(state: _State, kind: Kind, is_restart: bool) -> WorkerProcess:
         worker.kill()
     try:
         worker.wait_until_ready()
-    except WorkerStartError:
+    except BaseException:
         _stop(state, worker)
         raise
     return worker
@@ -241,31 +277,36 @@ def _stop(state: _State, worker: WorkerProcess) -> None:
         state.processes.discard(worker)
 
 
-def _grade_batch(state: _State, worker: WorkerProcess, tasks: Sequence[_Task]) -> list[_Task] | None:
+def _grade_batch(state: _State, name: str, worker: WorkerProcess, tasks: Sequence[_Task]) -> list[_Task] | None:
     """None when all were graded; else the worker is lost, and these tasks are still to be done by another."""
     num_done = 0
     for verdict in worker.grade([task.request for task in tasks]):
         if isinstance(verdict, Verdict):
-            _finish(state, tasks[num_done], verdict)
+            _finish(state, name, tasks[num_done], verdict)
             num_done += 1
-            continue
-        # The worker is gone: those before its last request were graded but not sent, that one is to blame, the rest wait.
-        culprit = max(num_done, verdict.index)
-        _finish(state, tasks[culprit], verdict.verdict)
-        return [task for index, task in enumerate(tasks) if index >= num_done and index != culprit]
+        elif verdict.index < 0:  # it was lost before it began, by no request's doing: each may try again, once
+            _finish_all(state, name, [task for task in tasks if task.is_second_try], verdict.verdict)
+            return [replace(task, is_second_try=True) for task in tasks if not task.is_second_try]
+        else:  # those before its last request were graded but not sent, that one is to blame, the rest wait
+            culprit = max(num_done, verdict.index)
+            _finish(state, name, tasks[culprit], verdict.verdict)
+            return [task for index, task in enumerate(tasks) if index >= num_done and index != culprit]
     return None
 
 
-def _finish_all(state: _State, tasks: Iterable[_Task], verdict: Verdict) -> None:
+def _finish_all(state: _State, name: str, tasks: Iterable[_Task], verdict: Verdict) -> None:
+    """Those that have no verdict yet."""
     for task in tasks:
-        _finish(state, task, verdict)
+        if not task.future.done():
+            _finish(state, name, task, verdict)
 
 
-def _finish(state: _State, task: _Task, verdict: Verdict) -> None:
+def _finish(state: _State, name: str, task: _Task, verdict: Verdict) -> None:
     with state.changed:
         state.counts["gradings"] += 1
         if not verdict.is_graded:
             state.counts[f"ungradable/{verdict.cause}"] += 1
+        state.num_done[name] += 1
         state.num_pending -= 1
         if state.num_pending == 0:
             state.busy_s += time.monotonic() - state.busy_since_s

@@ -19,8 +19,8 @@ Status = Literal["right", "wrong", "ungradable"]
 class Verdict:
     status: Status
     cause: str = ""
-    """One word for the metrics: why it is ungradable (deadline, crash, memory, start, raised, not_finite, gold, sandbox,
-    closed), or why it is wrong where that is worth counting (no_answer, parse)."""
+    """One word for the metrics: why it is ungradable (deadline, crash, memory, start, stalled, raised, not_finite, gold,
+    unreadable, sandbox, tests, closed), or why it is wrong where that is worth counting (no_answer, parse)."""
     value: float = 0.0
     """1.0 for right, 0.0 for wrong and ungradable; a share in between, or any finite number, for graded rewards."""
     detail: str = ""

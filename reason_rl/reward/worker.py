@@ -61,16 +61,24 @@ def _on_alarm(signum: int, frame: object) -> None:
 
 
 def _load(setup: Mapping[str, Any]) -> tuple[Verify, str]:
-    """The function, under the memory limit; or the reason why there is none."""
+    """The function, under the memory limit and with what it needs loaded; or the reason why there is none."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if setup["memory_bytes"]:
         resource.setrlimit(resource.RLIMIT_AS, (setup["memory_bytes"],) * 2)
-    module, _, name = setup["function"].partition(":")
+    name = setup["function"]
     try:
-        found: Verify = getattr(importlib.import_module(module), name)
-        return found, ""
+        verify: Verify = _named(name)
+        if name := setup["prepare"]:
+            _named(name)(**setup["options"])
+        return verify, ""
     except BaseException as error:
-        return ungradable, f"{setup['function']}: {type(error).__name__}: {error}"
+        return ungradable, f"{name}: {type(error).__name__}: {error}"
+
+
+def _named(entry_point: str) -> Callable[..., Any]:
+    module, _, name = entry_point.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def _grade_batch(

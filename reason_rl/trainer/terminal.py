@@ -85,7 +85,7 @@ class View:
     def update(self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None,
                phase: str = "") -> None:
         """One step's numbers, as logged. `phase="eval"` tells of a held-out evaluation at RL step `step`."""
-        if (phase or self.phase_name) == "eval" and "accuracy" in metrics:
+        if (phase or self.phase_name) == "eval" and metrics.get("accuracy") is not None:
             self.heldout.append((step, float(metrics["accuracy"])))
             if metrics.get("mean_thinking_tokens") is not None:
                 self.thinking.append((step, float(metrics["mean_thinking_tokens"])))

@@ -294,6 +294,19 @@ def test_paged_attention_of_no_rows_is_empty(impl: str):
     assert out.shape == (0, 4, 8)
 
 
+def test_paged_attention_refuses_inputs_that_want_a_gradient(impl: str):
+    cache, one = torch.zeros(2, 3, BLOCK_SIZE, 8), torch.zeros(1, dtype=torch.int64)
+    pages = plan_pages(prefix_table=one[:, None], prefix_lens=one, prefix_index=one, own_table=one[:, None], own_lens=one + 1,
+                       num_kv_heads=2, num_blocks=3)
+    arguments = {"q": torch.zeros(1, 4, 8), "k_cache": cache, "v_cache": cache}
+    for name, value in arguments.items():
+        wanting = {**arguments, name: value.clone().requires_grad_()}
+        with pytest.raises(ValueError, match="paged_attention has no gradient, but q, k_cache or v_cache requires one"):
+            paged_attention(**wanting, pages=pages, impl=impl)
+        with torch.no_grad():
+            paged_attention(**wanting, pages=pages, impl=impl)
+
+
 def test_a_key_tile_is_whole_blocks():
     assert KEY_TILE % BLOCK_SIZE == 0
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kernels.attention import attention, make_inputs, paged_attention, plan_pages, plan_segments
 from kernels.native import OPS, cpu_why_not
@@ -35,6 +36,22 @@ def test_every_even_head_dim_is_as_good_as_the_reference(head_dim: int):
     """The reference widens bf16 and works in f32 too, so it is the plain form here."""
     for dtype in (F32, BF16):
         assert_no_worse_than_plain(native, reference, reference, arguments(FAMILY, (6, 3, head_dim), dtype))
+
+
+@pytest.mark.parametrize("head_dim", [1, 7, 258])
+def test_head_dims_that_it_does_not_take_go_to_the_reference(head_dim: int):
+    q, k, v, segments = arguments([(0, 17, 0, 0)], (4, 2, head_dim), F32)
+    assert same_bits(attention(q, k, v, segments), reference(q, k, v, segments))
+    with pytest.raises(RuntimeError, match=f"attention_fwd: q's head dim must be even, from 2 to 256, got {head_dim}"):
+        native(q, k, v, segments)
+    # The last token, its keys in a cache, has the bits of the pack: two blocks of one row, behind an empty prefix.
+    cache = [F.pad(x, (0, 0, 0, 0, 0, 15)).transpose(0, 1).reshape(2, 2, 16, head_dim).contiguous() for x in (k, v)]
+    one = torch.tensor([0])
+    pages = plan_pages(prefix_table=one[:, None], prefix_lens=one, prefix_index=one, own_table=torch.tensor([[0, 1]]),
+                       own_lens=one + 17, num_kv_heads=2, num_blocks=2)
+    assert same_bits(paged_attention(q[16:], *cache, pages), attention(q, k, v, segments)[16:])
+    with pytest.raises(RuntimeError, match="paged_attention: q's head dim must be even"):
+        paged_attention(q[16:], *cache, pages, impl="native")
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

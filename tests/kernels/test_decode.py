@@ -14,6 +14,9 @@ import torch
 
 from kernels.attention import BLOCK_SIZE
 from kernels.decode import DecodeBatch, DecodeModel, LayerWeights, cpu_why_not, decode, pack_layer, pack_weight, store_keys
+from kernels.linear_logprob import linear_logprob
+from kernels.rms_norm import rms_norm
+from tests.kernels.compare import same_bits
 
 D, H, K, C, E, TOP, INNER, V, P, L, NUM_BLOCKS = 24, 4, 2, 6, 3, 2, 10, 19, 64, 2, 9
 CPU = torch.device("cpu")
@@ -109,10 +112,15 @@ BAD: dict[str, tuple[Callable[[DecodeBatch], DecodeBatch], str]] = {
     "token": (lambda b: replace(b, newest=torch.tensor([1, V, 3])), rf"tokens must be in 0..{V - 1}, got {V}"),
     "negative token": (lambda b: replace(b, newest=torch.tensor([1, -1, 3])), f"tokens must be in 0..{V - 1}, got -1"),
     "block past the cache": (lambda b: replace(b, own_table=b.own_table + 1), rf"own_table must be in 0..{NUM_BLOCKS - 1}, got 9"),
+    "block of two rows": (lambda b: replace(b, own_table=torch.tensor([[3, 4], [3, 6], [7, 8]])),
+                          r"own_table\[1, 0\] must be a block of this row alone, got 3"),
+    "block twice": (lambda b: replace(b, own_table=torch.tensor([[3, 4], [5, 6], [7, 7]])), r"own_table\[2, 1\] must be .*, got 7"),
+    "block of a prefix": (lambda b: replace(b, own_table=torch.tensor([[3, 4], [2, 6], [7, 8]])), r"own_table\[1, 0\] .*, got 2"),
     "prefix block": (lambda b: replace(b, prefix_table=torch.tensor([[1], [-1]])), "prefix_table must be in 0..8, got -1 at 1"),
     "prefix length": (lambda b: replace(b, prefix_lens=torch.tensor([5, 17])), "prefix_lens must be in 0..16, got 17"),
     "prefix index": (lambda b: replace(b, prefix_index=torch.tensor([0, 2, 0])), "prefix_index must be in 0..1, got 2"),
-    "no own token": (lambda b: replace(b, own_lens=torch.tensor([0, 14, 20])), r"own_lens\[0\] = 0"),
+    "no own token": (lambda b: replace(b, own_lens=torch.tensor([0, 14, 20])), "own_lens must be in 1..32, got 0 at 0"),
+    "no length at all": (lambda b: replace(b, own_lens=torch.tensor([1, 2**63 - 1, 20])), f"own_lens .*, got {2**63 - 1} at 1"),
     "no room": (lambda b: replace(b, own_lens=torch.tensor([1, 14, 31])), r"own_lens\[2\] = 31 and limits\[2\] = 3 do not fit"),
     "rows": (lambda b: replace(b, own_lens=torch.tensor([1, 14])), r"own_lens must be i64\[3\] contiguous on cpu, got i64\[2\]"),
     "dtype": (lambda b: replace(b, prefix_lens=b.prefix_lens.int()), r"prefix_lens must be i64\[2\] contiguous.*, got i32\[2\]"),
@@ -126,6 +134,12 @@ def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(name: str)
     change, words = BAD[name]
     with pytest.raises(ValueError, match=words):
         run(batch=change(make_batch()))
+
+
+def test_blocks_that_no_key_reaches_may_be_anyones():
+    """Tables are padded: rows 0 and 1 have room in their first block, and of the second prefix one block is full."""
+    padded = replace(make_batch(), own_table=torch.tensor([[3, 1], [5, 5], [7, 8]]), prefix_table=torch.tensor([[1, 3], [2, 7]]))
+    assert run(batch=padded) == run()
 
 
 def test_a_position_past_the_model_is_refused():
@@ -145,6 +159,34 @@ def test_weights_of_another_size_are_refused():
         decode(replace(model, weights=model.weights[1:]), make_batch(), keys, values, stop_ids=())
 
 
+@pytest.mark.parametrize(("place", "size", "words"), [
+    (0, 2**62, r"sizes\[0\] must be in 0..1048576, got 4611686018427387904"), (4, 2**20 + 1, r"sizes\[4\] must be in 0..1048576"),
+    (7, 2**40, r"sizes\[7\] must be in"), (8, -1, r"sizes\[8\] must be in"),
+    (3, 258, "head dim must be even and in 2..256, got 258"), (3, 5, "head dim must be even and in 2..256, got 5")])
+def test_sizes_whose_products_could_wrap_are_refused(place: int, size: int, words: str):
+    model, (keys, values) = make_model(torch.float32), caches(torch.float32)
+    sizes = (*model.sizes[:place], size, *model.sizes[place + 1 :])
+    with pytest.raises(ValueError, match=words):
+        decode(replace(model, sizes=sizes), make_batch(), keys, values, stop_ids=())
+
+
+@pytest.mark.parametrize("num_layers", [0, L])
+def test_subnormal_residuals_are_rounded_to_bf16_as_torch_does_it(num_layers: int):
+    """Layers that add nothing leave the embedding, whose numbers are below the smallest normal one; the norm then raises them."""
+    model, (keys, values) = make_model(torch.bfloat16), caches(torch.bfloat16)
+    for layer in range(L):
+        for matrix in (4, 8):  # out, down
+            model.weights[12 * layer + matrix].zero_()
+    embedding, norm, head = torch.randn(V, D) * 3e-39, torch.full((D,), 1e20), torch.randn(V, D)
+    weights = [*model.weights[: 12 * num_layers], embedding, norm, pack_weight(head, torch.bfloat16), model.weights[-1]]
+    model, batch = replace(model, weights=weights, eps=1e-36), replace(make_batch(), limits=torch.ones(3, dtype=torch.int64))
+    drawn, logprobs, *_ = decode(model, batch, keys[:num_layers], values[:num_layers], stop_ids=(), temperature=0.0)
+    hidden = rms_norm(embedding.bfloat16()[batch.newest], norm, 1e-36)
+    assert float(hidden.float().abs().max()) > 0.5
+    want, _ = linear_logprob(hidden, head, drawn[:, 0], 1.0)
+    assert same_bits(logprobs[:, 0], want)
+
+
 def test_broken_weights_are_an_error_and_not_a_token():
     model, (keys, values) = make_model(torch.float32), caches(torch.float32)
     model.weights[-3].fill_(torch.nan)
@@ -158,3 +200,11 @@ def test_slots_outside_the_cache_are_refused():
     for slot in (-1, NUM_BLOCKS * BLOCK_SIZE):
         with pytest.raises(RuntimeError, match=f"slots must be in 0..143, got {slot}"):
             store_keys(keys[0], values[0], k, k, torch.tensor([slot]))
+
+
+@pytest.mark.parametrize("head_dim", [0, 1, 7, 258])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_of_an_odd_head_dim_are_not_stored(dtype: torch.dtype, head_dim: int):
+    cache, k = torch.zeros(K, 1, BLOCK_SIZE, head_dim, dtype=dtype), torch.zeros(1, K, head_dim, dtype=dtype)
+    with pytest.raises(RuntimeError, match=f"store_keys: k's head dim must be even and in 2..256, got {head_dim}"):
+        store_keys(cache, cache.clone(), k, k, torch.tensor([15]))

@@ -86,6 +86,17 @@ def test_the_table_is_sorted_and_says_why():
     ]
 
 
+def test_the_table_gives_reasons_for_those_before_the_picked_one_only():
+    Op("sample", (
+        Implementation("asked", lambda x: x, is_automatic=False), Implementation("cuda", lambda x: x, needs_cuda),
+        Implementation("native", lambda x: x), Implementation("triton", lambda x: x, needs_cuda)))
+    Op("first", (Implementation("native", lambda x: x), Implementation("triton", lambda x: x, needs_cuda)))
+    assert table(CPU) == [
+        ("first", "native", "native", "native is the only one"),
+        ("sample", "asked, native", "native", "asked: by name only; cuda: needs CUDA"),
+    ]
+
+
 def test_an_implementation_cannot_be_changed_after_the_fact():
     with pytest.raises(dataclasses.FrozenInstanceError):
         make_op().implementations[0].name = "other"  # type: ignore[misc]

@@ -86,13 +86,22 @@ def test_a_gradient_that_is_not_asked_for_counts_as_zero():
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_the_ops_write_every_element_and_take_rows_of_any_number(dtype: torch.dtype):
-    for rows, vocab in ((0, 5), (7, 1), (131, 1030)):
-        hidden, weight, ids = make_inputs(rows, 5, vocab, dtype).values()
+    for rows, vocab, hidden_size in ((0, 5, 5), (7, 1, 5), (131, 1030, 5), (7, 3, 0)):
+        hidden, weight, ids = make_inputs(rows, max(hidden_size, 1), vocab, dtype).values()
+        hidden, weight = hidden[:, :hidden_size].contiguous(), weight[:, :hidden_size].contiguous()
         logprob, entropy, stats = (torch.full(size, torch.nan) for size in ((rows,), (rows,), (rows, 2)))
         OPS.linear_logprob_fwd(logprob, entropy, stats, hidden, weight, ids, 1.0)
         dhidden, dweight = torch.full_like(hidden, torch.nan), torch.full(weight.shape, torch.nan)
         OPS.linear_logprob_bwd(dhidden, dweight, logprob, entropy, hidden, weight, ids, stats, entropy, 1.0)
         assert all(x.isfinite().all() for x in (logprob, entropy, stats, dhidden, dweight))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_nothing_at_all_has_a_gradient_of_nothing(dtype: torch.dtype):
+    for hidden_size in (0, 5):
+        hidden, weight = torch.zeros(0, hidden_size, dtype=dtype), torch.zeros(0, hidden_size, dtype=dtype)
+        results = values_and_gradients(lambda h, w: native(h, w, torch.zeros(0, dtype=torch.int64)), [hidden, weight])
+        assert [x.numel() for x in results] == [0] * 4
 
 
 def test_memory_does_not_grow_with_tokens_times_vocabulary():

@@ -147,3 +147,13 @@ class TestOnGpu:
                           ("positions", good["keys"].int()), ("logits", torch.zeros(9, 2).cuda().t())]:
             with pytest.raises(RuntimeError, match=f"sample_cuda: {name} must be"):
                 native.OPS.sample_cuda(*{**good, name: bad}.values(), 1.0, 0, 1.0, 0.0, 0)
+        columns = 2**31 - 4097
+        with pytest.raises(RuntimeError, match=f"logits have 0 rows of {columns + 1}: needs 1 to {columns} columns"):
+            native.OPS.sample_cuda(*{**good, "logits": torch.zeros(0, columns + 1).cuda()}.values(), 1.0, 0, 1.0, 0.0, 0)
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+    def test_tensors_of_another_gpu_are_refused(self):
+        rows = torch.zeros(2, dtype=torch.int64).cuda()
+        floats, is_broken, logits = torch.empty(2).cuda(), torch.empty(2, dtype=torch.bool).cuda(), torch.zeros(2, 9).cuda()
+        with pytest.raises(RuntimeError, match=r"sample_cuda: keys must be .* on cuda:0, got .* on another device"):
+            native.OPS.sample_cuda(rows, floats, floats, is_broken, logits, rows.to("cuda:1"), rows, 1.0, 0, 1.0, 0.0, 0)

@@ -58,10 +58,11 @@ def moe() -> Transformer:
     return tiny_model(MOE)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["moe", "dense"])
 @pytest.mark.parametrize("num_sequences", BATCHES)
-def test_logprobs_of_any_batch_are_the_trainers_in_any_packing(name: str, num_sequences: int):
-    model = tiny_model(MODELS[name])
+def test_logprobs_of_any_batch_are_the_trainers_in_any_packing(name: str, num_sequences: int, dtype: torch.dtype):
+    model = tiny_model(MODELS[name], dtype=dtype)
     groups = generate(model, num_sequences)
     assert [num_different(model, groups, tokens) for tokens in (1 << 20, 150)] == [0, 0]
     assert num_different(model, groups[:11], 1) == 0  # each sequence in a pack of its own
@@ -106,14 +107,18 @@ def test_an_unrelated_long_prefill_changes_no_bit(moe: Transformer):
     assert outcomes(mixed[:4]) == outcomes(alone)
 
 
-def test_prefill_in_the_middle_of_decoding_changes_no_bit(moe: Transformer):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prefill_in_the_middle_of_decoding_changes_no_bit(dtype: torch.dtype):
     """Three at a time: new prompts enter while older sequences decode."""
+    moe = tiny_model(MOE, dtype=dtype)
     groups = generate(moe, 12, max_num_seqs=3)
     assert num_different(moe, groups) == 0
     assert outcomes(groups) == outcomes(generate(moe, 12))
 
 
-def test_preemption_changes_no_bit(moe: Transformer):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_preemption_changes_no_bit(dtype: torch.dtype):
+    moe = tiny_model(MOE, dtype=dtype)
     problems = [problem(i, LENGTHS[i]) for i in range(6)]
     engine = make_engine(moe, num_blocks=16)
     groups = engine.generate(problems, 4, sampling(40, stop_ids=()), step=0)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from reason_rl.config import Config, RewardConfig, SamplingConfig
-from reason_rl.reward import Grader, check_rewards, grade_group, thinking_tokens
+from reason_rl.reward import Grader, Pending, check_rewards, thinking_tokens
 from reason_rl.reward.accuracy import extract_answer
 from reason_rl.reward.countdown import is_countdown_solution
 from reason_rl.reward.format import format_reward
+from reason_rl.reward.grade import reward_kinds
 from reason_rl.reward.length import cosine_reward, overlong_reward
+from reason_rl.reward.service import VerifierService
+from reason_rl.reward.verdict import Verdict
 from reason_rl.types import Completion, FinishReason, Group, Problem, Score
+from tests.reason_rl.tiny import grade_group
 
 PROGRAM = Problem(problem_id=1, task="program", prompt="a2,b*3,c-1?", prompt_ids=(1, 2), answer="5", level=3)
 COUNTDOWN = Problem(problem_id=2, task="countdown", prompt="a9b8c7=16?", prompt_ids=(1, 2), answer="(9-7)*8",
@@ -228,6 +233,34 @@ def test_a_reward_that_fails_leaves_the_completion_ungraded(function: str, cause
     assert score.parts["accuracy"] == 1.0
 
 
+def test_a_module_that_is_slow_to_import_is_not_on_a_completions_time(users_module: str) -> None:
+    Path("slow_reward.py").write_text("import time\ntime.sleep(1.0)\ndef one(problem, text): return 1.0\n")
+    score = grade(PROGRAM, RIGHT, completion(), Config(reward=RewardConfig(custom="slow_reward:one", custom_deadline_s=0.3)))
+    assert score.is_graded and score.parts["custom"] == 1.0
+
+
+def test_a_share_of_the_tests_earns_the_cosine_of_a_wrong_completion() -> None:
+    config = Config(reward=RewardConfig(cosine=1.0))
+    cosines = []
+    for value in (0.0, 0.75, 1.0):
+        future = Future[Verdict]()
+        future.set_result(Verdict("right" if value else "wrong", value=value))
+        with VerifierService(reward_kinds(config.reward)) as service:
+            cosines.append(Pending(service, {"accuracy": ("code", future)}, 10, "stop", config).score().parts["cosine"])
+    assert cosines[0] == cosines[1] < 0 < cosines[2]
+
+
+@pytest.mark.parametrize(("verifier", "facts", "message"), [
+    ("countdown", {}, "'countdown' needs numbers and target .* the task 'program' has none"),
+    ("countdown", {"numbers": [1]}, r"needs target .* has \['numbers'\]"),
+    ("code", {}, "'code' needs tests"), ("code", {"tests": []}, "'code' needs tests"),
+])
+def test_a_verifier_whose_facts_the_task_lacks_is_refused_before_work_starts(verifier: str, facts: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_rewards(Config(reward=RewardConfig(verifier=verifier)), replace(PROGRAM, facts=facts))
+    assert check_rewards(Config(), COUNTDOWN) == []
+
+
 def test_one_failing_completion_leaves_the_others_graded(users_module: str) -> None:
     with Grader(Config(reward=RewardConfig(custom=f"{users_module}:picky"))) as grader:
         graded = grade_group(group(3), [RIGHT, "", RIGHT], grader)
@@ -266,11 +299,6 @@ def test_a_reward_model_that_is_not_there_is_refused_before_work_starts(tmp_path
             check_rewards(Config(reward=RewardConfig(model=str(tmp_path))), PROGRAM)
         (tmp_path / name).touch()
     assert check_rewards(Config(reward=RewardConfig(model=str(tmp_path))), PROGRAM) == []
-
-
-def test_as_many_texts_as_completions() -> None:
-    with Grader(Config()) as grader, pytest.raises(ValueError, match="each of the 2 completions, got 1"):
-        grade_group(group(2), [RIGHT], grader)
 
 
 def test_thinking_tokens_are_those_between_the_tags() -> None:

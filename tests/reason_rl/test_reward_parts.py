@@ -95,3 +95,4 @@ def test_a_reward_model_without_its_head_is_said(reward_model: Path) -> None:
     with Grader(Config(reward=RewardConfig(model=str(reward_model)))) as grader:
         score = grader.submit(PROBLEM, "7", 3, "stop").score()
     assert not score.is_graded and f"has no {HEAD_FILE}" in score.cause
+    assert score.cause.startswith("model start: ")  # weights are loaded at the worker's start, on no request's time

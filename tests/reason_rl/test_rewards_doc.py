@@ -42,7 +42,7 @@ def grade_as(verifier: str, answer: str, text: str, prompt: str = "") -> Verdict
 
 
 def test_the_tables_are_found_whole() -> None:
-    assert (len(MATH), len(TEXT), len(PARTS)) == (80, 8, 10)
+    assert (len(MATH), len(TEXT), len(PARTS)) == (92, 8, 10)
     assert {row[-1] for row in MATH} == {"right", "wrong", "ungradable"}
 
 

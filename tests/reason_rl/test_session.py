@@ -12,9 +12,10 @@ import torch
 from reason_rl.config import Config, EngineConfig, ModelConfig, RewardConfig, RLConfig, SamplingConfig, TaskConfig
 from reason_rl.data import char_tokenizer
 from reason_rl.model.transformer import Transformer
-from reason_rl.reward import Grader, grade_group
+from reason_rl.reward import Grader
 from reason_rl.session import EVAL_KEY, Session, build_session, collect_groups, evaluate, sample_and_grade
 from reason_rl.trainer.distributed import World
+from tests.reason_rl.tiny import grade_group
 
 CONFIG = Config(
     model=ModelConfig(num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16, num_experts=1, expert_size=32,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -63,7 +64,7 @@ def test_rollout_metrics_of_a_group_counted_by_hand():
     values = rollout_metrics([GROUP], TOKENIZER)
     assert values == pytest.approx({
         "reward": 1.2 / 3, "reward/accuracy": 1 / 3, "reward/format": 2 / 3,  # over the three that were graded
-        "accuracy": 1 / 4, "format_rate": 2 / 4, "thinks_share": 2 / 4, "truncated_share": 1 / 4,
+        "accuracy": 1 / 3, "format_rate": 2 / 4, "thinks_share": 2 / 4, "truncated_share": 1 / 4,
         "accuracy_given_thought": 1 / 2, "accuracy_given_none": 0.0,
         "length": (11 + 6 + 3 + 2) / 4, "thinking_tokens": 7 / 4, "ungraded": 1.0, "ungraded/accuracy_raised": 1.0,
     })
@@ -72,10 +73,29 @@ def test_rollout_metrics_of_a_group_counted_by_hand():
 def test_eval_metrics_of_a_group_counted_by_hand():
     values = eval_metrics([GROUP, GROUP], TOKENIZER)
     assert values == pytest.approx({
-        "problems": 2, "samples": 4, "accuracy": 1 / 4, "format_rate": 2 / 4, "thinks_share": 2 / 4, "truncated_share": 1 / 4,
+        "problems": 2, "samples": 4, "accuracy": 1 / 3, "format_rate": 2 / 4, "thinks_share": 2 / 4, "truncated_share": 1 / 4,
         "accuracy_given_thought": 1 / 2, "accuracy_given_none": 0.0, "mean_thinking_tokens": 7 / 4,
-        "mean_thinking_tokens_among_thinkers": 7 / 2, "ungraded": 2,
+        "mean_thinking_tokens_among_thinkers": 7 / 2, "ungraded": 2, "ungraded/accuracy_raised": 2.0,
     })
+
+
+def test_what_could_not_be_graded_is_no_wrong_answer():
+    right, wrong, unknown = Score(1.0, {"accuracy": 1.0}), Score(0.0, {"accuracy": 0.0}), GROUP.scores[3]
+    judged = Score(0.0, {"accuracy": 1.0}, is_graded=False, cause="judge deadline: no verdict")  # right, whatever the judge says
+    groups = [Group(GROUP.problem, (DIRECT,) * 4, scores)
+              for scores in ((right, unknown, unknown, unknown), (wrong, judged, unknown, right))]
+    assert pass_at_powers(groups) == pytest.approx({"1": (1 + 2 / 3) / 2, "2": 1.0})
+    values = eval_metrics(groups, TOKENIZER)
+    assert values["accuracy"] == values["accuracy_given_none"] == 3 / 4
+    assert values["ungraded"] == 5 and values["ungraded/judge_deadline"] == 1 and values["ungraded/accuracy_raised"] == 4
+    assert eval_metrics([replace(groups[0], scores=(unknown,) * 4)], TOKENIZER)["accuracy"] is None
+    assert pass_at_powers([replace(groups[0], scores=(unknown,) * 4)]) == {}
+
+
+def test_a_share_of_the_tests_is_no_right_answer():
+    group = Group(GROUP.problem, (DIRECT,) * 2, (Score(0.75, {"accuracy": 0.75}), Score(1.0, {"accuracy": 1.0})))
+    assert eval_metrics([group], TOKENIZER)["accuracy"] == rollout_metrics([group], TOKENIZER)["accuracy"] == 1 / 2
+    assert pass_at_powers([group]) == {"1": 1 / 2, "2": 1.0}
 
 
 def test_a_mean_over_nobody_is_none_and_not_a_number():

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from reason_rl.reward.process import Lost, WorkerProcess
 from reason_rl.reward.service import Kind, VerifierService
+from reason_rl.reward.verdict import RIGHT, Verdict, graded, ungradable
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = "tests.reason_rl.verifier_kinds"
@@ -118,6 +121,101 @@ def test_a_machine_that_gives_no_process_is_said(monkeypatch: pytest.MonkeyPatch
         assert verdict.cause == "start" and "Resource temporarily unavailable" in verdict.detail
         monkeypatch.undo()
         assert service.grade("echo", [{"x": 1}])[0].status == "right"
+
+
+def test_a_mistake_in_the_service_itself_leaves_no_request_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: WorkerProcess, requests: list[bytes]) -> Iterator[Verdict]:
+        yield RIGHT
+        raise KeyError("nobody thought of this")
+
+    with VerifierService([ECHO], num_workers=1) as service:
+        assert service.grade("echo", [{"x": 1}])[0].status == "right"
+        (pid,) = service.worker_pids()
+        with monkeypatch.context() as patch:
+            patch.setattr(WorkerProcess, "grade", fails)
+            futures = [service.submit("echo", {"x": x}) for x in range(50)]
+            verdicts = [future.result(timeout=10) for future in futures]
+        assert {v.cause for v in verdicts} == {"", "crash"} and "nobody thought of this" in verdicts[-1].detail + verdicts[1].detail
+        assert [v.value for v in service.grade("echo", [{"x": 1}, {"x": 2}])] == [1, 2]
+        assert not is_alive(pid)
+
+
+def test_a_machine_that_gives_no_thread_is_said_and_the_service_can_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with VerifierService([ECHO], num_workers=2) as service:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", none_left)
+            verdict = service.submit("echo", {"x": 1}).result(timeout=10)
+            assert verdict.cause == "start" and "can't start new thread" in verdict.detail
+        assert service.grade("echo", [{"x": 1}])[0].status == "right"
+        with monkeypatch.context() as patch:  # one thread is there, and does the work of two
+            patch.setattr(threading.Thread, "start", none_left)
+            assert [v.value for v in service.grade("echo", [{"x": x} for x in range(100)])] == list(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        with VerifierService([ECHO]) as service:
+            service.submit("echo", {"x": 1})
+
+
+def test_a_service_that_says_nothing_any_more_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("START_DEADLINE_S", 0.0), ("GRACE_S", 0.0), ("SLACK_S", 1.0)):
+        monkeypatch.setattr(f"reason_rl.reward.service.{name}", seconds)
+    kind = Kind("behave", f"{KINDS}:behave", deadline_s=0.5, batch=1)
+    with VerifierService([kind], num_workers=1) as service:  # slow, yet alive: together the naps are longer than it would wait
+        service.submit("behave", {"do": "good"}).result(timeout=60)
+        assert {v.status for v in service.grade("behave", [{"do": "nap", "s": 0.3}] * 8)} == {"right"}
+    monkeypatch.setattr("reason_rl.reward.service._serve", lambda *given: time.sleep(3.0))
+    with VerifierService([kind], num_workers=1) as service:
+        (verdict,) = service.grade("behave", [{"do": "good"}])
+        assert verdict.cause == "stalled" and "no verdict of the kind 'behave' in" in verdict.detail
+
+
+def test_a_worker_that_died_while_idle_is_no_requests_fault() -> None:
+    with VerifierService([ECHO], num_workers=1) as service:
+        for _ in range(5):
+            assert [v.value for v in service.grade("echo", [{"x": 1}, {"x": 2}, {"x": 3}])] == [1, 2, 3]
+            (pid,) = service.worker_pids()
+            os.kill(pid, signal.SIGKILL)
+            assert wait_until(lambda pid=pid: not is_alive(pid))
+        assert service.take_metrics()["worker_restarts"] == 4
+
+
+def test_requests_whose_workers_are_lost_before_they_begin_are_tried_twice_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[int] = []
+
+    def lost(self: WorkerProcess, requests: list[bytes]) -> Iterator[Lost]:
+        tries.append(len(requests))
+        yield Lost(-1, ungradable("crash", "the worker died: signal SIGKILL"))
+
+    monkeypatch.setattr(WorkerProcess, "grade", lost)
+    with VerifierService([ECHO], num_workers=1) as service:
+        futures = [service.submit("echo", {"x": x}) for x in range(3)]
+        assert {future.result(timeout=30).cause for future in futures} == {"crash"}
+    assert sum(tries) == 6
+
+
+def test_a_kinds_preparation_is_on_no_requests_time() -> None:
+    kind = Kind("where", f"{KINDS}:where", deadline_s=0.5, prepare="time:sleep")
+    with VerifierService([kind]) as service:  # sleep() without its argument
+        assert "time:sleep: TypeError" in service.grade("where", [{}])[0].detail
+    slow = Kind("prepared", "tests.reason_rl.test_verifier_service:prepared", deadline_s=0.5,
+                prepare="tests.reason_rl.test_verifier_service:prepare", options={"seconds": 1.2})
+    with VerifierService([slow], num_workers=1) as service:
+        assert [v.value for v in service.grade("prepared", [{}, {}])] == [1, 1]
+
+
+PREPARED: list[float] = []
+
+
+def prepare(seconds: float) -> None:
+    time.sleep(seconds)
+    PREPARED.append(seconds)
+
+
+def prepared(request: object, seconds: float) -> Verdict:
+    return graded(len(PREPARED))
 
 
 def test_what_a_function_prints_is_no_verdict() -> None:

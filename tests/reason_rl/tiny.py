@@ -11,6 +11,7 @@ import torch
 from reason_rl.config import EngineConfig, ModelConfig
 from reason_rl.engine import Engine
 from reason_rl.model.transformer import MoE, Transformer
+from reason_rl.reward import Grader
 from reason_rl.rl.packing import Sample, pack_samples
 from reason_rl.trainer.distributed import World
 from reason_rl.trainer.step import token_logprobs
@@ -54,6 +55,13 @@ def make_engine(model: Transformer, **values: int | str) -> Engine:
 def graded(group: Group, values: Sequence[float] | None = None) -> Group:
     rewards = [float(i % 2) for i in range(len(group.completions))] if values is None else values
     return group.with_scores(tuple(Score(value, {"accuracy": value}) for value in rewards))
+
+
+def grade_group(group: Group, texts: Sequence[str], grader: Grader) -> Group:
+    """The group with the `Score` of each text, once all are graded."""
+    pending = [grader.submit(group.problem, text, len(completion.token_ids), completion.finish_reason)
+               for text, completion in zip(texts, group.completions, strict=True)]
+    return group.with_scores(tuple(one.score() for one in pending))
 
 
 def samples_of(groups: Sequence[Group], advantage: float = 1.0) -> list[Sample]:

@@ -3,11 +3,12 @@
     sandbox.py    which mechanisms hold here, and one jail's start and end (in the worker)
     jail.py       the child that shuts itself in; syscalls.py, what it needs of the kernel
     candidate.py  in one jail: the completion's program       examiner.py  in another: the tests; wire.py, what passes between
+    names.py      which names in the tests are the program's
     trial.py      the hostile program that a machine must withstand before anything is run on it
 
 `run_code` is the service's entry. What a candidate brings upon itself (a hang, a crash, too much memory or output) is wrong, with
-that word as its cause: nothing that it does makes it ungradable. Ungradable are a jail that could not be made and tests that do not
-compile.
+that word as its cause: nothing that it does makes it ungradable. Ungradable are a jail that could not be made and tests that no
+program can pass: they do not compile, leave open which names are the program's (names.py), pass what does not travel.
 
 Left out: programs judged by what they print, functions judged by what they do to their arguments, packages beyond Python's own.
 """
@@ -21,11 +22,12 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from reason_rl.reward.code.sandbox import Jail, Limits, SandboxError, require_sandbox, usable_mechanisms
+from reason_rl.reward.accuracy import extract_answer
+from reason_rl.reward.code.sandbox import Jail, Limits, SandboxError, known_mechanisms, require_sandbox, usable_mechanisms
 from reason_rl.reward.verdict import RIGHT, Verdict, ungradable, wrong
 
 if TYPE_CHECKING:
@@ -42,16 +44,22 @@ KILLED = {256 - signal.SIGXCPU, 256 - signal.SIGKILL}
 
 def code_options(config: RewardConfig) -> dict[str, Any]:
     """What `run_code` takes beside the request: plain values, for the service's `Kind`."""
-    return {"sandbox": config.code_sandbox, "is_partial": config.code_partial, "deadline_s": config.code_deadline_s,
-            "cpu_s": config.code_cpu_s, "memory_bytes": config.code_memory_mb << 20, "file_bytes": config.code_file_mb << 20,
+    return {"sandbox": config.code_sandbox, "mechanisms": known_mechanisms(config.code_sandbox),
+            "is_partial": config.code_partial, "deadline_s": config.code_deadline_s, "cpu_s": config.code_cpu_s,
+            "memory_bytes": config.code_memory_mb << 20, "file_bytes": config.code_file_mb << 20,
             "output_bytes": config.code_output_kb << 10, "threads": config.code_threads}
 
 
-def run_code(request: Mapping[str, Any], sandbox: str = "any", is_partial: bool = False, **limits: Any) -> Verdict:
-    """request: {"text": the completion, "facts": {"tests": [Python statements], "setup": Python run before them}}."""
+def run_code(request: Mapping[str, Any], sandbox: str = "any", mechanisms: Sequence[str] = (), is_partial: bool = False,
+             **limits: Any) -> Verdict:
+    """request: {"text": the completion, "facts": {"tests": [Python statements], "setup": Python run before them, "entry_points":
+    [the program's names in them]}}, the last two where there are any.
+
+    mechanisms: what the trainer found to hold, so that no worker's first request has to wait for a trial; none: tried here.
+    """
     try:
-        use = usable_mechanisms(sandbox)
-    except SandboxError as error:
+        use = tuple(mechanisms) or usable_mechanisms(sandbox)
+    except (SandboxError, OSError) as error:
         return ungradable("sandbox", str(error))
     facts = request["facts"]
     if not facts.get("tests"):
@@ -61,7 +69,8 @@ def run_code(request: Mapping[str, Any], sandbox: str = "any", is_partial: bool 
         return wrong("no_answer")
     if len(source) > MAX_SOURCE_CHARACTERS:
         return wrong("too_long", f"at most {MAX_SOURCE_CHARACTERS} characters, got {len(source)}")
-    exam = {"setup": facts.get("setup", ""), "tests": list(facts["tests"]), "partial": is_partial}
+    exam = {"setup": facts.get("setup", ""), "tests": list(facts["tests"]), "entry_points": list(facts.get("entry_points", ())),
+            "partial": is_partial}
     try:
         return _grade(source, exam, Limits(**limits), use)
     except OSError as error:  # no process, no descriptor, no space to be had: the machine's trouble
@@ -76,11 +85,10 @@ def extract_code(text: str) -> str | None:
     answer = text.rpartition("</think>")[2]
     has_tags = "<answer>" in answer or "</answer>" in answer
     if has_tags:
-        if answer.count("<answer>") != 1 or answer.count("</answer>") != 1:
+        block = extract_answer(answer)
+        if block is None:
             return None
-        answer, closing, _ = answer.partition("<answer>")[2].partition("</answer>")
-        if not closing:
-            return None
+        answer = block
     program: str | None = None
     lines: list[str] | None = None
     for line in answer.split("\n"):
@@ -92,7 +100,7 @@ def extract_code(text: str) -> str | None:
             lines.append(line)
     if lines is not None:
         return None
-    return answer if program is None and has_tags and answer.strip() else program
+    return answer if program is None and has_tags and answer else program
 
 
 def _grade(source: str, exam: Mapping[str, Any], limits: Limits, use: tuple[str, ...]) -> Verdict:
@@ -100,7 +108,7 @@ def _grade(source: str, exam: Mapping[str, Any], limits: Limits, use: tuple[str,
     with (Jail("candidate", {"source": source}, limits, use, ends[0]) as candidate,
           Jail("examiner", dict(exam), limits, use, ends[1]) as examiner):
         answer, stopped = _watch(candidate, examiner, limits, may_overflow="namespaces" not in use)
-        is_cut = not answer or b'"gone"' in answer
+        is_cut = not answer or b'"(gone)"' in answer
         if is_cut and not stopped:
             _wait(candidate)  # for its own exit status, before it gets ours
         code = candidate.end()
@@ -154,8 +162,8 @@ def _verdict(answer: bytes, exit_status: int, num_tests: int) -> Verdict:
     passed, failure = int(result["passed"]), str(result["failure"])
     if passed == num_tests:
         return RIGHT
-    if failure == "gone":
-        cause = "deadline" if exit_status in KILLED else "crash"
+    if failure in ("(gone)", "(garbage)"):  # as examiner.py has it
+        cause = "deadline" if exit_status in KILLED and failure == "(gone)" else "crash"
     else:
         cause = {"MemoryError": "memory", "AssertionError": "failed"}.get(failure, "raised")
     detail = failure if hasattr(builtins, failure) else ""  # a class of the candidate's may have any name

@@ -1,33 +1,41 @@
 """The examiner: runs a problem's tests, in a jail of its own, against a candidate that lives in another process.
 
-The tests are ordinary Python (`assert f(2) == 4`). The names that they use and do not define stand for the candidate's: a call
+The tests are ordinary Python (`assert f(2) == 4`). The names in them that are the candidate's (names.py) are asked for: a call
 travels to the candidate's process as plain values, and a plain value comes back (wire.py). So the candidate never sees the
 tests, cannot touch `assert` or `==`, and cannot say that it passed. What a result that is no plain value compares equal to is
 nothing: `Remote` refuses `==`, `!=`, order, truth and hashing.
 
-Changes that a candidate makes to its arguments do not come back: functions are judged by what they return.
+Changes that a candidate makes to its arguments do not come back: functions are judged by what they return. What no program could
+pass (a function as an argument, arguments beyond a message's size, a module that is not here) is the tests' fault, "broken".
 """
 
 from __future__ import annotations
 
-import ast
 import builtins
 import importlib
+import json
 import socket
-import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from .wire import decode, encode, receive, send
+from .names import program_names
+from .wire import MAX_MESSAGE_BYTES, decode, encode, pack, receive_bytes
+
+GONE, GARBAGE = "(gone)", "(garbage)"
+"""Failures beside exceptions' names: the candidate's end is closed; it sent what is no message."""
+SMALL_BYTES = MAX_MESSAGE_BYTES // 16
+"""What a candidate sent is at most a few times longer when it is sent back: smaller answers make no argument too large."""
+SHALLOW_BYTES = 500
+"""Nor do answers as short as this make one nested too deeply."""
 
 
 class Gone(BaseException):
     """The candidate is dead, or sends what is no message; no test's `except Exception` swallows it."""
 
 
-class TestsError(ValueError):
-    """The tests themselves cannot be run."""
+class TestsError(BaseException):
+    """No program could pass: `Candidate.broken` says why."""
 
 
 class Candidate:
@@ -36,27 +44,44 @@ class Candidate:
     def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
         self.failure = ""
-        """What the candidate last raised, or "gone"."""
+        """What the candidate last raised, or `GONE` or `GARBAGE`."""
+        self.broken = ""
+        """Why the tests, and not the candidate, are to blame."""
+        self.is_used = False
+        """Has anything been done with what is the candidate's?"""
+        self.largest_answer = 0
+        """In bytes, or a number that tests may have made as many items of."""
 
     def ask(self, operation: str, *arguments: Any) -> Any:
-        message = [operation, *(encode(argument, _number) for argument in arguments)]
-        return self.answer(message)
-
-    def answer(self, message: list[Any] | None = None) -> Any:
-        """To one message, or (None) to its own source, which it has run at the start."""
         try:
-            if message is not None:
-                send(self.channel, message)
-            kind, content = receive(self.channel)
-            value = decode(content, lambda number: Remote(self, number)) if kind == "value" else None
-            name = "" if kind == "value" else str(content)
+            data = pack([operation, *(encode(argument, _number) for argument in arguments)])
+        except Exception as error:
+            harmless = SHALLOW_BYTES if isinstance(error, RecursionError) else SMALL_BYTES
+            if isinstance(error, TypeError) or self.largest_answer <= harmless:
+                self.broken = f"{type(error).__name__}: {error}"
+                raise TestsError(self.broken) from error
+            raise
+        value = self.answer(data)
+        self.is_used = self.is_used or operation != "global" or not isinstance(value, Remote)
+        return value
+
+    def answer(self, question: bytes = b"") -> Any:
+        """To one message, or (none) to its own source, which it has run at the start."""
+        try:
+            if question:
+                self.channel.sendall(question)
+            data = receive_bytes(self.channel)
+            kind, content = json.loads(data)
+            self.largest_answer = max(self.largest_answer, len(data), abs(content) if type(content) is int else 0)
+            if kind == "value":
+                return decode(content, lambda number: Remote(self, number))
+            if kind != "error" or not isinstance(content, str) or not content.isidentifier():
+                raise ValueError("an answer is a value or an error's name")
         except Exception as error:  # whatever a hostile message brings about
-            self.failure = "gone"
+            self.failure = GONE if isinstance(error, EOFError | OSError) else GARBAGE
             raise Gone(f"{type(error).__name__}: {error}") from error
-        if not name:
-            return value
-        self.failure = name
-        return _raise(name)
+        self.failure = content
+        return _raise(content)
 
 
 class Remote:
@@ -97,76 +122,62 @@ class Remote:
         return str(self._ask("str"))
 
     def _refuse(self, *_: Any) -> NoReturn:
+        object.__getattribute__(self, "_candidate").is_used = True
         raise TypeError("an object of the candidate's is no plain value: it cannot be compared")
 
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = _refuse
     __hash__ = _refuse
 
 
-def examine(channel: socket.socket, setup: str, tests: Sequence[str], is_partial: bool) -> dict[str, Any]:
-    """{"passed": tests passed, "failure": of the first that did not} or {"broken": why no candidate could pass}."""
+def examine(channel: socket.socket, exam: Mapping[str, Any]) -> dict[str, Any]:
+    """{"passed": tests passed, "failure": of the first that did not} or {"broken": why no candidate could pass}.
+
+    exam: "setup", "tests", "entry_points" and "partial".
+    """
     candidate = Candidate(channel)
-    passed, failure = 0, ""
+    setup, tests = exam["setup"], exam["tests"]
     try:
         codes = [compile(source, f"test {i}", "exec", dont_inherit=True) for i, source in enumerate(tests)]
-        names, modules = _free_names("\n".join([setup, *tests]))
+        names, modules = program_names("\n".join([setup, *tests]), exam["entry_points"])
         prologue = compile(setup, "setup", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return {"broken": f"{type(error).__name__}: {error}"}
+    namespace: dict[str, Any] = {"__name__": "tests"}
+    passed, failure = 0, ""
     try:
         candidate.answer()
-        namespace: dict[str, Any] = {"__name__": "tests", **{name: importlib.import_module(name) for name in modules}}
+        namespace |= {name: importlib.import_module(name) for name in modules}
         namespace |= {name: candidate.ask("global", name) for name in names}
-        exec(prologue, namespace)
-        for code in codes:
-            error_name = _run(code, namespace, candidate)
-            passed += not error_name
-            failure = failure or error_name
-            if (failure and not is_partial) or candidate.failure == "gone":
-                break
     except (Exception, Gone) as error:
-        if not candidate.failure:
-            return {"broken": f"setup: {type(error).__name__}: {error}"}
-        return {"passed": 0, "failure": candidate.failure}
-    return {"passed": passed, "failure": failure}
+        return {"passed": 0, "failure": candidate.failure} if candidate.failure else {"broken": f"{type(error).__name__}: {error}"}
+    failure = _run(prologue, namespace, candidate)
+    if failure and not candidate.is_used and not candidate.failure:
+        return {"broken": candidate.broken or f"setup: {failure}"}
+    for code in codes if not failure else ():
+        error_name = _run(code, namespace, candidate)
+        passed += not error_name
+        failure = failure or error_name
+        if (failure and not exam["partial"]) or candidate.failure in (GONE, GARBAGE):
+            break
+    return {"broken": candidate.broken} if candidate.broken else {"passed": passed, "failure": failure}
 
 
 def _run(code: Any, namespace: dict[str, Any], candidate: Candidate) -> str:
     """The name of what failed; empty when the test passed."""
-    candidate.failure = ""
+    candidate.failure = name = ""
     try:
         exec(code, namespace)
     except Gone:
-        return "gone"
+        return candidate.failure
     except BaseException as error:
-        return candidate.failure or type(error).__name__
-    return "gone" if candidate.failure == "gone" else ""
-
-
-def _free_names(source: str) -> tuple[list[str], list[str]]:
-    """The names that are the candidate's, and the standard modules that the tests use without importing them.
-
-    A builtin is the candidate's only where the tests call nothing else: `assert sum(10, 15) == 6` tests a function of that name;
-    in `assert set(f(1)) == {2}` the word `set` must stay what it is.
-    """
-    tree = ast.parse(source)
-    loaded = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
-    owners = {node.value.id for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
-    bound = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            bound |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            bound.add(node.name)
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            bound.add(node.name)
-    free = list(dict.fromkeys(name for name in loaded if name not in bound and not hasattr(builtins, name)))
-    modules = [name for name in free if name in owners and name in sys.stdlib_module_names]
-    names = [name for name in free if name not in modules]
-    called = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    return names or called[:1], modules
+        name = type(error).__name__
+        if isinstance(error, ImportError) and candidate.failure != name:  # of the tests' own imports: no package is in here
+            candidate.broken = candidate.broken or f"{name}: {error}"
+    if candidate.failure in (GONE, GARBAGE):
+        return candidate.failure
+    if candidate.broken:
+        return "TestsError"
+    return (candidate.failure or name) if name else ""
 
 
 def _number(value: Any) -> int | str:

@@ -67,7 +67,7 @@ def _payload(spec: dict[str, Any], channel: socket.socket) -> Callable[[], None]
         from .examiner import examine
 
         def run_examiner() -> None:
-            verdict = examine(channel, spec["setup"], spec["tests"], spec["partial"])
+            verdict = examine(channel, spec)
             os.write(spec["answer"], json.dumps(verdict).encode())
         return run_examiner
     os.close(spec["answer"])

@@ -9,6 +9,7 @@ Left out: control groups (they need a delegated subtree, which most machines do 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import itertools
 import json
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ DYNAMIC_USERS = range(61184, 65520)  # systemd's, so nobody's: where we are root
 TRIAL_DEADLINE_S = 20.0
 MAX_SCRATCH_FILES = 1000
 JAIL_NUMBERS = itertools.count()
-SCRATCH_PREFIX = "reason_rl_jail_"  # then the process that made it, which may have been killed before it could remove it
+SCRATCH_PREFIX = "reason_rl_jail_"  # then the process that made it
 
 
 class SandboxError(ValueError):
@@ -49,8 +51,8 @@ class SandboxError(ValueError):
 class Limits:
     """Of one grading; reward.code_* in the config."""
 
-    deadline_s: float = 30.0
-    cpu_s: int = 5
+    deadline_s: float = 12.0
+    cpu_s: int = 4
     memory_bytes: int = 512 << 20
     file_bytes: int = 16 << 20
     """One file, and where namespaces hold the whole scratch folder."""
@@ -62,7 +64,7 @@ class Jail:
     """One interpreter that shuts itself in. `status` is "held" once it has, or the mechanism that failed and why."""
 
     def __init__(self, role: str, task: dict[str, Any], limits: Limits, use: tuple[str, ...], channel: socket.socket) -> None:
-        self.scratch = "" if "namespaces" in use else tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}_")
+        self.scratch, self._lock = ("", -1) if "namespaces" in use else make_scratch()
         self._is_ended, self.final_status = False, ""
         self.answer, answer = os.pipe()
         self._status, status = os.pipe()
@@ -122,7 +124,7 @@ class Jail:
         os.close(self.answer)
         os.close(self._status)
         if self.scratch:
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            remove_scratch(self.scratch, self._lock)
 
     def overflows(self, limits: Limits) -> bool:
         """Has it written more to its scratch folder than is allowed? In namespaces that folder is in memory, and bounded."""
@@ -140,11 +142,42 @@ def held_mechanisms() -> dict[str, str]:
     return {name: _why_not((name,)) for name in ("rlimits", *MECHANISMS)}
 
 
+def make_scratch() -> tuple[str, int]:
+    """A folder and a descriptor that holds the lock on it: free again when this process ends, however that comes about."""
+    for _ in range(10):
+        folder = tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}_")
+        if (lock := _lock(folder)) >= 0:
+            return folder, lock
+        shutil.rmtree(folder, ignore_errors=True)  # taken for an orphan between the two; or no descriptor is to be had
+    raise OSError(f"the scratch folder {folder} cannot be locked")
+
+
+def remove_scratch(folder: str, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+
+
+def _lock(folder: str | Path) -> int:
+    """-1 where another holds it, it is gone, or it is not ours to open."""
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return -1
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.exists(folder):
+            return lock
+    except OSError:
+        pass
+    os.close(lock)
+    return -1
+
+
 def _remove_orphans() -> None:
+    """Of owners that were killed. By their locks: a process's number says nothing where another namespace shares the folder."""
     for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*_*"):
-        pid = folder.name.removeprefix(SCRATCH_PREFIX).partition("_")[0]
-        if pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
-            shutil.rmtree(folder, ignore_errors=True)
+        if (lock := _lock(folder)) >= 0:
+            remove_scratch(str(folder), lock)
 
 
 def _why_not(use: tuple[str, ...]) -> str:
@@ -157,9 +190,30 @@ def _why_not(use: tuple[str, ...]) -> str:
         return "" if status == "held" else status
 
 
-@functools.cache
+TRIED: dict[str, tuple[str, ...] | SandboxError] = {}
+"""By the configured set: what came of the trial in this process. A second would take as long and end alike."""
+
+
 def usable_mechanisms(sandbox: str = "any") -> tuple[str, ...]:
     """What every jail here is made of; raises SandboxError where the configured set does not hold, or a trial gets through it."""
+    if sandbox not in TRIED:
+        try:
+            TRIED[sandbox] = _try_mechanisms(sandbox)
+        except SandboxError as error:
+            TRIED[sandbox] = error
+    found = TRIED[sandbox]
+    if isinstance(found, SandboxError):
+        raise SandboxError(str(found))
+    return found
+
+
+def known_mechanisms(sandbox: str) -> tuple[str, ...]:
+    """As far as this process has tried them; () where it has not, or they are not enough."""
+    found = TRIED.get(sandbox, ())
+    return found if isinstance(found, tuple) else ()
+
+
+def _try_mechanisms(sandbox: str) -> tuple[str, ...]:
     if sandbox not in REQUIRED:
         raise SandboxError(f"reward.code_sandbox is one of {', '.join(REQUIRED)}, got {sandbox!r}")
     why_not = held_mechanisms()
@@ -188,13 +242,21 @@ def require_sandbox(sandbox: str = "any") -> str:
     return f"code sandbox: rlimits, {', '.join(words[name] for name in use)} hold" + (f"; absent: {absent}" if absent else "")
 
 
+@contextlib.contextmanager
+def _scratch() -> Iterator[str]:
+    folder, lock = make_scratch()
+    try:
+        yield folder
+    finally:
+        remove_scratch(folder, lock)
+
+
 def run_trial(use: tuple[str, ...]) -> list[str]:
     """What a program that tries everything could do from inside a jail of these mechanisms; empty is as it must be."""
     limits = Limits(memory_bytes=256 << 20, file_bytes=1 << 20, threads=8)
     ours, theirs = socket.socketpair()
     task = {"source": (HERE / "trial.py").read_text()}
-    prefix = f"{SCRATCH_PREFIX}{os.getpid()}_"
-    with (tempfile.TemporaryDirectory(prefix=prefix) as outside, socket.create_server(("127.0.0.1", 0)) as server, ours,
+    with (_scratch() as outside, socket.create_server(("127.0.0.1", 0)) as server, ours,
           Jail("candidate", task, limits, use, theirs)):
         (Path(outside) / "secret").write_text("secret")
         for path, mode in ((outside, 0o777), (f"{outside}/secret", 0o666)):

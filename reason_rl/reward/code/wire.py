@@ -81,19 +81,28 @@ def decode(data: Any, find: Find) -> Any:
     return getattr(importlib.import_module(module), kind)(*items)
 
 
-def send(channel: socket.socket, message: Any) -> None:
+def pack(message: Any) -> bytes:
     data = json.dumps(message).encode()
     if len(data) > MAX_MESSAGE_BYTES:
         raise ValueError(f"a message is at most {MAX_MESSAGE_BYTES} bytes, got {len(data)}")
-    channel.sendall(LENGTH.pack(len(data)) + data)
+    return LENGTH.pack(len(data)) + data
+
+
+def send(channel: socket.socket, message: Any) -> None:
+    channel.sendall(pack(message))
 
 
 def receive(channel: socket.socket) -> Any:
     """EOFError when the other end is gone, ValueError when it sends no message of ours."""
+    return json.loads(receive_bytes(channel))
+
+
+def receive_bytes(channel: socket.socket) -> bytes:
+    """One message, not yet read."""
     (length,) = LENGTH.unpack(_receive_exactly(channel, LENGTH.size))
     if length > MAX_MESSAGE_BYTES:
         raise ValueError(f"a message is at most {MAX_MESSAGE_BYTES} bytes, got one of {length}")
-    return json.loads(_receive_exactly(channel, length))
+    return _receive_exactly(channel, length)
 
 
 def _receive_exactly(channel: socket.socket, count: int) -> bytes:

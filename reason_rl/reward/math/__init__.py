@@ -1,6 +1,6 @@
 """`grade_math`: does a completion's answer have the right answer's value?
 
-A kind of the verifier service. extract.py finds the answer, tokens.py and parse.py read it, compare.py and evaluate.py
+A kind of the verifier service. extract.py finds the answer, tokens.py, parse.py and units.py read it, compare.py and evaluate.py
 decide; the common case, two plain numbers, is decided here by one pattern. Answers that are words are compared as text. All
 bounds (characters, digits, tokens, nesting, bits, exponents) are checked before work is done, so that no text takes long; the
 service's deadline stands behind them. A right answer that cannot be read is the data's fault and not the completion's:

@@ -13,26 +13,20 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
-from reason_rl.reward.math.evaluate import Value, are_equal, evaluate
+from reason_rl.reward.math.evaluate import Value, are_equal, evaluate, is_real
 from reason_rl.reward.math.parse import Node, number
 from reason_rl.reward.math.tokens import Unreadable
+from reason_rl.reward.math.units import may_be_same
 
 NUM_POINTS = 4
+SIGNS = ((1, 1, 1), (1, -1, 1), (-1, 1, 1), (-1, -1, -1))
+"""Of the first three names at each point: each name, and each product of them, is positive somewhere and negative elsewhere, so
+that the root of a square is not its base."""
 MIN_POINTS = 2
 """Points at which both have a value, below which nothing is known."""
 STRUCTURED = {"list", "set", "bracket", "union", "matrix", "row", "relation", "word"}
 """What has no one value."""
 REVERSED = {"=": "=", "!=": "!=", "<": ">", ">": "<", "<=": ">=", ">=": "<="}
-UNITS = {name: unit for unit, names in {
-    "dollar": "$ dollar dollars usd buck bucks", "cent": "cent cents penny pennies", "second": "second seconds sec s",
-    "minute": "minute minutes min mins", "hour": "hour hours hr hrs h", "day": "day days", "week": "week weeks",
-    "month": "month months", "year": "year years",
-    "meter": "meter meters metre metres m", "centimeter": "centimeter centimeters cm", "kilometer": "kilometer kilometers km",
-    "millimeter": "millimeter millimeters mm", "inch": "inch inches in", "foot": "foot feet ft", "mile": "mile miles mi",
-    "yard": "yard yards yd", "gram": "gram grams g", "kilogram": "kilogram kilograms kg", "pound": "pound pounds lb lbs",
-    "ounce": "ounce ounces oz", "degree": "degree degrees", "radian": "radian radians",
-}.items() for name in names.split()}
-"""Units known to differ. Between other words nothing is decided: 5 apples may be 5 fruits."""
 
 
 At = Callable[[Node, Mapping[str, Fraction]], Value]
@@ -84,10 +78,7 @@ class Comparison:
         return not left
 
     def bare(self, node: Node, other: Node) -> Node:
-        """x = 5 as 5 beside an answer that is no equation or one of the same name; in a list, each of its values."""
-        if node.op == "list" and node.args and all(part.op == "relation" for part in node.args):
-            parts = tuple(self.bare(part, Node("number")) for part in node.args)
-            return Node("list", parts) if all(part.op != "relation" for part in parts) else node
+        """x = 5 as 5 beside an answer that is no equation or one of the same name."""
         if node.op != "relation" or set(str(node.value).split()) != {"="}:
             return node
         for name, rest in ((node.args[0], node.args[1:]), (node.args[-1], node.args[:-1])):
@@ -106,6 +97,9 @@ class Comparison:
         if all(region.op == "bracket" for region in regions):
             named = [names_in(node) for node in (gold, given)]
             return named[0] == named[1] and self.same(*regions)
+        if (gold_parts := solved(gold)) is not None:  # 2x = 10 is the question whose answer is x = 5
+            given_parts = solved(given)
+            return given_parts is not None and gold_parts[:2] == given_parts[:2] and self.same(gold_parts[2], given_parts[2])
         (gold, gold_signs), (given, given_signs) = turned(gold), turned(given)
         if gold_signs != given_signs:
             return False
@@ -121,25 +115,19 @@ class Comparison:
     def same_value(self, gold: Node, given: Node) -> bool:
         """Numbers and expressions, their units and percent signs aside."""
         (gold, gold_unit), (given, given_unit) = unit_of(gold), unit_of(given)
-        if gold_unit and given_unit and gold_unit != given_unit and {gold_unit, given_unit} <= set(UNITS.values()):
+        if not may_be_same(gold_unit, given_unit):
             return False
         if gold.op == "percent" or given.op == "percent":
             # 50% is written for 50 percent with and without its sign (but not 3/4% for 3/4, nor 50% for $50), and for 0.5.
             shown = [node.args[0] if node.op == "percent" else node for node in (gold, given)]
             may_be_bare = not gold_unit and (gold.op == "percent" or gold.op in ("number", "neg"))
             return (may_be_bare and self.same_value(*shown)) or (
-                gold.op != given.op and is_plain(shown[1]) and self.equal_values(gold, given))
+                gold.op != given.op and is_plain(shown[1]) and not is_undone(shown[1]) and self.equal_values(gold, given))
         if gold.op == "based" and given.op != "based":  # asked for in base 5, 204_5 is also written 204
             return is_plain(given) and self.equal_values(Node("number", (), number(str(gold.value))), given)
-        if is_plain(gold) and not (is_plain(given) and not self.is_undone(gold, given)):
+        if is_plain(gold) and not (is_plain(given) and not is_undone(given)):
             return False
         return self.equal_values(gold, given)
-
-    def is_undone(self, gold: Node, given: Node) -> bool:
-        """48/2 for 24."""
-        value = evaluate(gold, {})
-        inner = given.args[0] if given.op == "neg" else given
-        return isinstance(value, Fraction) and value.denominator == 1 and inner.op == "div"
 
     def equal_values(self, gold: Node, given: Node) -> bool:
         pairs = self.at_points(gold, given, evaluate)
@@ -155,13 +143,15 @@ class Comparison:
             raise Unreadable(f"{node.op} has no value")
 
     def at_points(self, gold: Node, given: Node, value: At) -> list[tuple[Value, Value]]:
-        """Both values wherever both have one; no pair at all as soon as only the right answer has one."""
+        """Both values wherever both have one, and where the right answer is real (that of sqrt(x), where x is not negative) if it
+        is real at all; no pair as soon as only the right answer has a value."""
         names = sorted(names_in(gold) | names_in(given))
         pairs: list[tuple[Value, Value]] = []
         failure: Unreadable | None = None
         for index in range(NUM_POINTS if names else 1):
             draw = random.Random(hashlib.blake2b(f"{self.seed}/{index}".encode(errors="replace")).digest())
-            point = {name: Fraction(draw.randrange(2, 500), draw.randrange(3, 100)) * draw.choice((-1, 1, 1)) for name in names}
+            signs = (*SIGNS[index], *(draw.choice((-1, 1)) for _ in names))
+            point = {name: sign * Fraction(draw.randrange(2, 500), draw.randrange(3, 100)) for name, sign in zip(names, signs)}
             try:
                 right = value(gold, point)
             except Unreadable as error:
@@ -173,7 +163,8 @@ class Comparison:
                 return []
         if not pairs and failure is not None:
             raise failure
-        return pairs
+        real = [pair for pair in pairs if is_real(pair[0])]
+        return real if len(real) >= MIN_POINTS else pairs
 
 
 def difference(node: Node, point: Mapping[str, Fraction]) -> Value:
@@ -186,6 +177,16 @@ def is_named(name: Node, values: Sequence[Node]) -> bool:
     if name.op == "mul" and all(part.op == "name" for part in name.args) and str(name.args[0].value) in "fghpqFGPQAV":
         name = name.args[0]
     return name.op == "name" and all(str(name.value) not in names_in(value) for value in values)
+
+
+def solved(node: Node) -> tuple[Node, str, Node] | None:
+    """x > 5 and 5 < x as (x, ">", 5): a name, and on the other side a value without names; None for all else."""
+    if node.op != "relation" or len(node.args) != 2:
+        return None
+    (left, right), sign = node.args, str(node.value)
+    if left.op == "name" and not names_in(right):
+        return left, sign, right
+    return (right, REVERSED[sign], left) if right.op == "name" and not names_in(left) else None
 
 
 def names_in(node: Node) -> frozenset[str]:
@@ -202,13 +203,25 @@ def is_plain(node: Node) -> bool:
         case ("neg", (inner,)):
             return inner.op != "neg" and is_plain(inner)
         case ("div", (top, bottom)):
-            top = top.args[0] if top.op == "neg" else top
-            return all(n.op == "number" and isinstance(n.value, Fraction) and n.value.denominator == 1 for n in (top, bottom))
-        case ("mixed", _):
-            return True
+            return is_whole(top.args[0] if top.op == "neg" else top) and is_whole(bottom)
+        case ("mixed", (whole, Node("div", (top, bottom)))):  # 48 24/1 is a sum left to do
+            return all(map(is_whole, (whole, top, bottom))) and 0 < evaluate(top, {}) < evaluate(bottom, {})
         case ("mul", (a, b)):
-            return is_plain(a) and (node.value == "scale" or is_power_of_ten(b))
+            a = a.args[0] if a.op == "neg" else a
+            if node.value == "scale":
+                return is_plain(a) and (a.op in ("number", "mixed") or a.value == "scale")
+            return a.op == "number" and is_power_of_ten(b)
     return is_power_of_ten(node)
+
+
+def is_whole(node: Node) -> bool:
+    return node.op == "number" and isinstance(node.value, Fraction) and node.value.denominator == 1
+
+
+def is_undone(node: Node) -> bool:
+    """A division that leaves no fraction: 48/2 for 24."""
+    inner = node.args[0] if node.op == "neg" else node
+    return inner.op == "div" and evaluate(inner, {}).denominator == 1
 
 
 def is_infinite(node: Node) -> bool:
@@ -224,14 +237,12 @@ def is_power_of_ten(node: Node) -> bool:
 
 
 def unit_of(node: Node) -> tuple[Node, str]:
-    """The value alone, and its unit by its known name."""
+    """The value alone, and its unit as words."""
     if node.op == "degree":
         return node.args[0], "degree"
     if node.op != "quantity":
         return node, ""
-    words = str(node.value).split()
-    known = next((UNITS[word] for word in words if word in UNITS), " ".join(words))
-    return unit_of(node.args[0])[0], known
+    return unit_of(node.args[0])[0], str(node.value)
 
 
 def spread(node: Node) -> Node:

@@ -47,6 +47,10 @@ def are_equal(a: Value, b: Value) -> bool:
     return bool((scale < ZERO and min(abs(a), abs(b)) == 0) or abs(a - b) <= RELATIVE_ERROR * scale)
 
 
+def is_real(value: Value) -> bool:
+    return isinstance(value, Fraction) or bool(abs(value.imag) <= RELATIVE_ERROR * abs(value))
+
+
 def _value(node: Node, names: Mapping[str, Fraction]) -> Value:
     if node.op in ("number", "name"):
         return node.value if node.op == "number" else names[str(node.value)]

@@ -16,17 +16,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from reason_rl.reward.math.tokens import Token, Unreadable, clean, tokenize
+from reason_rl.reward.math.units import changes_the_value, unit_words
 
 MAX_DEPTH = 60
 """Of the reader's own recursion; a bracket takes three."""
 MAX_TOKENS = 300
 MAX_VALUES = 64
-SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-CHANGES = frozenset((
-    "or", "and", "not", "no", "minus", "plus", "times", "over", "half", "third", "quarter", "point", "if", "then", "but", "than",
-    "either", "maybe", "except", "without", "negative", "divided", "between", "to", "versus", "squared", "cubed", "root", "power",
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "twenty", "thirty"))
-"""Words that make a number another number, or several: not to be read as a unit."""
+SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+CURRENCIES = {"¤": "$", "€": "€", "£": "£"}
 CLOSING = {"(": (")", "]"), "[": ("]", ")"), "\\{": ("\\}",), "{": ("}",)}
 
 
@@ -70,6 +67,12 @@ def negative(node: Node) -> Node:
     if node.op in ("percent", "degree"):
         return Node(node.op, (negative(node.args[0]),))
     return Node("based", node.args, f"-{node.value}") if node.op == "based" else Node("neg", (node,))
+
+
+def spelled(node: Node) -> str:
+    """A tree as text, another one for every other tree: what stands below a name is part of it."""
+    inside = f"({','.join(map(spelled, node.args))})" if node.args else ""
+    return f"{'' if node.op in ('number', 'name') else node.op}{'' if node.value is None else node.value}{inside}"
 
 
 class _Reader:
@@ -140,36 +143,47 @@ class _Reader:
 
     def quantity(self) -> Node:
         """A value with what it counts: money before it or after it, up to four words after it."""
-        sign = self.at("-") and (after := self.peek(1)) is not None and after.kind == "¤"
+        sign = self.at("-") and (after := self.peek(1)) is not None and after.kind in CURRENCIES
         if sign:
             self.take()
-        unit = "$" if self.at("¤") else ""
-        if unit:
-            self.take()
+        money = CURRENCIES[self.take().kind] if self.at(*CURRENCIES) else ""
         node = self.sum()
         if sign:
             node = negative(node)
-        if self.at("¤"):
-            self.take()
-            unit = "$"
-        words: list[str] = []
-        while self.at("word") and node.op != "word":
-            words += self.take().text.lower().replace(".", "").split()
-            if self.at("^"):
-                self.take()
-                self.primary()
-            if self.at("/") and (after := self.peek(1)) is not None and after.kind in ("word", "name"):  # km/h
-                self.take()
-                words.append(f"per {self.take().text}")
+        if self.at(*CURRENCIES):
+            money = f"{money} {CURRENCIES[self.take().kind]}".strip()
+        words = self.unit() if node.op != "word" else []
         for word in [word for word in words if word in SCALES]:
             node = Node("mul", (node, Node("number", (), Fraction(SCALES[word]))), "scale")
             words.remove(word)
-        if len(words) > 4 or any(word in CHANGES or any(c.isdigit() for c in word) for word in words):
+        if sum(word[0] != "^" and word != "per" for word in words) > 4 or changes_the_value(words):
             raise Unreadable(f"more than a unit after the value: {' '.join(words)[:40]!r}")
         if words[:1] == ["percent"]:
             return Node("percent", (node,))
-        unit = " ".join(words) or unit
-        return Node("quantity", (node,), unit) if unit else node
+        if money:
+            words.insert(words.index("per") if "per" in words else len(words), money)
+        return Node("quantity", (node,), " ".join(words)) if words else node
+
+    def unit(self) -> list[str]:
+        """The words after a value, with their powers and what they are per."""
+        words: list[str] = []
+        while self.at("word") or (words[-1:] == ["per"] and self.at("name")):
+            words += unit_words(self.take().text)
+            if self.at("^"):
+                self.take()
+                words.append(f"^{self.whole_power()}")
+            if self.at("/") and (after := self.peek(1)) is not None and after.kind in ("word", "name"):  # km/h
+                self.take()
+                words.append("per")
+        return words
+
+    def whole_power(self) -> int:
+        """Of a unit."""
+        power = self.signed_power()
+        inner = power.args[0] if power.op == "neg" else power
+        if inner.op != "number" or not isinstance(inner.value, Fraction) or inner.value not in range(100):
+            raise Unreadable("a unit to a power that is no small whole number")
+        return int(inner.value) if power is inner else -int(inner.value)
 
     def sum(self) -> Node:
         node = self.signed()
@@ -293,8 +307,7 @@ class _Reader:
     def name(self, text: str) -> Node:
         if self.at("_"):
             self.take()
-            index = self.argument()
-            text += f"_{index.value}"
+            text += f"_{spelled(self.argument())}"
         return Node("const", (), text) if text in ("e", "i") else Node("name", (), text)
 
     def argument(self) -> Node:

@@ -17,8 +17,8 @@ SYMBOLS = {
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "√": r"\sqrt ", "π": r"\pi ",
     "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∞": r"\infty ", "±": r"\pm ",
     "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ",
-    "²": "^2 ", "³": "^3 ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "≈": r"\approx ", "’": "'", "€": "¤",
-    "£": "¤", "θ": r"\theta ", "\u00a0": " ",
+    "²": "^2 ", "³": "^3 ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "≈": r"\approx ", "’": "'",
+    "θ": r"\theta ", "\u00a0": " ",
 }
 FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "log", "ln", "exp"}
 RELATIONS = {"=": "=", "<": "<", ">": ">", "le": "<=", "leq": "<=", "leqslant": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=",
@@ -28,7 +28,7 @@ GREEK = {"alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "theta", "l
 WORDS = {"sqrt", "pi", "infinity", "inf", "theta", *FUNCTIONS}
 """Written without a backslash, they still mean what they mean with one."""
 UNITS = frozenset(("cm", "mm", "km", "kg", "mg", "ft", "in", "lb", "lbs", "oz", "ml", "mL", "hr", "hrs", "mi", "yd", "pm", "am",
-                   "mph", "kph", "min", "sec", "day", "cup", "men", "sq"))
+                   "mph", "kph", "min", "sec", "day", "cup", "men", "sq", "per"))
 """Words so short that they might be products of variables."""
 WRAPPERS = r"text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|boldsymbol|operatorname"
 
@@ -71,7 +71,7 @@ TOKEN = re.compile(r"""
   | \\(?P<command>[A-Za-z]+)
   | \\(?P<escaped>[{}%|$])
   | (?P<letters>[A-Za-z]+'*)
-  | (?P<operator><=|>=|!=|[-+*/^_=<>()\[\]{}|!,;%&:¤])
+  | (?P<operator><=|>=|!=|[-+*/^_=<>()\[\]{}|!,;%&:¤€£])
 """.replace("WRAPPERS", WRAPPERS), re.VERBOSE)
 
 
@@ -82,7 +82,7 @@ def clean(text: str) -> str:
     if not text.isascii():
         text = "".join(SYMBOLS.get(character, character) for character in text)
     for character in text:
-        if not (" " <= character <= "~" or character in "\n\t¤"):
+        if not (" " <= character <= "~" or character in "\n\t¤€£"):
             raise Unreadable(f"the character U+{ord(character):04X}")
     text = text.replace(r"\$", "¤")
     text = text.replace("$", "¤" if text.count("$") == 1 else " ")
