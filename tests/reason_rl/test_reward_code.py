@@ -326,7 +326,7 @@ def test_jails_end_with_a_worker_that_is_killed() -> None:
     assert not list(Path(sandbox.tempfile.gettempdir()).glob(f"{sandbox.SCRATCH_PREFIX}{worker.pid}_*"))
 
 
-@pytest.mark.parametrize("number", [os.getpid(), 1 << 30])
+@pytest.mark.parametrize("number", [os.getpid(), 1 << 30], ids=["own", "nobody's"])
 def test_a_scratch_folder_is_an_orphan_only_once_nobody_holds_its_lock(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by its owner's number: in another process namespace it is somebody else's, or nobody's."""
     monkeypatch.setattr(sandbox, "SCRATCH_PREFIX", f"reason_rl_test_{os.getpid()}_")
