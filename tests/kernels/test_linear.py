@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.linear import linear, make_inputs
+from kernels.linear import OP, linear, make_inputs
 from tests.kernels.compare import NUM_ROWS, assert_no_worse_than_plain, assert_rows_keep_their_bits
+from tests.kernels.implementations import each_implementation
+
+implementation = each_implementation(OP)
 
 F32, BF16 = torch.float32, torch.bfloat16
 # (N, K): the default model's qkv, out, router, expert and head; then odd ones, narrow ones, and long sums.

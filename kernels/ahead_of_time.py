@@ -1,0 +1,96 @@
+"""Compile a Triton kernel for a GPU that is not here, and read off what it would take: registers, spills, memory, instructions.
+
+Each kernels/<op>/triton_kernel.py lists in `compiles()` what its launchers launch; `python -m bench.resources` writes the table,
+tests/kernels/test_ahead_of_time.py holds it. Needs triton with its own ptxas, and no GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.checks import SHORT
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+"""Bytes of shared memory that one program may have, by compute capability."""
+MATRIX_INSTRUCTION = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}
+"""The architecture's own, for 16-bit operands."""
+ASYNC_COPY = r"cp\.async"
+"""Also of TMA, cp.async.bulk."""
+
+
+def pointer(dtype: torch.dtype) -> str:
+    """A tensor argument, in Triton's words."""
+    return "*" + {"f32": "fp32", "f16": "fp16"}.get(SHORT[dtype], SHORT[dtype])
+
+
+@dataclass(frozen=True)
+class Compile:
+    """One form in which a kernel is launched."""
+
+    name: str
+    """The launcher's, and what tells this form from its others."""
+    dtype: torch.dtype
+    kernel: Any
+    """What @triton.jit made."""
+    arguments: Mapping[str, Any]
+    """In the kernel's order: a type ("*bf16", "i32", "fp32") or, for an integer that Triton would specialise on, 1. Pointers, and
+    integers given as "i32", count as divisible by 16."""
+    options: Mapping[str, Any]
+    """The constexprs, and num_warps, num_stages."""
+    is_matrix_product: bool = False
+    """Then 16-bit operands must meet the architecture's own matrix instruction, and arrive by asynchronous copies."""
+    may_spill: bool = False
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int
+    """Of a thread."""
+    spill_bytes: int
+    shared_bytes: int
+    matrix_instructions: int
+    async_copies: int
+
+
+def ops_with_triton() -> list[str]:
+    """The ops that have a kernels/<op>/triton_kernel.py."""
+    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/triton_kernel.py"))
+
+
+def compiles_of(op: str) -> list[Compile]:
+    found: list[Compile] = importlib.import_module(f"kernels.{op}.triton_kernel").compiles()
+    return found
+
+
+def compile_for(what: Compile, capability: int) -> Resources:
+    """`what`, compiled for compute capability 80, 90 or 100 as its launcher would."""
+    os.environ |= {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    launch = {key: what.options[key] for key in ("num_warps", "num_stages", "num_ctas") if key in what.options}
+    constants = {key: value for key, value in what.options.items() if key not in launch}
+    constants |= {key: value for key, value in what.arguments.items() if not isinstance(value, str)}
+    signature = {name: "constexpr" if name in constants else what.arguments[name] for name in what.kernel.arg_names}
+    attributes = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(what.kernel.arg_names)
+                  if signature[name].startswith("*") or signature[name] in ("i32", "i64")}
+    source = ASTSource(what.kernel, signature, constexprs=constants, attrs=attributes)
+    with contextlib.redirect_stdout(io.StringIO()) as log:  # where Triton prints what ptxas says
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
+    ptx, said = compiled.asm["ptx"], log.getvalue()
+    registers, spills = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
+    if registers is None:
+        raise RuntimeError(f"no word of registers in what ptxas said of {what.name}: {said[:400]!r}")
+    return Resources(int(registers[1]), sum(map(int, spills)), compiled.metadata.shared,
+                     len(re.findall(MATRIX_INSTRUCTION[capability], ptx)), len(re.findall(ASYNC_COPY, ptx)))

@@ -1,0 +1,33 @@
+"""The Triton kernels' numbers without a GPU: each op's own tests once more, in a process where Triton interprets.
+
+It proves the f32 arithmetic and the indexing. What it cannot see: bf16 rounding, races, and speed (tests marked `gpu`).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernels.__main__ import import_ops
+from kernels.dispatch import REGISTRY
+from kernels.triton_ops import IS_INTERPRETED
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+import_ops()
+OPS = sorted(name for name, op in REGISTRY.items() if any(i.name == "triton" for i in op.implementations))
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="this is the process that interprets")
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_passes_its_tests_in_tritons_interpreter(op: str):
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", f"tests/kernels/test_{op}.py", "-p", "no:cacheprovider", "-n", "0",
+               "-m", "not gpu and not long"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
+    assert " passed" in done.stdout, f"nothing ran:\n{done.stdout[-2000:]}"
