@@ -61,11 +61,17 @@ class RunConfig:
 class ModelConfig:
     init_from: str = ""
     """A checkpoint folder to start RL from; empty builds and pretrains the model below."""
+    family: Literal["auto", "llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "olmoe", "dots1", "glm4_moe"] = "auto"
+    """Whose names and keys checkpoints are written in (Hugging Face's model_type). "auto": qwen3_moe, or qwen3 without experts."""
     num_layers: int = 3
     hidden_size: int = 128
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 32
+    attention_bias: Literal["none", "qkv", "all"] = "none"
+    """Which projections of attention have a bias: none, q, k and v, or the output too."""
+    qk_norm: Literal["none", "head", "full"] = "head"
+    """RMSNorm of q and k: each head by itself, or all heads as one row."""
     num_experts: int = 8
     """1 makes every layer dense."""
     num_experts_per_tok: int = 2
@@ -77,11 +83,20 @@ class ModelConfig:
     router_score: Literal["softmax", "sigmoid"] = "softmax"
     norm_topk: bool = True
     """Make the k chosen weights sum to one."""
+    routed_scaling: float = 1.0
+    """Times the chosen weights, after that."""
     expert_bias: bool = False
     """Aux-loss-free balancing (arXiv:2408.15664): a bias per expert, in the choice only, nudged against its load."""
-    qk_norm: bool = True
+    num_dense_layers: int = 0
+    """The first so many layers have one MLP in place of the experts."""
+    dense_size: int = 0
+    """Inner width of that MLP."""
     tie_embeddings: bool = True
     rope_theta: float = 10000.0
+    rotary_share: float = 1.0
+    """The share of a head's dimensions that is turned by its position, the first ones."""
+    rope_scaling: str = ""
+    """Hugging Face's rope_scaling table as JSON (linear, dynamic, yarn or llama3); empty: the angles as they are."""
     rms_norm_eps: float = 1e-6
     max_positions: int = 256
     """Context: prompt plus completion must fit."""

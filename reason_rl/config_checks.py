@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reason_rl.config import Config
+    from reason_rl.config import Config, ModelConfig
 
 
 class ConfigError(ValueError):
@@ -21,7 +21,8 @@ class ConfigError(ValueError):
 POSITIVE = (
     "model.num_layers", "model.hidden_size", "model.num_heads", "model.num_kv_heads", "model.head_dim",
     "model.num_experts", "model.num_experts_per_tok", "model.expert_size", "model.max_positions", "model.rope_theta",
-    "model.rms_norm_eps", "pretrain.tokens_per_step", "optim.microbatch_tokens", "pretrain_optim.microbatch_tokens",
+    "model.rms_norm_eps", "model.routed_scaling", "model.rotary_share",
+    "pretrain.tokens_per_step", "optim.microbatch_tokens", "pretrain_optim.microbatch_tokens",
     "sampling.max_tokens", "rl.prompts_per_step", "rl.group_size", "rl.updates_per_step", "engine.max_num_seqs",
     "engine.prefill_tokens", "eval.problems", "eval.samples", "eval.final_problems", "eval.final_samples",
     "eval.temperature", "task.min_level", "pretrain.min_level", "run.keep_checkpoints", "sampling.top_p", "optim.lr",
@@ -32,6 +33,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "run.num_threads", "run.checkpoint_every", "run.rollout_samples", "run.rollout_every", "model.num_shared_experts",
+    "model.num_dense_layers", "model.dense_size",
     "pretrain.steps", "pretrain.balance_coef", "pretrain.expert_bias_rate", "rl.steps", "rl.dynamic_sampling",
     "rl.max_logprob_gap", "eval.every", "eval.pass_at_k", "engine.num_blocks", "reward.overlong_buffer", "run.seed",
     "sampling.temperature", "sampling.top_k", "loss.constant_length", "optim.clip_norm", "optim.weight_decay",
@@ -41,7 +43,7 @@ BETAS = ("optim.beta1", "optim.beta2", "pretrain_optim.beta1", "pretrain_optim.b
 SHARES = (
     "pretrain.direct_share", "pretrain.worked_share", "pretrain.fact_share", "pretrain.easy_worked_share",
     "pretrain.direct_noise", "task.heldout_share", "task.rl_share", "optim.final_lr_share",
-    "pretrain_optim.final_lr_share", "sampling.top_p", "sampling.min_p",
+    "pretrain_optim.final_lr_share", "sampling.top_p", "sampling.min_p", "model.rotary_share",
 )
 
 
@@ -57,14 +59,7 @@ def check_config(config: Config) -> None:
     if rl.prompts_per_step * rl.group_size % rl.updates_per_step:
         raise ConfigError(f"rl.prompts_per_step * rl.group_size = {rl.prompts_per_step * rl.group_size} "
                           f"must be divisible by rl.updates_per_step = {rl.updates_per_step}")
-    if model.num_heads % model.num_kv_heads:
-        raise ConfigError(f"model.num_heads = {model.num_heads} must be divisible by "
-                          f"model.num_kv_heads = {model.num_kv_heads}")
-    if model.num_experts_per_tok > model.num_experts > 1:  # 1 expert is a dense layer, without a choice
-        raise ConfigError(f"model.num_experts_per_tok must be at most model.num_experts = {model.num_experts}, "
-                          f"got {model.num_experts_per_tok}")
-    if model.head_dim % 2:
-        raise ConfigError(f"model.head_dim must be even (RoPE turns pairs), got {model.head_dim}")
+    check_model(model)
     if sampling.max_tokens >= model.max_positions and not model.init_from:
         raise ConfigError(f"sampling.max_tokens = {sampling.max_tokens} leaves no room for a prompt in "
                           f"model.max_positions = {model.max_positions}")
@@ -79,6 +74,31 @@ def check_config(config: Config) -> None:
     if config.reward.overlong and not 0 < config.reward.overlong_buffer <= sampling.max_tokens:
         raise ConfigError(f"reward.overlong_buffer must be in 1..{sampling.max_tokens} (sampling.max_tokens) where "
                           f"reward.overlong is on, got {config.reward.overlong_buffer}")
+
+
+def check_model(model: ModelConfig) -> None:
+    """What a model's sizes must be to each other, from a config or from a checkpoint's config.json."""
+    if model.num_heads % model.num_kv_heads:
+        raise ConfigError(f"model.num_heads = {model.num_heads} must be divisible by "
+                          f"model.num_kv_heads = {model.num_kv_heads}")
+    if model.num_experts_per_tok > model.num_experts > 1:  # 1 expert is a dense layer, without a choice
+        raise ConfigError(f"model.num_experts_per_tok must be at most model.num_experts = {model.num_experts}, "
+                          f"got {model.num_experts_per_tok}")
+    if model.head_dim % 2:
+        raise ConfigError(f"model.head_dim must be even (RoPE turns pairs), got {model.head_dim}")
+    rotary_dim = int(model.head_dim * model.rotary_share)
+    if model.rotary_share > 1 or rotary_dim < 2 or rotary_dim % 2:
+        raise ConfigError(f"model.rotary_share must leave an even number of the {model.head_dim} dimensions of a head, at least 2, "
+                          f"got {model.rotary_share}: {rotary_dim}")
+    if model.num_dense_layers and model.num_experts == 1:
+        raise ConfigError(f"model.num_dense_layers = {model.num_dense_layers} needs experts in the other layers; "
+                          "with model.num_experts = 1 every layer is dense")
+    if model.num_dense_layers >= model.num_layers:
+        raise ConfigError(f"model.num_dense_layers must be below model.num_layers = {model.num_layers}, "
+                          f"got {model.num_dense_layers}")
+    if (model.num_dense_layers > 0) != (model.dense_size > 0):
+        raise ConfigError(f"model.num_dense_layers and model.dense_size go together, got {model.num_dense_layers} and "
+                          f"{model.dense_size}")
 
 
 def _check_names(config: Config) -> None:

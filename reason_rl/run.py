@@ -20,7 +20,7 @@ from kernels.native import ISA, cpu_why_not
 from reason_rl.config import Config, ConfigError
 from reason_rl.data import Tokenizer, char_tokenizer
 from reason_rl.model.transformer import Transformer, num_active_parameters, num_parameters
-from reason_rl.model.weights import load_model
+from reason_rl.model.weights import Source, load_model, read_source
 from reason_rl.pretrain import HISTORY_FILE, make_base, pretrain_seconds
 from reason_rl.run_folder import RunFolder, begin_run, config_table, describe_source, write_summary
 from reason_rl.session import Session, build_session, check_task
@@ -47,6 +47,8 @@ class Run:
     should_stop: Callable[[], bool]
     base: Path
     """The checkpoint folder that RL starts from."""
+    source: Source
+    """What that folder passes on to this run's checkpoints."""
     first_step: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock by part of the run, over all its sessions: pretrain_s (what the base took, also where it is reused), start_s,
@@ -109,7 +111,7 @@ class Run:
         checkpoints.mkdir(parents=True, exist_ok=True)
         save_checkpoint(
             step_folder(checkpoints, done), self.session.model, self.session.world, tokenizer_json=self.session.tokenizer.to_json(),
-            eos_id=self.session.tokenizer.eos_id, optimizer=self.session.optimizer, progress=progress)
+            eos_id=self.session.tokenizer.eos_id, optimizer=self.session.optimizer, progress=progress, source=self.source)
         prune_checkpoints(checkpoints, self.config.run.keep_checkpoints, self.session.world)
 
     def _warn(self, stats: StepStats) -> None:
@@ -176,7 +178,7 @@ def _prepare(
         progress, optimizer_state = load_checkpoint(folder.resume_from, policy)
         view.message(f"Resuming from {folder.resume_from}")
     session = build_session(config, world, tokenizer, policy, reference_state)
-    run = Run(config, folder, session, log, view, should_stop, base, seconds=seconds)
+    run = Run(config, folder, session, log, view, should_stop, base, read_source(base), seconds=seconds)
     if progress is not None and optimizer_state is not None:
         session.optimizer.load_state_dict(optimizer_state)
         session.policy_version = progress.policy_version
@@ -233,7 +235,7 @@ def finish_run(run: Run) -> None:
     """The final checkpoint, the summary, the report."""
     session, world = run.session, run.session.world
     save_checkpoint(run.folder.checkpoints / "final", session.model, world, tokenizer_json=session.tokenizer.to_json(),
-                    eos_id=session.tokenizer.eos_id)
+                    eos_id=session.tokenizer.eos_id, source=run.source)
     if run.log is None:
         return
     run.log.close()

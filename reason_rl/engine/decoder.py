@@ -48,6 +48,12 @@ class Decoder(Protocol):
     def decode(self, running: SequenceOf[Sequence], limits: SequenceOf[int], sampling: SamplingParams) -> Drawn: ...
 
 
+NATIVE_ONLY: dict[str, tuple[object, ...]] = {
+    "attention_bias": ("none",), "qk_norm": ("none", "head"), "num_dense_layers": (0,), "routed_scaling": (1.0,),
+    "rotary_share": (1.0,)}
+"""The values of the model's switches that csrc/decode knows; the scaled angles of RoPE come in its table."""
+
+
 def native_why_not(model: Transformer) -> str:
     """Empty where `NativeDecoder` can decode this model, else the reason."""
     if model.gemm != "auto":
@@ -56,6 +62,10 @@ def native_why_not(model: Transformer) -> str:
         return f"not for {model.compute_dtype}"
     if model.config.head_dim > 256:
         return f"not for a head dim of {model.config.head_dim}: above 256"
+    for key, covered in NATIVE_ONLY.items():
+        value = getattr(model.config, key)
+        if value not in covered:
+            return f"not for {key} = {value!r}"
     return cpu_why_not(model.embedding.weight.device)
 
 

@@ -9,8 +9,9 @@ the pack, or in the paged cache), and everything else is the same code on the sa
 Numerics: parameters are float32 masters. The ops round matrices to the compute dtype where they use them and sum their gradients in
 float32; norms, the router and softmaxes work in float32; the residual stream is in the compute dtype.
 
-Left out: dropout, biases, sliding windows, MLA. Dense layers are the special case num_experts = 1.
-Letters: T packed tokens, D hidden size, H heads, K kv heads, C head dim, E experts, I expert size, V vocabulary, L layers.
+Left out: dropout, sliding windows, MLA. With num_experts = 1 every layer is dense; num_dense_layers makes the first ones so.
+Letters: T packed tokens, D hidden size, H heads, K kv heads, C head dim, R of it turned, E experts, I expert size, V vocabulary,
+L layers, M of them with experts.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from kernels.rms_norm import rms_norm
 from kernels.rope import rope
 from kernels.swiglu import swiglu
 from reason_rl.config import ModelConfig
-from reason_rl.model.rope import rope_table
+from reason_rl.model.rope import rope_table, rotary_dim
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, q [T, H, C], k [T, K, C], v [T, K, C]) -> [T, H, C]"""
@@ -36,10 +37,10 @@ INIT_STD = 0.02
 
 
 class RouterStats(NamedTuple):
-    """What the MoE layers saw in one forward pass; empty tensors when every layer is dense."""
+    """What the MoE layers, M of the L, saw in one forward pass."""
 
     expert_counts: torch.Tensor
-    """i64[L, E]: tokens sent to each expert."""
+    """i64[M, E]: tokens sent to each expert."""
     balance_loss: torch.Tensor
     """f32[]: the load-balance loss, mean over layers, times the pack's tokens (so that packs add up)."""
 
@@ -51,10 +52,10 @@ class ModelOutput(NamedTuple):
 
 
 class RouteTape:
-    """The experts of a forward pass's tokens: recorded layer by layer, or given beforehand (routing replay)."""
+    """The experts of a forward pass's tokens: recorded MoE layer by MoE layer, or given beforehand (routing replay)."""
 
     def __init__(self, given: torch.Tensor | None = None) -> None:
-        """given: i32[T, L, k], or None to record."""
+        """given: i32[T, M, k], or None to record."""
         self.given = given
         self.taken: list[torch.Tensor] = []
 
@@ -73,7 +74,7 @@ class RouteTape:
         return picked
 
     def routes(self) -> torch.Tensor:
-        """i32[T, L, k]"""
+        """i32[T, M, k]"""
         return torch.stack(self.taken, dim=1).int()
 
 
@@ -88,16 +89,18 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A projection without bias; its master weight f32[out, in] is rounded to x's dtype inside the op."""
+    """A projection; its master weight f32[out, in] is rounded to x's dtype inside the op, a bias f32[out] is added in float32."""
 
     gemm = "auto"
 
-    def __init__(self, in_size: int, out_size: int) -> None:
+    def __init__(self, in_size: int, out_size: int, has_bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_size, in_size))
+        self.bias = nn.Parameter(torch.zeros(out_size)) if has_bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, impl=self.gemm)
+        y = linear(x, self.weight, impl=self.gemm)
+        return y if self.bias is None else (y + self.bias).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -107,18 +110,35 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv = Linear(config.hidden_size, rows)  # q, k and v in one matrix: one GEMM, one reduction order
-        self.out = Linear(config.num_heads * config.head_dim, config.hidden_size)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        # q, k and v in one matrix: one GEMM, one reduction order
+        self.qkv = Linear(config.hidden_size, rows, has_bias=config.attention_bias != "none")
+        self.out = Linear(config.num_heads * config.head_dim, config.hidden_size, has_bias=config.attention_bias == "all")
+        self.q_norm = self.k_norm = None
+        if config.qk_norm != "none":
+            self.q_norm, self.k_norm = (
+                RMSNorm(config.head_dim * (heads if config.qk_norm == "full" else 1), config.rms_norm_eps)
+                for heads in (config.num_heads, config.num_kv_heads))
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: int, attend: Attend) -> torch.Tensor:
         heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [T, H + 2K, C]
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(layer, rope(q, cos, sin), rope(k, cos, sin), v)  # [T, H, C]
+            q, k = normed(q, self.q_norm), normed(k, self.k_norm)
+        out = attend(layer, turned(q, cos, sin), turned(k, cos, sin), v)  # [T, H, C]
         return self.out(out.reshape(x.shape[0], -1))
+
+
+def normed(heads: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    """heads [T, H, C], each by itself, or all H * C as one row where the norm is so wide."""
+    return norm(heads.reshape(heads.shape[0], -1, norm.weight.shape[0])).view(heads.shape)
+
+
+def turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """heads [T, H, C] by the angles [T, R/2]: their first R dimensions; the others stay."""
+    rotary = 2 * cos.shape[1]
+    if rotary == heads.shape[2]:
+        return rope(heads, cos, sin)
+    return torch.cat((rope(heads[..., :rotary], cos, sin), heads[..., rotary:]), dim=-1)
 
 
 class MLP(nn.Module):
@@ -159,7 +179,8 @@ class MoE(nn.Module):
             normalize=config.norm_topk, expert_bias=self.expert_bias if config.expert_bias else None)
         if tape is not None:
             picked = tape.follow(picked, config.norm_topk)
-        out = experts(x, self.gate_up, self.down, picked.expert_ids, picked.weights, impl=self.gemm)
+        weights = picked.weights if config.routed_scaling == 1 else picked.weights * config.routed_scaling
+        out = experts(x, self.gate_up, self.down, picked.expert_ids, weights, impl=self.gemm)
         if self.shared is not None:
             out = out + self.shared(x)
         if not with_stats:
@@ -169,12 +190,13 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp: MoE | MLP = MoE(config) if config.num_experts > 1 else MLP(config.hidden_size, config.expert_size)
+        has_experts = config.num_experts > 1 and layer >= config.num_dense_layers
+        self.mlp: MoE | MLP = MoE(config) if has_experts else MLP(config.hidden_size, config.dense_size or config.expert_size)
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: int, attend: Attend, with_stats: bool,
@@ -197,24 +219,33 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config, self.vocab_size, self.compute_dtype = config, vocab_size, compute_dtype
-        self.embedding = nn.Embedding(vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        # Like all matrices not drawn here: `initialise` does, or a checkpoint fills them in.
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(vocab_size, config.hidden_size), freeze=False)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size)
-        table = rope_table(config.max_positions, config.head_dim, config.rope_theta)
-        self.register_buffer("rope", table, persistent=False)  # f32[2, max_positions, C/2]
+        table = rope_table(config.max_positions, rotary_dim(config), config.rope_theta, config.rope_scaling)
+        self.register_buffer("rope", table, persistent=False)  # f32[2, max_positions, R/2]
 
     @torch.no_grad()
     def initialise(self, seed: int) -> Transformer:
         """Normal draws of std 0.02, each parameter from a generator of its own; what writes to the residual stream is smaller."""
         for index, (name, parameter) in enumerate(self.named_parameters()):
             if parameter.dim() < 2:
-                continue  # norm weights stay 1
+                continue  # norm weights stay 1, biases 0
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
             is_residual = name.endswith(("out.weight", "down", "down.weight"))
             std = INIT_STD / (2 * self.config.num_layers) ** 0.5 if is_residual else INIT_STD
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         return self
+
+    def hold_in(self, dtype: torch.dtype) -> Transformer:
+        """Matrices made anew in `dtype`, not yet filled, for a model that is not trained: what the forward would round to `dtype`
+        at every use, so not the router, norms and biases."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() >= 2 and not name.endswith("router"):
+                parameter.data = torch.empty_like(parameter, dtype=dtype)
+        return self.requires_grad_(False)
 
     def use_gemm(self, gemm: str) -> Transformer:
         """"auto": projections, experts and head by ops whose rows do not depend on the batch. "torch": by torch's own GEMMs, where
@@ -237,12 +268,13 @@ class Transformer(nn.Module):
         """token_ids i64[T], position_ids i64|i32[T] -> the hidden states, and with_stats the routers' load; `tape` records the
         routes, or sets them."""
         x = self.embedding(token_ids).to(self.compute_dtype)  # [T, D]
-        cos, sin = self.rope[0].index_select(0, position_ids), self.rope[1].index_select(0, position_ids)  # [T, C/2]
+        cos, sin = self.rope[0].index_select(0, position_ids), self.rope[1].index_select(0, position_ids)  # [T, R/2]
         counts, balances = [], []
         for layer, block in enumerate(self.blocks):
             x, layer_counts, layer_balance = block(x, cos, sin, layer, attend, with_stats, tape)
-            counts.append(layer_counts)
-            balances.append(layer_balance)
+            if isinstance(block.mlp, MoE):
+                counts.append(layer_counts)
+                balances.append(layer_balance)
         hidden = self.norm(x)
         if not with_stats or self.config.num_experts == 1:
             return ModelOutput(hidden, None)
@@ -250,11 +282,11 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def nudge_expert_bias(self, expert_counts: torch.Tensor, rate: float) -> None:
-        """Aux-loss-free balancing: bias += rate * sign(mean load - load), from a step's counts i64[L, E] over all ranks."""
+        """Aux-loss-free balancing: bias += rate * sign(mean load - load), from a step's counts i64[M, E] over all ranks."""
         load = expert_counts.float()
-        for block, change in zip(self.blocks, rate * torch.sign(load.mean(1, keepdim=True) - load), strict=True):
-            if isinstance(block.mlp, MoE):
-                block.mlp.expert_bias += change
+        mixtures = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
+        for mixture, change in zip(mixtures, rate * torch.sign(load.mean(1, keepdim=True) - load), strict=True):
+            mixture.expert_bias += change
 
 
 def num_parameters(model: nn.Module) -> int:

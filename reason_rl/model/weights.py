@@ -1,210 +1,232 @@
-"""Weights on disk: a folder with model.safetensors and config.json, under Qwen3-MoE's tensor names.
+"""Weights on disk: Hugging Face folders in and out, config.json by hf_config.py and safetensors, in one file or in shards.
 
-The network keeps q, k, v and the experts as fused matrices; the files keep them apart, as Hugging Face does. What Qwen3-MoE has
-no word for (expert bias, shared experts, sigmoid scores, a model without qk-norm) is stored under names of its own and in
-config.json's "reason_rl" table.
+The network keeps q, k, v and the experts as fused matrices; the files keep them apart. `file_views` is the one place that knows
+how: each tensor of the files as a view into our state. Loading copies into those views, piece by piece from mapped files, so that
+beside the weights there is never more than a piece; saving writes them out.
+Left out: tokenizer.json (reason_rl/data), optimizer state (trainer/checkpoint.py), pickled weights.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import MISSING, fields, replace
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from reason_rl.config import ModelConfig
+from reason_rl.model.families import DERIVED_TENSORS, FAMILIES, TENSORS
+from reason_rl.model.hf_config import CONFIG_FILE, config_to_json, read_json, read_model_config
 from reason_rl.model.transformer import Transformer
 
 WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
-
-# Ours -> theirs, for what is one tensor on both sides; {i} is the layer.
-PLAIN_NAMES = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-    "blocks.{i}.attention_norm.weight": "model.layers.{i}.input_layernorm.weight",
-    "blocks.{i}.mlp_norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
-    "blocks.{i}.attention.out.weight": "model.layers.{i}.self_attn.o_proj.weight",
-    "blocks.{i}.attention.q_norm.weight": "model.layers.{i}.self_attn.q_norm.weight",
-    "blocks.{i}.attention.k_norm.weight": "model.layers.{i}.self_attn.k_norm.weight",
-    "blocks.{i}.mlp.router": "model.layers.{i}.mlp.gate.weight",
-    "blocks.{i}.mlp.expert_bias": "model.layers.{i}.mlp.gate.e_score_correction_bias",
-    "blocks.{i}.mlp.down.weight": "model.layers.{i}.mlp.down_proj.weight",
-    "blocks.{i}.mlp.shared.down.weight": "model.layers.{i}.mlp.shared_experts.down_proj.weight",
-}
+INDEX_FILE = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
+SIDE_FILES = (GENERATION_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+              "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model")
+"""What belongs to a model and is neither weights, config.json nor tokenizer.json."""
+SHARD_BYTES = 5_000_000_000
+PIECE_BYTES = 64 << 20
+"""Bytes of a file that are read before it is mapped anew: once read, a mapping's pages count as the process's own memory."""
+FILE_DTYPES = ("F32", "BF16", "F16", "F64")
 
 
-def to_files(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Our state dict -> tensors by Qwen3-MoE's names."""
-    files: dict[str, torch.Tensor] = {}
-    sizes = [config.num_heads * config.head_dim] + [config.num_kv_heads * config.head_dim] * 2
+def file_views(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Our state dict -> its parts by the family's names, sharing memory with it."""
+    tensors = {**TENSORS, **(FAMILIES[config.family].tensors if config.family in FAMILIES else {})}
+    qkv_rows = [config.num_heads * config.head_dim] + [config.num_kv_heads * config.head_dim] * 2
+    views: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         layer = name.split(".")[1] if name.startswith("blocks.") else ""
         pattern = name.replace(f"blocks.{layer}.", "blocks.{i}.", 1) if layer else name
-        theirs = f"model.layers.{layer}"
-        if pattern == "blocks.{i}.mlp.expert_bias" and not config.expert_bias:
+        if pattern.endswith("expert_bias") and not config.expert_bias:
             continue
-        if pattern in PLAIN_NAMES:
-            files[PLAIN_NAMES[pattern].format(i=layer)] = tensor
-        elif pattern.endswith("attention.qkv.weight"):
-            for which, part in zip("qkv", tensor.split(sizes), strict=True):
-                files[f"{theirs}.self_attn.{which}_proj.weight"] = part
-        elif pattern.endswith("gate_up.weight"):
-            place = "mlp.shared_experts" if "shared" in pattern else "mlp"
-            for which, part in zip(("gate", "up"), tensor.chunk(2), strict=True):
-                files[f"{theirs}.{place}.{which}_proj.weight"] = part
-        else:
-            assert pattern in ("blocks.{i}.mlp.gate_up", "blocks.{i}.mlp.down"), f"no file name for {name}"
-            for expert, matrix in enumerate(tensor.unbind(0)):
-                named = zip(("gate", "up"), matrix.chunk(2), strict=True) if pattern.endswith("gate_up") else [("down", matrix)]
-                for which, part in named:
-                    files[f"{theirs}.mlp.experts.{expert}.{which}_proj.weight"] = part
-    return {name: tensor.contiguous() for name, tensor in files.items()}
+        theirs = tensors[pattern]
+        for expert, matrix in enumerate(tensor.unbind(0) if "{e}" in theirs[0] else [tensor]):
+            parts = matrix.split(qkv_rows if len(theirs) == 3 else matrix.shape[0] // len(theirs))
+            for file_name, part in zip(theirs, parts, strict=True):
+                views[file_name.format(i=layer, e=expert)] = part
+    return views
 
 
-def from_files(files: Mapping[str, torch.Tensor], model: Transformer) -> dict[str, torch.Tensor]:
-    """The inverse of `to_files`, for a model of the same config; missing, unexpected and misshapen tensors are named."""
-    expected = to_files(model.state_dict(), model.config)
-    missing, unexpected = sorted(expected.keys() - files.keys()), sorted(files.keys() - expected.keys())
-    wrong = [f"{n}: expected {list(expected[n].shape)}, got {list(files[n].shape)}"
-             for n in sorted(expected.keys() & files.keys()) if expected[n].shape != files[n].shape]
-    if missing or unexpected or wrong:
-        parts = [f"{what} {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})"
-                 for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", wrong)) if names]
-        raise ValueError(f"the checkpoint does not fit its config.json: {'; '.join(parts)}")
-    state = {}
-    for name, tensor in model.state_dict().items():
-        pieces = [files[n].float() for n in to_files({name: tensor}, model.config)]
-        if name.endswith(("mlp.gate_up", "mlp.down")) and tensor.dim() == 3:
-            per_expert = len(pieces) // tensor.shape[0]
-            state[name] = torch.stack([torch.cat(pieces[i : i + per_expert]) for i in range(0, len(pieces), per_expert)])
-        elif pieces:
-            state[name] = torch.cat(pieces)
-        else:
-            state[name] = tensor  # an expert bias that is not in use
-    return state
+@dataclass(frozen=True)
+class Source:
+    """What the folder a model came from holds beside its weights, for the folders that it will be saved to."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Its config.json."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def config_to_json(config: ModelConfig, vocab_size: int, eos_id: int) -> dict[str, Any]:
-    is_moe = config.num_experts > 1
-    return {
-        "architectures": ["Qwen3MoeForCausalLM" if is_moe else "Qwen3ForCausalLM"],
-        "model_type": "qwen3_moe" if is_moe else "qwen3",
-        "vocab_size": vocab_size, "eos_token_id": eos_id,
-        "num_hidden_layers": config.num_layers, "hidden_size": config.hidden_size,
-        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim,
-        "num_experts": config.num_experts, "num_experts_per_tok": min(config.num_experts_per_tok, config.num_experts),
-        "moe_intermediate_size": config.expert_size, "intermediate_size": config.expert_size,
-        "norm_topk_prob": config.norm_topk, "tie_word_embeddings": config.tie_embeddings,
-        "rope_theta": config.rope_theta, "rms_norm_eps": config.rms_norm_eps,
-        "max_position_embeddings": config.max_positions,
-        "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,
-        "decoder_sparse_step": 1, "mlp_only_layers": [], "torch_dtype": "float32",
-        "reason_rl": {
-            "num_shared_experts": config.num_shared_experts, "router_score": config.router_score,
-            "expert_bias": config.expert_bias, "qk_norm": config.qk_norm,
-        },
-    }
+def read_source(folder: Path) -> Source:
+    return Source(read_json(folder / CONFIG_FILE), {name: (folder / name).read_bytes() for name in SIDE_FILES
+                                                    if (folder / name).is_file()})
 
 
-def config_from_json(values: Mapping[str, Any]) -> tuple[ModelConfig, int]:
-    """-> (ModelConfig, vocab_size). What is missing, not ours or of the wrong type is a ValueError that says so."""
-    try:
-        config, vocab_size = _read_config(values)
-    except KeyError as error:
-        raise ValueError(f"config.json: {error.args[0]} is missing") from error
-    except (TypeError, AttributeError, ZeroDivisionError) as error:  # a word where a table or a number belongs
-        raise ValueError(f"config.json holds a value of the wrong type: {error}") from error
-    _check_value("vocab_size", vocab_size, 1)
-    for field in fields(ModelConfig):
-        assert field.default is not MISSING
-        _check_value(field.name, getattr(config, field.name), field.default)
-    return replace(config, rope_theta=float(config.rope_theta)), vocab_size
+# --- saving
 
-
-def _check_value(name: str, value: object, example: object) -> None:
-    kinds = (int, float) if isinstance(example, float) else (type(example),)
-    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(example, bool):
-        raise ValueError(f"config.json: {name} must be {type(example).__name__}, got {value!r}")
-    if isinstance(value, int | float) and not isinstance(value, bool) and not (value > 0 or (value == 0 and example == 0)):
-        raise ValueError(f"config.json: {name} must be above 0, got {value!r}")
-
-
-def _read_config(values: Mapping[str, Any]) -> tuple[ModelConfig, int]:
-    family = values.get("model_type")
-    if family not in ("qwen3_moe", "qwen3"):
-        raise ValueError(f"config.json: model_type must be 'qwen3_moe' or 'qwen3', got {family!r}")
-    for key, only in (("use_sliding_window", False), ("attention_bias", False), ("mlp_only_layers", []),
-                      ("decoder_sparse_step", 1), ("hidden_act", "silu"), ("rope_scaling", None)):
-        if values.get(key) not in (only, None):
-            raise ValueError(f"config.json: {key} must be {only!r}, got {values[key]!r}")
-    # transformers 5 writes rope_parameters and num_local_experts where earlier ones had rope_theta and num_experts.
-    rotary = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10000.0)}
-    if rotary.get("rope_type", "default") != "default":
-        raise ValueError(f"config.json: rope_parameters.rope_type must be 'default', got {rotary['rope_type']!r}")
-    is_moe, own = family == "qwen3_moe", values.get("reason_rl", {})
-    config = ModelConfig(
-        num_layers=values["num_hidden_layers"], hidden_size=values["hidden_size"], num_heads=values["num_attention_heads"],
-        num_kv_heads=values["num_key_value_heads"],
-        head_dim=values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"],
-        num_experts=(values.get("num_local_experts") or values["num_experts"]) if is_moe else 1,
-        num_experts_per_tok=values["num_experts_per_tok"] if is_moe else 1,
-        expert_size=values["moe_intermediate_size"] if is_moe else values["intermediate_size"],
-        num_shared_experts=own.get("num_shared_experts", 0), router_score=own.get("router_score", "softmax"),
-        norm_topk=values.get("norm_topk_prob", not is_moe), expert_bias=own.get("expert_bias", False),
-        qk_norm=own.get("qk_norm", True), tie_embeddings=values.get("tie_word_embeddings", False),
-        rope_theta=rotary["rope_theta"], rms_norm_eps=values.get("rms_norm_eps", 1e-6),
-        max_positions=values["max_position_embeddings"])
-    return config, values["vocab_size"]
-
-
-def save_weights(folder: Path, state: Mapping[str, torch.Tensor], config: ModelConfig, vocab_size: int, eos_id: int) -> None:
+def save_weights(
+    folder: Path, state: Mapping[str, torch.Tensor], config: ModelConfig, vocab_size: int, eos_id: int,
+    source: Source | None = None, shard_bytes: int = SHARD_BYTES,
+) -> None:
     """`state` by our names, whole tensors (see trainer.distributed.full_state)."""
+    source = source or Source()
     folder.mkdir(parents=True, exist_ok=True)
-    # safetensors refuses tensors that share memory (slices of fused matrices do), so each is cloned.
-    files = {name: tensor.detach().cpu().clone() for name, tensor in to_files(state, config).items()}
-    save_file(files, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config_to_json(config, vocab_size, eos_id), indent=2) + "\n")
+    for old in folder.glob("model*.safetensors*"):  # another number of shards, perhaps
+        old.unlink()
+    shards = list(_shards(file_views(state, config), shard_bytes))
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        # safetensors refuses tensors that share memory (slices of fused matrices do), so each is cloned.
+        save_file({name: view.detach().cpu().clone() for name, view in shard.items()}, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+    if len(shards) > 1:
+        total = sum(view.numel() * view.element_size() for shard in shards for view in shard.values())
+        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    values = config_to_json(config, vocab_size, eos_id, source.config)
+    _write_json(folder / CONFIG_FILE, values)
+    _write_json(folder / GENERATION_FILE, {"_from_model_config": True, "eos_token_id": values["eos_token_id"]})
+    for name, content in source.files.items():
+        (folder / name).write_bytes(content)
 
 
-def read_model_config(folder: Path) -> tuple[ModelConfig, int]:
-    """config.json of a checkpoint folder -> (ModelConfig, vocab_size)."""
-    if not folder.is_dir():
-        raise ValueError(f"no checkpoint folder at {folder}")
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise ValueError(f"{folder} is not a checkpoint: it has no {CONFIG_FILE}")
-    try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it must hold a table, got {type(values).__name__}")
-    return config_from_json(values)
+def _shards(views: Mapping[str, torch.Tensor], shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
+    """In the state's order, each of at most `shard_bytes`, or of one tensor that is larger."""
+    shard: dict[str, torch.Tensor] = {}
+    used = 0
+    for name, view in views.items():
+        size = view.numel() * view.element_size()
+        if shard and used + size > shard_bytes:
+            yield shard
+            shard, used = {}, 0
+        shard[name] = view
+        used += size
+    yield shard
 
 
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+# --- loading
+
+@torch.no_grad()
 def load_weights(folder: Path, model: Transformer) -> None:
-    """Fill `model` (not yet sharded) from the folder's safetensors."""
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise ValueError(f"{folder} is not a checkpoint: it has no {WEIGHTS_FILE}")
-    try:
-        files = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    model.load_state_dict(from_files(files, model))
+    """Fill `model` (on the CPU, not yet sharded) from the folder's safetensors, in the dtypes that the model has."""
+    views = file_views(model.state_dict(), model.config)
+    holders = _check_tensors(folder, views, model)
+    for path in dict.fromkeys(holders.values()):
+        for name, start, piece in _pieces(path, [name for name in views if holders[name] == path]):
+            views[name][start : start + piece.shape[0]].copy_(piece)
 
 
-def load_model(folder: str | Path, compute_dtype: torch.dtype = torch.float32) -> Transformer:
-    """The model of a checkpoint folder, on the CPU."""
+def load_model(
+    folder: str | Path, compute_dtype: torch.dtype = torch.float32, weights_dtype: torch.dtype = torch.float32
+) -> Transformer:
+    """The model of a checkpoint folder, on the CPU. weights_dtype = compute_dtype = bfloat16 holds its matrices in bfloat16, half
+    the memory and the same bits, for a model that is only evaluated; to train, masters are float32."""
     folder = Path(folder)
+    if weights_dtype not in (torch.float32, compute_dtype):
+        raise ValueError(f"weights_dtype must be float32 or compute_dtype = {compute_dtype}, got {weights_dtype}")
     config, vocab_size = read_model_config(folder)
     model = Transformer(config, vocab_size, compute_dtype)
+    if weights_dtype != torch.float32:
+        model.hold_in(weights_dtype)
     load_weights(folder, model)
     return model
+
+
+def _pieces(path: Path, names: list[str]) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """(name, first row, rows) of the file's tensors, in rows that stay mapped only until the next ones are asked for."""
+    file, used = safe_open(path, framework="pt"), 0
+    for name in names:
+        num_rows, *rest = file.get_slice(name).get_shape()
+        row_bytes = 4 * torch.Size(rest).numel()
+        step = max(1, PIECE_BYTES // row_bytes)
+        for start in range(0, num_rows, step):
+            size = min(step, num_rows - start) * row_bytes
+            if used + size > PIECE_BYTES:
+                file, used = safe_open(path, framework="pt"), 0
+            used += size
+            yield name, start, file.get_slice(name)[start : start + step]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The folder's one file, or the shards that its index names."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    if not (folder / INDEX_FILE).is_file():
+        pickled = "; *.bin is not read, as it may hold code: save it as safetensors" if any(folder.glob("*.bin")) else ""
+        raise ValueError(f"{folder} is not a checkpoint: it has no {WEIGHTS_FILE} and no {INDEX_FILE}{pickled}")
+    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) and "/" not in name for name in weight_map.values()):
+        raise ValueError(f"{folder / INDEX_FILE} is damaged: weight_map must hold the name of a file for each tensor")
+    shards = sorted(set(weight_map.values()))
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} is incomplete: of {len(shards)} shards {_some(missing)} missing")
+    return [folder / name for name in shards]
+
+
+def _check_tensors(folder: Path, views: Mapping[str, torch.Tensor], model: Transformer) -> dict[str, Path]:
+    """All of it before anything is copied -> the file that holds each tensor of the model."""
+    holders: dict[str, Path] = {}
+    wrong: list[str] = []
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (not a dict)
+                    stored = file.get_slice(name)
+                    holders[name] = path
+                    if name in views and list(views[name].shape) != stored.get_shape():
+                        wrong.append(f"{name}: expected {list(views[name].shape)}, got {stored.get_shape()}")
+                    if name in views and stored.get_dtype() not in FILE_DTYPES:
+                        raise ValueError(f"{path}: {name} must be {'|'.join(FILE_DTYPES)}, got {stored.get_dtype()}")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    _leave_out(folder, holders, model)
+    missing, unexpected = sorted(views.keys() - holders.keys()), sorted(holders.keys() - views.keys())
+    if missing or unexpected or wrong:
+        parts = [f"{what} {_some(names)}" for what, names in
+                 (("missing", missing), ("unexpected", unexpected), ("misshapen", sorted(wrong))) if names]
+        if "lm_head.weight" in missing:
+            parts.append("config.json does not tie the head to the embedding (tie_word_embeddings)")
+        raise ValueError(f"the checkpoint in {folder} does not fit its config.json: {'; '.join(parts)}")
+    return {name: holders[name] for name in views}
+
+
+def _leave_out(folder: Path, holders: dict[str, Path], model: Transformer) -> None:
+    """Take from `holders` what a folder may hold and the model has no place for."""
+    for name in [name for name in holders if name.endswith(DERIVED_TENSORS)]:
+        del holders[name]
+    if model.head is None and "lm_head.weight" in holders:
+        if "model.embed_tokens.weight" in holders:
+            _check_tied(holders)
+        del holders["lm_head.weight"]
+    num_extra = read_json(folder / CONFIG_FILE).get("num_nextn_predict_layers") or 0
+    prefixes = tuple(f"model.layers.{model.config.num_layers + i}." for i in range(num_extra))
+    extra = [name for name in holders if prefixes and name.startswith(prefixes)]
+    for name in extra:
+        del holders[name]
+    if extra:
+        warnings.warn(f"{folder}: {_some(extra)} of layers that predict further tokens (num_nextn_predict_layers) are left out",
+                      stacklevel=2)
+
+
+def _check_tied(holders: Mapping[str, Path]) -> None:
+    """A head that is stored although it is tied must be the embedding."""
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    head, embedding = (_pieces(holders[name], [name]) for name in names)
+    if not all(a is not None and b is not None and torch.equal(a[2], b[2]) for a, b in zip_longest(head, embedding)):
+        raise ValueError(f"config.json ties the head to the embedding (tie_word_embeddings), but {names[0]} is not {names[1]}")
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})"

@@ -1,4 +1,4 @@
-"""Checkpoints: a Hugging Face style folder (weights, config.json, tokenizer.json) plus trainer.pt to go on from.
+"""Checkpoints: a Hugging Face folder (weights, config.json, tokenizer.json and its like) plus trainer.pt to go on from.
 
 Written beside its final name and renamed when whole, so that a folder that is there is complete. The state is whole tensors:
 a run may resume with another number of processes.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from reason_rl.model.transformer import Transformer
-from reason_rl.model.weights import load_weights, save_weights
+from reason_rl.model.weights import Source, load_weights, save_weights
 from reason_rl.trainer.distributed import World, full_state
 from reason_rl.trainer.optimizer import Optimizer
 
@@ -44,15 +44,16 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 def save_checkpoint(
     folder: Path, model: Transformer, world: World, *, tokenizer_json: str, eos_id: int,
     optimizer: Optimizer | None = None, progress: Progress | None = None, extra: Mapping[str, str] | None = None,
-    replace: bool = True,
+    source: Source | None = None, replace: bool = True,
 ) -> None:
-    """A collective; rank 0 writes. `extra`: further text files by name. replace=False keeps a folder that is there already."""
+    """A collective; rank 0 writes. `extra`: further text files by name; `source`: what the folder the model came from passes on.
+    replace=False keeps a folder that is there already."""
     state = full_state(model)
     optimizer_state = optimizer.state_dict() if optimizer is not None else None
     if world.is_main:
         partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")  # nobody else writes there
         shutil.rmtree(partial, ignore_errors=True)
-        save_weights(partial, state, model.config, model.vocab_size, eos_id)
+        save_weights(partial, state, model.config, model.vocab_size, eos_id, source)
         (partial / "tokenizer.json").write_text(tokenizer_json)
         for name, text in (extra or {}).items():
             (partial / name).write_text(text)

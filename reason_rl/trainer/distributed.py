@@ -161,11 +161,8 @@ class RolloutWeights:
         if self.shares_memory:
             self.model = model
             return
-        self.model = Transformer(model.config, model.vocab_size, world.dtype).to(world.device).requires_grad_(False)
+        self.model = Transformer(model.config, model.vocab_size, world.dtype).hold_in(world.dtype).to(world.device)
         self.model.use_gemm(model.gemm)
-        for name, parameter in self.model.named_parameters():
-            if parameter.dim() >= 2 and not name.endswith("router"):
-                parameter.data = parameter.data.to(world.dtype)
         self.refresh()
 
     @torch.no_grad()

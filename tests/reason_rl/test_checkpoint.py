@@ -54,7 +54,7 @@ def test_weights_optimizer_and_progress_come_back_to_the_bit(tmp_path: Path):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(torch.as_tensor(ours[n][k]), torch.as_tensor(theirs[n][k])) for n in ours for k in ours[n])
     assert {p.name for p in (tmp_path / "step_000007").iterdir()} == {
-        "model.safetensors", "config.json", "tokenizer.json", "trainer.pt", "notes.txt"}
+        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "trainer.pt", "notes.txt"}
     assert load_model(tmp_path / "step_000007").config == MOE
 
 

@@ -14,11 +14,11 @@ from kernels.linear_logprob import linear_logprob
 from reason_rl.config import ModelConfig
 from reason_rl.model.rope import rope_table
 from reason_rl.model.transformer import ModelOutput, MoE, Transformer, num_active_parameters, num_parameters
-from reason_rl.model.weights import to_files
+from reason_rl.model.weights import file_views
 from tests.reason_rl.tiny import VOCAB_SIZE, tiny_model
 
 BASE = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=12, num_experts=5, num_experts_per_tok=2,
-                   expert_size=20, num_shared_experts=0, router_score="softmax", norm_topk=True, expert_bias=True, qk_norm=True,
+                   expert_size=20, num_shared_experts=0, router_score="softmax", norm_topk=True, expert_bias=True, qk_norm="head",
                    tie_embeddings=True, max_positions=256)
 VARIANTS = {
     "softmax": BASE,
@@ -27,7 +27,7 @@ VARIANTS = {
     "shared experts": replace(BASE, num_shared_experts=2),
     "sigmoid": replace(BASE, router_score="sigmoid"),
     "scores as they are": replace(BASE, norm_topk=False),
-    "no qk-norm": replace(BASE, qk_norm=False),
+    "no qk-norm": replace(BASE, qk_norm="none"),
     "untied head": replace(BASE, tie_embeddings=False),
     "one expert a token": replace(BASE, num_experts_per_tok=1, norm_topk=False),
     "every expert": replace(BASE, num_experts_per_tok=5),
@@ -91,7 +91,7 @@ def moe_by_hand(x: torch.Tensor, w: dict[str, torch.Tensor], place: str, config:
 def by_hand(model: Transformer, tokens: list[int]) -> tuple[torch.Tensor, list[list[list[int]]]]:
     """One document, token by token -> hidden f64[T, D], and the experts chosen [L][T][k]."""
     config = model.config
-    w = {name: tensor.double() for name, tensor in to_files(model.state_dict(), config).items()}
+    w = {name: tensor.double() for name, tensor in file_views(model.state_dict(), config).items()}
     rows = list(w["model.embed_tokens.weight"][tokens])
     chosen: list[list[list[int]]] = []
     for i in range(config.num_layers):
@@ -101,7 +101,7 @@ def by_hand(model: Transformer, tokens: list[int]) -> tuple[torch.Tensor, list[l
         for t, row in enumerate(rows):
             x = normed(row, w[f"{at}.input_layernorm.weight"], config.rms_norm_eps)
             q, k, v = ((w[f"{at}.self_attn.{p}_proj.weight"] @ x).view(-1, config.head_dim) for p in "qkv")
-            if config.qk_norm:
+            if config.qk_norm == "head":
                 q, k = (normed(h, w[f"{at}.self_attn.{p}_norm.weight"], config.rms_norm_eps) for h, p in ((q, "q"), (k, "k")))
             q, k = (torch.stack([turned(head, t, config.rope_theta) for head in heads]) for heads in (q, k))
             keys.append(k)

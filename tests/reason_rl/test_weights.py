@@ -13,29 +13,28 @@ from safetensors.torch import load_file, save_file
 
 from kernels.attention import attention
 from reason_rl.config import ModelConfig
+from reason_rl.model.hf_config import config_from_json, config_to_json
 from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import (
-    config_from_json,
-    config_to_json,
+    file_views,
     load_model,
     load_weights,
     read_model_config,
     save_weights,
-    to_files,
 )
 from tests.reason_rl.tiny import VOCAB_SIZE, tiny_model
 
-BASE = ModelConfig(num_layers=2, hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
-                   expert_size=10, expert_bias=False, max_positions=64)
+BASE = ModelConfig(family="qwen3_moe", num_layers=2, hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=8, num_experts=4,
+                   num_experts_per_tok=2, expert_size=10, expert_bias=False, max_positions=64)
 VARIANTS = {
     "plain": BASE,
     "expert bias": replace(BASE, expert_bias=True),
-    "dense": replace(BASE, num_experts=1, num_experts_per_tok=1),
+    "dense": replace(BASE, num_experts=1, num_experts_per_tok=1, family="qwen3"),
     "shared experts": replace(BASE, num_shared_experts=2),
     "sigmoid": replace(BASE, router_score="sigmoid", norm_topk=False),
-    "no qk-norm": replace(BASE, qk_norm=False),
+    "no qk-norm": replace(BASE, qk_norm="none"),
     "untied head": replace(BASE, tie_embeddings=False),
-    "everything": replace(BASE, expert_bias=True, num_shared_experts=1, router_score="sigmoid", norm_topk=False, qk_norm=False,
+    "everything": replace(BASE, expert_bias=True, num_shared_experts=1, router_score="sigmoid", norm_topk=False, qk_norm="none",
                           tie_embeddings=False, rope_theta=1e6, rms_norm_eps=1e-5, num_kv_heads=1),
 }
 
@@ -134,7 +133,7 @@ def test_a_tied_head_is_not_written(tmp_path: Path):
 
 
 def test_dense_layers_have_qwen3s_names():
-    names = set(to_files(tiny_model(VARIANTS["dense"]).state_dict(), VARIANTS["dense"]))
+    names = set(file_views(tiny_model(VARIANTS["dense"]).state_dict(), VARIANTS["dense"]))
     assert {name for name in names if ".layers.0.mlp." in name} == {
         f"model.layers.0.mlp.{which}_proj.weight" for which in ("gate", "up", "down")}
 
@@ -142,7 +141,7 @@ def test_dense_layers_have_qwen3s_names():
 def test_the_fused_matrices_are_cut_where_they_should_be():
     """q above k above v; gate above up; expert by expert."""
     model = tiny_model(BASE)
-    files = to_files(model.state_dict(), BASE)
+    files = file_views(model.state_dict(), BASE)
     block = model.blocks[1]
     at = "model.layers.1"
     assert torch.equal(torch.cat([files[f"{at}.self_attn.{p}_proj.weight"] for p in "qkv"]), block.attention.qkv.weight)
@@ -153,7 +152,7 @@ def test_the_fused_matrices_are_cut_where_they_should_be():
 
 def test_what_qwen3_has_no_word_for_has_names_of_its_own():
     config = VARIANTS["everything"]
-    names = set(to_files(tiny_model(config).state_dict(), config))
+    names = set(file_views(tiny_model(config).state_dict(), config))
     own = {name for name in names if "e_score_correction_bias" in name or "shared_experts" in name}
     assert own == {f"model.layers.{i}.mlp.{name}" for i in range(2) for name in (
         "gate.e_score_correction_bias", "shared_experts.gate_proj.weight", "shared_experts.up_proj.weight",
@@ -183,26 +182,102 @@ def test_a_foreign_config_is_read_in_both_spellings():
     config, vocab_size = config_from_json(foreign)
     assert vocab_size == 151936 and config == ModelConfig(
         num_layers=48, hidden_size=2048, num_heads=32, num_kv_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
-        expert_size=768, num_shared_experts=0, router_score="softmax", norm_topk=True, expert_bias=False, qk_norm=True,
-        tie_embeddings=False, rope_theta=1e6, rms_norm_eps=1e-6, max_positions=40960)
+        expert_size=768, num_shared_experts=0, router_score="softmax", norm_topk=True, expert_bias=False, qk_norm="head",
+        family="qwen3_moe", tie_embeddings=False, rope_theta=1e6, rms_norm_eps=1e-6, max_positions=40960)
     newer = {key: value for key, value in foreign.items() if key not in ("num_experts", "rope_theta", "rope_scaling")}
     newer.update(num_local_experts=128, rope_parameters={"rope_theta": 1000000.0, "rope_type": "default"})
     assert config_from_json(newer) == (config, vocab_size)
 
 
+DEEPSEEK_V3 = {"model_type": "deepseek_v3", "kv_lora_rank": 512}
+
+
 @pytest.mark.parametrize(("change", "message"), [
-    ({"model_type": "llama"}, "model_type must be 'qwen3_moe' or 'qwen3', got 'llama'"),
-    ({"attention_bias": True}, "attention_bias must be False, got True"),
-    ({"use_sliding_window": True}, "use_sliding_window must be False, got True"),
-    ({"mlp_only_layers": [0]}, r"mlp_only_layers must be \[\], got \[0\]"),
-    ({"decoder_sparse_step": 2}, "decoder_sparse_step must be 1, got 2"),
-    ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
-    ({"rope_scaling": {"type": "yarn"}}, "rope_scaling must be None, got"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type must be 'default', got 'yarn'"),
-])
+    ({"model_type": "gpt2"}, "model_type must be one of llama, qwen2, qwen3, qwen3_moe, .*, got 'gpt2'"),
+    ({"model_type": ["qwen3"]}, r"model_type must be one of .*, got \['qwen3'\]"),
+    (DEEPSEEK_V3, r"got 'deepseek_v3'; kv_lora_rank = 512: multi-head latent attention \(MLA\)"),
+    ({"q_lora_rank": 64}, r"q_lora_rank = 64 is not supported: multi-head latent attention \(MLA\)"),
+    ({"quantization_config": {"bits": 4}}, r"quantization_config = {'bits': 4} is not supported: quantised weights"),
+    ({"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported"),
+    ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
+    ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not supported"),
+    ({"auto_map": {"AutoModel": "m.M"}}, "auto_map = .* is not supported: a model with code of its own"),
+    ({"mlp_bias": True}, "mlp_bias must be False, got True"),
+    ({"attention_dropout": 0.1}, "attention_dropout must be 0.0, got 0.1"),
+    ({"hidden_act": "gelu"}, "hidden_act must be 'silu' or 'swish', got 'gelu'"),
+    ({"attention_multiplier": 0.1}, "attention_multiplier = 0.1 is not a known key of qwen3_moe"),
+    ({"n_group": 4}, "n_group = 4 is not a known key of qwen3_moe"),
+    ({"attention_bias": "yes"}, "attention_bias must be true or false, got 'yes'"),
+    ({"use_sliding_window": True, "sliding_window": 32}, "sliding windows are not supported, got .*'sliding_window': 32"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding windows are not supported, got .*'layer_types'"),
+    ({"mlp_only_layers": [1], "intermediate_size": 8}, r"dense layers must be the first ones, got mlp_only_layers = \[1\]"),
+    ({"mlp_only_layers": [0, 1], "intermediate_size": 8}, "num_dense_layers must be below model.num_layers = 2, got 2"),
+    ({"num_key_value_heads": 3}, "num_heads = 4 must be divisible by model.num_kv_heads = 3"),
+    ({"num_experts_per_tok": 5}, "num_experts_per_tok must be at most"),
+    ({"head_dim": 7}, "head_dim must be even"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0 in a qwen3_moe, got 0.5"),
+    ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type must be default, linear or .*, got 'longrope'"),
+    ({"rope_scaling": {"type": "yarn"}}, r"type yarn has the keys .*; missing \['factor'\], unknown \[\]"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [8]}}, r"unknown \['mrope_section'\]"),
+    ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor must be a number above 0, got '2'"),
+    ({"rope_scaling": {"type": "llama3", "factor": 2, "low_freq_factor": 4, "high_freq_factor": 1}},
+     "low_freq_factor = 4 must be below"),
+    ({"rope_scaling": {"factor": 2.0}}, r"RoPE of type 'default' has no scaling, got {'factor': 2.0}"),
+    ({"reason_rl": {"num_leyers": 2}}, "reason_rl has unknown keys num_leyers"),
+    ({"reason_rl": {"qk_norm": "half"}}, "qk_norm must be one of none, head, full, got 'half'"),
+], ids=lambda value: "-".join(value) if isinstance(value, dict) else "")  # fmt: skip
 def test_an_architecture_that_is_not_ours_is_refused(change: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=f"config.json: .*{message}"):
         config_from_json({**config_to_json(BASE, VOCAB_SIZE, 3), **change})
+
+
+@pytest.mark.parametrize("change", [
+    {"use_sliding_window": False, "sliding_window": 32, "max_window_layers": 1}, {"use_sliding_window": True, "sliding_window": 64},
+    {"use_sliding_window": True, "sliding_window": None}, {"layer_types": ["full_attention"] * 2, "sliding_window": 8},
+    {"decoder_sparse_step": 1, "mlp_only_layers": None}, {"attention_dropout": 0, "clip_qkv": None, "rope_scaling": None},
+    {"quantization_config": None, "use_mrope": False, "_name_or_path": "x", "torch_dtype": "bfloat16", "transformers_version": "4"},
+], ids="-".join)  # fmt: skip
+def test_what_is_named_but_switched_off_is_no_hindrance(change: dict[str, Any]):
+    assert config_from_json({**config_to_json(BASE, VOCAB_SIZE, 3), **change}) == (BASE, VOCAB_SIZE)
+
+
+def test_dense_layers_may_be_said_by_a_step():
+    values = config_to_json(BASE, VOCAB_SIZE, 3) | {"decoder_sparse_step": 2, "intermediate_size": 14}
+    assert config_from_json(values)[0] == replace(BASE, num_dense_layers=1, dense_size=14)
+    with pytest.raises(ValueError, match=r"make layers \[0, 2\] of 4 dense"):
+        config_from_json(values | {"num_hidden_layers": 4})
+
+
+def test_windows_that_only_higher_layers_use_count_from_max_window_layers_on():
+    config = replace(VARIANTS["dense"], family="qwen2", qk_norm="none", attention_bias="qkv")
+    values = config_to_json(config, VOCAB_SIZE, 3) | {"use_sliding_window": True, "sliding_window": 8}
+    assert config_from_json(values | {"max_window_layers": 2}) == (config, VOCAB_SIZE)
+    with pytest.raises(ValueError, match="sliding windows are not supported"):
+        config_from_json(values | {"max_window_layers": 1})
+
+
+def test_a_window_that_is_there_by_default_is_seen():
+    """Qwen3's sliding_window is 4096 where the key is missing."""
+    values = config_to_json(VARIANTS["dense"], VOCAB_SIZE, 3) | {"use_sliding_window": True, "max_window_layers": 0}
+    assert "sliding_window" not in values and config_from_json(values)[0].max_positions == 64
+    with pytest.raises(ValueError, match="sliding windows are not supported"):
+        config_from_json(values | {"max_position_embeddings": 5000})
+
+
+def test_a_checkpoint_from_before_the_families_is_read():
+    """As written then: every switch in the table, qk_norm true or false; a dense model with the keys of experts."""
+    values = {
+        "model_type": "qwen3", "vocab_size": 40, "eos_token_id": 1, "num_hidden_layers": 2, "hidden_size": 24, "head_dim": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 10,
+        "intermediate_size": 10, "norm_topk_prob": True, "tie_word_embeddings": True, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 64, "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0,
+        "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "torch_dtype": "float32",
+        "reason_rl": {"num_shared_experts": 0, "router_score": "softmax", "expert_bias": False, "qk_norm": True}}
+    assert config_from_json(values) == (VARIANTS["dense"], 40)
+    own = {"num_shared_experts": 1, "router_score": "sigmoid", "expert_bias": True, "qk_norm": False}
+    values |= {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "reason_rl": own}
+    assert config_from_json(values)[0] == (
+        replace(BASE, num_shared_experts=1, router_score="sigmoid", expert_bias=True, qk_norm="none"))
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "num_experts", "vocab_size", "max_position_embeddings"])
@@ -226,7 +301,7 @@ def test_a_value_of_the_wrong_type_is_one_clear_error(change: dict[str, Any]):
 
 
 def test_a_dense_config_may_name_any_number_of_experts_per_token():
-    config, _ = config_from_json(config_to_json(replace(BASE, num_experts=1, num_experts_per_tok=2), VOCAB_SIZE, 3))
+    config, _ = config_from_json(config_to_json(replace(VARIANTS["dense"], num_experts_per_tok=2), VOCAB_SIZE, 3))
     assert config == VARIANTS["dense"]
 
 

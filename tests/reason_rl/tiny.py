@@ -20,9 +20,9 @@ from reason_rl.types import Completion, Group, Microbatch, Problem, SamplingPara
 VOCAB_SIZE = 40
 CPU = torch.device("cpu")
 WORLD = World(0, 1, CPU, torch.float32)
-MOE = ModelConfig(num_layers=2, hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=16, num_experts=6,
-                  num_experts_per_tok=2, expert_size=40, expert_bias=True, max_positions=512)
-DENSE = replace(MOE, num_experts=1, num_experts_per_tok=1, expert_size=80, tie_embeddings=False, qk_norm=False)
+MOE = ModelConfig(family="qwen3_moe", num_layers=2, hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=16,
+                  num_experts=6, num_experts_per_tok=2, expert_size=40, expert_bias=True, max_positions=512)
+DENSE = replace(MOE, num_experts=1, num_experts_per_tok=1, expert_size=80, tie_embeddings=False, qk_norm="none", family="qwen3")
 
 
 def tiny_model(config: ModelConfig = MOE, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 6.0) -> Transformer:

@@ -1,0 +1,233 @@
+"""config.json <-> ModelConfig, by the rows of families.py.
+
+Reading is strict: a key that could change the maths is either understood or refused by its name, with its value. What a family has
+no word for (a from-scratch model of our own switches) stands in a table "reason_rl" of ModelConfig fields beside the family's keys,
+so that writing and reading gives the same config. Left out: tensors (weights.py), tokenizers (reason_rl/data).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from reason_rl.config import ModelConfig
+from reason_rl.config_checks import check_model
+from reason_rl.model.families import FAMILIES, HARMLESS, ONLY, REFUSED, Family
+from reason_rl.model.rope import KEYS as SCALINGS
+from reason_rl.model.rope import ORIGINAL, parse_scaling
+
+CONFIG_FILE = "config.json"
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", ORIGINAL)
+WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+DENSE_LAYER_KEYS = {"": (), "mlp_only_layers": ("mlp_only_layers", "decoder_sparse_step"),
+                    "first_k_dense_replace": ("first_k_dense_replace",)}
+NOT_IN_JSON = ("init_from", "family")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A table from a JSON file."""
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it must hold a table, got {type(values).__name__}")
+    return values
+
+
+def read_model_config(folder: Path) -> tuple[ModelConfig, int]:
+    """config.json of a checkpoint folder -> (ModelConfig, vocab_size)."""
+    if not folder.is_dir():
+        raise ValueError(f"no checkpoint folder at {folder}")
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a checkpoint: it has no {CONFIG_FILE}")
+    return config_from_json(read_json(path))
+
+
+def config_from_json(values: Mapping[str, Any]) -> tuple[ModelConfig, int]:
+    """-> (ModelConfig, vocab_size). What is missing, not ours or of the wrong type is a ValueError that says so."""
+    name = values.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        reasons = "".join(f"; {key} = {values[key]!r}: {REFUSED[key]}" for key in REFUSED if _is_on(values.get(key)))
+        raise ValueError(f"config.json: model_type must be one of {', '.join(FAMILIES)}, got {name!r}{reasons}")
+    try:
+        _check_keys(values, FAMILIES[name])
+        found = _read_fields(values, FAMILIES[name])
+        found |= _own_fields(values)
+        vocab_size = values["vocab_size"]
+    except KeyError as error:
+        raise ValueError(f"config.json: {error.args[0]} is missing") from error
+    except (TypeError, AttributeError, ZeroDivisionError) as error:  # a word where a table or a number belongs
+        raise ValueError(f"config.json holds a value of the wrong type: {error}") from error
+    _check_value("vocab_size", vocab_size, int, 1)
+    hints = get_type_hints(ModelConfig)
+    for field in fields(ModelConfig):
+        assert field.default is not MISSING
+        if field.name in found:
+            _check_value(field.name, found[field.name], hints[field.name], field.default)
+            found[field.name] = float(found[field.name]) if hints[field.name] is float else found[field.name]
+    config = ModelConfig(**{**found, "family": name})
+    try:
+        check_model(config)
+        parse_scaling(config.rope_scaling)
+    except ValueError as error:
+        raise ValueError(f"config.json: {error}") from error
+    return config, vocab_size
+
+
+def config_to_json(config: ModelConfig, vocab_size: int, eos_id: int, carried: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`carried`: the config.json that the model came with, whose other keys go on to the new one."""
+    if config.num_experts == 1:
+        config = replace(config, num_experts_per_tok=1)
+    default = "qwen3" if config.num_experts == 1 else "qwen3_moe"
+    name = default if config.family == "auto" else config.family
+    family = FAMILIES[name]
+    renewed = {key for spellings in family.all_keys().values() for key in spellings[1:]} | {*ROPE_KEYS, "dtype", "reason_rl"}
+    kept = {key: value for key, value in (carried or {}).items() if key not in renewed}
+    values: dict[str, Any] = {
+        "hidden_act": "silu", **kept, "eos_token_id": eos_id if kept.get("eos_token_id") is None else kept["eos_token_id"],
+        "architectures": [family.architecture], "model_type": name, "vocab_size": vocab_size, "torch_dtype": "float32",
+        **family.written, "rope_theta": config.rope_theta,
+        "rope_scaling": json.loads(config.rope_scaling) if config.rope_scaling else None}
+    for field, spellings in family.all_keys().items():
+        if field != "dense_size" or config.num_dense_layers:
+            values[spellings[0]] = getattr(config, field)
+    for field, (key, _, on) in family.switches.items():
+        values[key] = getattr(config, field) == on
+    if family.has_rotary_share:
+        values["partial_rotary_factor"] = config.rotary_share
+    if family.dense_key == "mlp_only_layers":
+        values |= {"mlp_only_layers": list(range(config.num_dense_layers)), "decoder_sparse_step": 1}
+    elif family.dense_key:
+        values[family.dense_key] = config.num_dense_layers
+    said = asdict(config_from_json(values)[0])
+    own = {key: value for key, value in asdict(config).items() if key not in NOT_IN_JSON and value != said[key]}
+    return values | ({"reason_rl": own} if own else {})
+
+
+def _is_on(value: object) -> bool:
+    return value not in (None, False, 0, "", [], {})
+
+
+def _check_keys(values: Mapping[str, Any], family: Family) -> None:
+    """Every key is read, harmless, switched off, or refused."""
+    only = {**ONLY, **family.only}
+    read = {key for spellings in family.all_keys().values() for key in spellings} | {key for key, *_ in family.switches.values()}
+    read |= {*ROPE_KEYS, *WINDOW_KEYS, *DENSE_LAYER_KEYS[family.dense_key], *family.ignored, *family.written}
+    for key, value in values.items():
+        if key in only and value is not None and value not in only[key]:
+            raise ValueError(f"config.json: {key} must be {' or '.join(map(repr, only[key]))}, got {value!r}")
+        if key in REFUSED and _is_on(value):
+            raise ValueError(f"config.json: {key} = {value!r} is not supported: {REFUSED[key]}")
+        if not (key in read or key in only or key in HARMLESS or key.startswith("_")) and _is_on(value):
+            raise ValueError(f"config.json: {key} = {value!r} is not a known key of {values['model_type']}: what it changes is not "
+                             "done here; take it out if that is nothing")
+    _check_windows(values, family)
+
+
+def _check_windows(values: Mapping[str, Any], family: Family) -> None:
+    """Sliding windows may be named, as long as no layer uses one that is shorter than the context."""
+    def said(key: str, missing: Any) -> Any:
+        value = values.get(key)
+        default = family.default(key)
+        return value if value is not None else default if default is not None else missing
+
+    window, layer_types = values.get("sliding_window", family.default("sliding_window")), values.get("layer_types")
+    if layer_types is not None:
+        sliding = any(kind != "full_attention" for kind in layer_types)
+    else:  # as transformers works them out; only some families have max_window_layers
+        first = said("max_window_layers", 0) if "max_window_layers" in family.defaults else 0
+        is_short = window is not None and window < values["max_position_embeddings"]
+        sliding = bool(said("use_sliding_window", True)) and is_short and first < values["num_hidden_layers"]
+    if sliding:
+        found = {key: values[key] for key in WINDOW_KEYS if values.get(key) is not None}
+        raise ValueError(f"config.json: sliding windows are not supported, got {found}")
+
+
+def _read_fields(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """ModelConfig fields from the family's keys."""
+    def read(spellings: tuple[str, ...]) -> Any:
+        for key in spellings:
+            if values.get(key) is not None:
+                return values[key]
+        default = family.default(spellings[0])
+        if callable(default):
+            return default(values)
+        if default is None:
+            raise KeyError(spellings[0])
+        return default
+
+    num_dense = _num_dense_layers(values, family, values["num_hidden_layers"])
+    found = {**family.fixed, "num_dense_layers": num_dense}
+    for field, spellings in family.all_keys().items():
+        if field != "dense_size" or num_dense:  # else a number that no layer goes by
+            found[field] = read(spellings)
+    for field, (key, off, on) in family.switches.items():
+        if not isinstance(values.get(key) or False, bool):
+            raise ValueError(f"config.json: {key} must be true or false, got {values[key]!r}")
+        found[field] = on if values.get(key) else off
+    return found | _read_rope(values, family)
+
+
+def _num_dense_layers(values: Mapping[str, Any], family: Family, num_layers: int) -> int:
+    """How many layers, the first ones, have no experts; a family may name them by number, or any of them by a list."""
+    if family.dense_key != "mlp_only_layers":
+        value: int | None = values.get(family.dense_key)
+        return value if value is not None else family.default(family.dense_key) or 0
+    named, sparse_step = values.get("mlp_only_layers") or [], values.get("decoder_sparse_step") or 1
+    dense = [i for i in range(num_layers) if i in named or (i + 1) % sparse_step]
+    if dense != list(range(len(dense))):
+        raise ValueError(f"config.json: dense layers must be the first ones, got mlp_only_layers = {named} and decoder_sparse_step "
+                         f"= {sparse_step}, which make layers {dense} of {num_layers} dense")
+    return len(dense)
+
+
+def _read_rope(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """rope_theta, rotary_share and rope_scaling: transformers 5 has them in one table, earlier ones in keys of their own."""
+    table = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    table = {key: value for key, value in table.items() if value is not None}
+    said = {key: value for key, value in values.items() if value is not None}
+    theta = table.pop("rope_theta", said.get("rope_theta", family.default("rope_theta")))
+    share = table.pop("partial_rotary_factor", said.get("partial_rotary_factor", family.default("partial_rotary_factor") or 1.0))
+    if share != 1 and not family.has_rotary_share:
+        raise ValueError(f"config.json: partial_rotary_factor must be 1.0 in a {values['model_type']}, got {share!r}")
+    old_kind = table.pop("type", "default")
+    kind = table.pop("rope_type", old_kind)
+    if kind == "default":
+        if table:
+            raise ValueError(f"config.json: RoPE of type 'default' has no scaling, got {table}")
+        return {"rope_theta": theta, "rotary_share": share}
+    if kind not in SCALINGS:
+        raise ValueError(f"config.json: rope_type must be default, {' or '.join(SCALINGS)}, got {kind!r}")
+    if ORIGINAL in SCALINGS[kind][0]:
+        # The order is transformers': the key beside the table, the table's own, the context.
+        table[ORIGINAL] = said.get(ORIGINAL, table.get(ORIGINAL, values["max_position_embeddings"]))
+    scaling = json.dumps({"rope_type": kind, **table}, sort_keys=True)
+    return {"rope_theta": theta, "rotary_share": share, "rope_scaling": scaling}
+
+
+def _own_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of what the family has no word for."""
+    own = values.get("reason_rl", {})
+    unknown = sorted(own.keys() - {field.name for field in fields(ModelConfig)} | own.keys() & set(NOT_IN_JSON))
+    if unknown:
+        raise ValueError(f"config.json: reason_rl has unknown keys {', '.join(unknown)}")
+    if isinstance(own.get("qk_norm"), bool):  # checkpoints from before there were three kinds
+        own = {**own, "qk_norm": "head" if own["qk_norm"] else "none"}
+    return dict(own)
+
+
+def _check_value(name: str, value: object, hint: Any, example: object) -> None:
+    if get_args(hint):
+        if value not in get_args(hint):
+            raise ValueError(f"config.json: {name} must be one of {', '.join(get_args(hint))}, got {value!r}")
+        return
+    kinds = (int, float) if hint is float else (hint,)
+    if not isinstance(value, kinds) or isinstance(value, bool) != (hint is bool):
+        raise ValueError(f"config.json: {name} must be {hint.__name__}, got {value!r}")
+    if isinstance(value, int | float) and not isinstance(value, bool) and not (value > 0 or (value == 0 and example == 0)):
+        raise ValueError(f"config.json: {name} must be above 0, got {value!r}")
