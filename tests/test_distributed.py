@@ -19,7 +19,7 @@ from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import load_model
 from reason_rl.trainer.distributed import World, init_world, rank_share
 from tests.reason_rl.tiny import CPU
-from tests.tiny_run import never_stop, rows, run_apart, run_here
+from tests.tiny_run import FAR_FROM_DEFAULT, never_stop, rows, run_apart, run_here
 
 METRICS_OF_THE_UPDATE = ("loss", "entropy", "approx_kl", "ratio_max", "ratio_min", "ess", "grad_norm")
 
@@ -157,7 +157,7 @@ def test_a_checkpoint_of_two_processes_is_gone_on_with_by_one_and_the_other_way_
 @pytest.mark.parametrize("more", [
     ["--loss.kl_coef=0.05", "--rl.updates_per_step=16"], ["--dtype=bfloat16", "--optim.name=muon"],
     ["--rl.old_logprobs=recompute", "--loss.importance=tis", "--sampling.top_p=0.9", "--rl.prompts_per_step=1"],
-    ["--reward.custom=tests.train_rewards:always_raises"],
+    ["--reward.custom=tests.train_rewards:always_raises"], FAR_FROM_DEFAULT,
 ], ids=lambda more: more[0])  # fmt: skip
 def test_every_way_of_training_works_with_two_processes(more: list[str], one: Path, tmp_path: Path):
     """Among them steps of one microbatch, where the second rank is idle, and of none at all."""

@@ -19,7 +19,7 @@ from reason_rl import pretrain, session
 from reason_rl.config import ConfigError, load_config, parse_command_line
 from reason_rl.model.weights import load_model
 from reason_rl.trainer import distributed
-from tests.tiny_run import ROOT, arguments, fingerprints, never_stop, rows, run_apart, run_here, said, stop_after
+from tests.tiny_run import FAR_FROM_DEFAULT, ROOT, arguments, fingerprints, never_stop, rows, run_apart, run_here, said, stop_after
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +295,7 @@ def test_a_broken_reward_leaves_completions_ungraded_and_the_run_goes_on(
     ["--loss.normalizer=constant", "--rl.advantage=mean", "--rl.drop_no_signal=false"],
     ["--rl.updates_per_step=16"], ["--dtype=bfloat16", "--optim.name=muon"],
     ["--model.num_experts=1"], ["--run.exact=on", "--dtype=bfloat16"], ["--rl.routing_replay=true", "--run.exact=on"],
-    ["--rl.routing_replay=true", "--model.num_experts=1"], ["--engine.decoder=ops"],
+    ["--rl.routing_replay=true", "--model.num_experts=1"], ["--engine.decoder=ops"], FAR_FROM_DEFAULT,
 ], ids=lambda more: more[0])  # fmt: skip
 def test_every_way_of_training_stops_and_goes_on_to_the_same_bits(
     more: list[str], with_base: Path, monkeypatch: pytest.MonkeyPatch

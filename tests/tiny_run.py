@@ -67,6 +67,13 @@ pass_at_k = 4
 """
 
 
+FAR_FROM_DEFAULT = [
+    "--model.num_layers=2", "--model.num_dense_layers=1", "--model.dense_size=20", "--model.num_shared_experts=1",
+    "--model.attention_bias=all", "--model.qk_norm=full", "--model.routed_scaling=1.5", "--model.rotary_share=0.5",
+    "--model.router_score=sigmoid", "--rl.routing_replay=true", "--run.exact=on"]
+"""Every switch that a model may have set otherwise; only sampling op by op covers it."""
+
+
 def arguments(out_dir: Path, *more: str) -> list[str]:
     """Command line of the tiny run, writing under `out_dir`; its TOML file lies there too."""
     toml = out_dir / "tiny.toml"

@@ -99,6 +99,26 @@ def test_an_explicit_wish_works_or_fails_with_the_reason():
     assert rollout(model, "ops") == rollout(model, "auto")
 
 
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"attention_bias": "qkv"}, "attention_bias = 'qkv'"), ({"qk_norm": "full"}, "qk_norm = 'full'"),
+    ({"num_dense_layers": 1, "dense_size": 50}, "num_dense_layers = 1"), ({"routed_scaling": 2.0}, "routed_scaling = 2.0"),
+    ({"rotary_share": 0.5}, "rotary_share = 0.5"),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_what_the_native_decoder_does_not_know_is_decoded_op_by_op(changes: dict[str, object], reason: str):
+    model = tiny_model(replace(MOE, **changes))  # type: ignore[arg-type]
+    assert native_why_not(model) == f"not for {reason}"
+    with pytest.raises(ValueError, match=f"cannot decode this model: not for {reason}"):
+        rollout(model, "native")
+    assert rollout(model, "auto", count=2) == rollout(model, "ops", count=2)
+
+
+@needs_native
+def test_both_decoders_turn_by_scaled_angles():
+    model = tiny_model(replace(MOE, rope_scaling='{"rope_type": "linear", "factor": 4.0}'))
+    native = rollout(model, "native")
+    assert native == rollout(model, "ops") != rollout(tiny_model(MOE), "native")
+
+
 def test_torchs_own_gemms_stay_close_to_the_exact_ones():
     """run.exact = "off": other bits, the same numbers to a rounding."""
     model = tiny_model(MOE, scale=2.0)
@@ -124,6 +144,14 @@ def test_recorded_routes_are_the_trainers_and_replaying_them_changes_no_bit(deco
                 assert completion.routes is not None and completion.routes.shape == (len(completion.token_ids) - 1, 2, 2)
     for pack in pack_samples(samples_of(groups), 200):
         assert pack.routes is not None and pack.routes.shape == (pack.num_tokens, 2, 2)
+        fresh = token_logprobs(model, replace(pack, routes=None))[0]
+        assert different_bits(token_logprobs(model, pack)[0].detach(), fresh.detach()) == 0
+
+
+def test_replay_where_the_first_layer_is_dense_changes_no_bit():
+    model = tiny_model(replace(MOE, num_layers=3, num_dense_layers=1, dense_size=50, routed_scaling=2.5))
+    for pack in pack_samples(samples_of(rollout(model, "ops", with_routes=True, count=3)), 1 << 20):
+        assert pack.routes is not None and pack.routes.shape == (pack.num_tokens, 2, 2)  # of the two layers with experts
         fresh = token_logprobs(model, replace(pack, routes=None))[0]
         assert different_bits(token_logprobs(model, pack)[0].detach(), fresh.detach()) == 0
 

@@ -36,6 +36,11 @@ from tests.reason_rl.tiny import (
 MODELS = {
     "moe": MOE, "dense": DENSE, "default": ModelConfig(),
     "shared sigmoid": replace(MOE, num_shared_experts=1, router_score="sigmoid", norm_topk=False),
+    "biases, half a head turned": replace(DENSE, attention_bias="qkv", rotary_share=0.5, qk_norm="head"),
+    "all biases, qk-norm over all heads": replace(MOE, attention_bias="all", qk_norm="full"),
+    "first layer dense, scaled routes": replace(MOE, num_layers=3, num_dense_layers=1, dense_size=50, router_score="sigmoid",
+                                                num_shared_experts=1, routed_scaling=2.5),
+    "scaled rope": replace(MOE, rope_scaling='{"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}'),
 }
 BATCHES = (1, 2, 3, 7, 8, 9, 11, 64, 65, 256)
 # On both sides of a block (16) and of a key tile (128), and far from either.
@@ -68,9 +73,10 @@ def test_logprobs_of_any_batch_are_the_trainers_in_any_packing(name: str, num_se
     assert num_different(model, groups[:11], 1) == 0  # each sequence in a pack of its own
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_logprobs_of_groups_are_the_trainers(name: str):
-    model = tiny_model(MODELS[name], scale=5.0)
+def test_logprobs_of_groups_are_the_trainers(name: str, dtype: torch.dtype):
+    model = tiny_model(MODELS[name], dtype=dtype, scale=5.0)
     groups = generate(model, 36, group_size=4, max_tokens=40)
     assert [num_different(model, groups, tokens) for tokens in (1 << 20, 200)] == [0, 0]
 
@@ -174,7 +180,8 @@ def test_padding_rows_are_not_routed(moe: Transformer):
     assert router.expert_counts.sum(1).tolist() == [pack.num_tokens * MOE.num_experts_per_tok] * MOE.num_layers
 
 
-@pytest.mark.parametrize("name", ["moe", "dense", "default"])
+@pytest.mark.parametrize("name", ["moe", "dense", "default", "all biases, qk-norm over all heads",
+                                  "first layer dense, scaled routes"])
 @pytest.mark.parametrize("num_sequences", [1, 3, 9, 65])
 def test_bf16_rollout_weights_give_the_trainers_bits(name: str, num_sequences: int):
     """The copy is cast once, the trainer at each use: same places, same rounding; expert activations included."""

@@ -32,6 +32,12 @@ VARIANTS = {
     "one expert a token": replace(BASE, num_experts_per_tok=1, norm_topk=False),
     "every expert": replace(BASE, num_experts_per_tok=5),
     "one kv head": replace(BASE, num_kv_heads=1, rope_theta=500.0, rms_norm_eps=1e-3),
+    "biases": replace(BASE, attention_bias="all"),
+    "biases but the output's, dense": replace(BASE, attention_bias="qkv", num_experts=1, num_experts_per_tok=1),
+    "qk-norm over all heads": replace(BASE, qk_norm="full"),
+    "first layer dense": replace(BASE, num_dense_layers=1, dense_size=28),
+    "scaled routes, shared": replace(BASE, routed_scaling=2.5, router_score="sigmoid", num_shared_experts=1),
+    "a third of a head turned": replace(BASE, rotary_share=1 / 3),
 }
 Segment = tuple[int, int, int, int]
 
@@ -65,7 +71,7 @@ def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def turned(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
     """One head at one position: pairs (c, c + C/2) as complex numbers."""
-    half = x.shape[0] // 2
+    half = x.shape[0] // 2  # of what is turned
     angle = torch.tensor([position * theta ** (-2 * c / x.shape[0]) for c in range(half)], dtype=torch.float64)
     z = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat((z.real, z.imag))
@@ -82,28 +88,33 @@ def moe_by_hand(x: torch.Tensor, w: dict[str, torch.Tensor], place: str, config:
     bias = w.get(f"{place}.gate.e_score_correction_bias", torch.zeros_like(scores))
     chosen = sorted(range(config.num_experts), key=lambda e: (-float(scores[e] + bias[e]), e))[: config.num_experts_per_tok]
     total = sum(float(scores[e]) for e in chosen) if config.norm_topk else 1.0
-    out = sum((scores[e] / total * mlp(x, w, f"{place}.experts.{e}") for e in chosen), torch.zeros_like(x))
+    out = sum((scores[e] / total * mlp(x, w, f"{place}.experts.{e}") for e in chosen), torch.zeros_like(x)) * config.routed_scaling
     if config.num_shared_experts:
         out = out + mlp(x, w, f"{place}.shared_experts")
     return out, chosen
 
 
 def by_hand(model: Transformer, tokens: list[int]) -> tuple[torch.Tensor, list[list[list[int]]]]:
-    """One document, token by token -> hidden f64[T, D], and the experts chosen [L][T][k]."""
+    """One document, token by token -> hidden f64[T, D], and the experts chosen [M][T][k]."""
     config = model.config
     w = {name: tensor.double() for name, tensor in file_views(model.state_dict(), config).items()}
     rows = list(w["model.embed_tokens.weight"][tokens])
     chosen: list[list[list[int]]] = []
     for i in range(config.num_layers):
-        at, layer_chosen = f"model.layers.{i}", []
+        at, layer_chosen, has_experts = f"model.layers.{i}", [], config.num_experts > 1 and i >= config.num_dense_layers
         keys: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
         for t, row in enumerate(rows):
             x = normed(row, w[f"{at}.input_layernorm.weight"], config.rms_norm_eps)
-            q, k, v = ((w[f"{at}.self_attn.{p}_proj.weight"] @ x).view(-1, config.head_dim) for p in "qkv")
+            q, k, v = (w[f"{at}.self_attn.{p}_proj.weight"] @ x + w.get(f"{at}.self_attn.{p}_proj.bias", 0.0) for p in "qkv")
+            if config.qk_norm == "full":
+                q, k = (normed(h, w[f"{at}.self_attn.{p}_norm.weight"], config.rms_norm_eps) for h, p in ((q, "q"), (k, "k")))
+            q, k, v = (h.view(-1, config.head_dim) for h in (q, k, v))
             if config.qk_norm == "head":
                 q, k = (normed(h, w[f"{at}.self_attn.{p}_norm.weight"], config.rms_norm_eps) for h, p in ((q, "q"), (k, "k")))
-            q, k = (torch.stack([turned(head, t, config.rope_theta) for head in heads]) for heads in (q, k))
+            rotary = int(config.head_dim * config.rotary_share)
+            q, k = (torch.stack([torch.cat((turned(head[:rotary], t, config.rope_theta), head[rotary:])) for head in heads])
+                    for heads in (q, k))
             keys.append(k)
             values.append(v)
             heads = []
@@ -111,12 +122,12 @@ def by_hand(model: Transformer, tokens: list[int]) -> tuple[torch.Tensor, list[l
                 kv = h // (config.num_heads // config.num_kv_heads)
                 scores = torch.stack([key[kv] @ q[h] / math.sqrt(config.head_dim) for key in keys])
                 heads.append(torch.softmax(scores, dim=0) @ torch.stack([value[kv] for value in values]))
-            row = row + w[f"{at}.self_attn.o_proj.weight"] @ torch.cat(heads)
+            row = row + w[f"{at}.self_attn.o_proj.weight"] @ torch.cat(heads) + w.get(f"{at}.self_attn.o_proj.bias", 0.0)
             x = normed(row, w[f"{at}.post_attention_layernorm.weight"], config.rms_norm_eps)
-            out, experts = moe_by_hand(x, w, f"{at}.mlp", config) if config.num_experts > 1 else (mlp(x, w, f"{at}.mlp"), [])
+            out, experts = moe_by_hand(x, w, f"{at}.mlp", config) if has_experts else (mlp(x, w, f"{at}.mlp"), [])
             rows[t] = row + out
             layer_chosen.append(experts)
-        chosen.append(layer_chosen)
+        chosen += [layer_chosen] if has_experts else []
     return torch.stack([normed(row, w["model.norm.weight"], config.rms_norm_eps) for row in rows]), chosen
 
 
@@ -163,8 +174,8 @@ def test_gradients_reach_every_parameter(name: str, dtype: torch.dtype):
             assert parameter.grad.any(), parameter_name
         else:  # experts: exactly those with a token
             assert output.router is not None
-            used = output.router.expert_counts[int(parameter_name.split(".")[1])] > 0
-            assert torch.equal(parameter.grad.flatten(1).any(1), used) and used.sum() >= 3, parameter_name
+            used = output.router.expert_counts[int(parameter_name.split(".")[1]) - model.config.num_dense_layers] > 0
+            assert torch.equal(parameter.grad.flatten(1).any(1), used) and used.sum() >= 2, parameter_name
 
 
 def test_the_balance_loss_reaches_the_router_alone_at_the_last_layer():
@@ -180,7 +191,8 @@ def test_the_balance_loss_reaches_the_router_alone_at_the_last_layer():
 # --- packing -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["softmax", "dense", "shared experts", "sigmoid", "no qk-norm"])
+@pytest.mark.parametrize("name", ["softmax", "dense", "shared experts", "sigmoid", "no qk-norm", "biases", "qk-norm over all heads",
+                                  "first layer dense", "scaled routes, shared", "a third of a head turned"])
 def test_a_documents_hidden_rows_have_the_same_bits_in_any_pack(name: str, dtype: torch.dtype):
     model = lively(VARIANTS[name], dtype=dtype)
     documents = [document(length, seed=length) for length in (1, 3, 47, 123, 16, 33, 2)]
@@ -242,6 +254,12 @@ def test_nudging_moves_each_bias_against_its_load_by_the_rate():
     model.nudge_expert_bias(torch.tensor([[10, 0, 4, 3, 3], [4, 4, 4, 4, 4]]), rate=0.5)
     biases = [block.mlp.expert_bias.tolist() for block in model.blocks if isinstance(block.mlp, MoE)]
     assert biases == [[-0.5, 0.5, 0.0, 0.5, 0.5], [0.0] * 5]  # means: 4 and 4
+
+
+def test_nudging_leaves_dense_layers_out():
+    model = Transformer(VARIANTS["first layer dense"], VOCAB_SIZE).initialise(0)
+    model.nudge_expert_bias(torch.tensor([[10, 0, 4, 3, 3]]), rate=0.5)
+    assert [block.mlp.expert_bias.tolist() for block in model.blocks if isinstance(block.mlp, MoE)] == [[-0.5, 0.5, 0.0, 0.5, 0.5]]
 
 
 def test_nudging_evens_out_a_crowded_router():
@@ -310,7 +328,7 @@ def test_active_parameters_are_those_that_one_token_meets(name: str):
     config = VARIANTS[name]
     model = Transformer(config, VOCAB_SIZE)
     expert = 3 * config.hidden_size * config.expert_size
-    idle = (config.num_experts - config.num_experts_per_tok) * expert * config.num_layers
+    idle = (config.num_experts - config.num_experts_per_tok) * expert * (config.num_layers - config.num_dense_layers)
     assert num_active_parameters(model) == num_parameters(model) - idle
     assert num_parameters(model) == sum(p.numel() for p in model.parameters())
 

@@ -29,9 +29,11 @@ def tiny_model(config: ModelConfig = MOE, seed: int = 0, dtype: torch.dtype = to
     """Weights `scale` times the usual: a fresh model is nearly uniform, and then no test of sampling could fail."""
     model = Transformer(config, VOCAB_SIZE, dtype).initialise(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for index, (name, parameter) in enumerate(model.named_parameters()):
             if parameter.dim() > 1:
                 parameter *= scale
+            elif name.endswith("bias"):
+                parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed * 100 + index))
         for layer, block in enumerate(model.blocks):
             if isinstance(block.mlp, MoE):  # biases that steer the choice, as after a pretraining
                 generator = torch.Generator().manual_seed(seed * 100 + layer)
