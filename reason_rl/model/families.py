@@ -64,7 +64,7 @@ HARMLESS = frozenset((
     "initializer_range", "use_cache", "pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
     "tokenizer_class", "return_dict", "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "output_router_logits",
     "router_aux_loss_coef", "aux_loss_alpha", "seq_aux", "ep_size", "attn_implementation", "unsloth_fixed", "unsloth_version",
-    "num_nextn_predict_layers"))
+    "is_llama_config", "transformers.js_config", "num_nextn_predict_layers"))
 
 
 @dataclass(frozen=True)

@@ -80,17 +80,18 @@ def config_from_json(values: Mapping[str, Any]) -> tuple[ModelConfig, int]:
 
 
 def config_to_json(config: ModelConfig, vocab_size: int, eos_id: int, carried: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`carried`: the config.json that the model came with, whose other keys go on to the new one."""
+    """All but the files' dtype. `carried`: the config.json that the model came with, whose other keys go on to the new one."""
     if config.num_experts == 1:
         config = replace(config, num_experts_per_tok=1)
     default = "qwen3" if config.num_experts == 1 else "qwen3_moe"
     name = default if config.family == "auto" else config.family
     family = FAMILIES[name]
-    renewed = {key for spellings in family.all_keys().values() for key in spellings[1:]} | {*ROPE_KEYS, "dtype", "reason_rl"}
+    renewed = {*ROPE_KEYS, "torch_dtype", "dtype", "reason_rl"}
+    renewed |= {key for spellings in family.all_keys().values() for key in spellings[1:]}
     kept = {key: value for key, value in (carried or {}).items() if key not in renewed}
     values: dict[str, Any] = {
         "hidden_act": "silu", **kept, "eos_token_id": eos_id if kept.get("eos_token_id") is None else kept["eos_token_id"],
-        "architectures": [family.architecture], "model_type": name, "vocab_size": vocab_size, "torch_dtype": "float32",
+        "architectures": [family.architecture], "model_type": name, "vocab_size": vocab_size,
         **family.written, "rope_theta": config.rope_theta,
         "rope_scaling": json.loads(config.rope_scaling) if config.rope_scaling else None}
     for field, spellings in family.all_keys().items():

@@ -90,7 +90,8 @@ def save_weights(
     if len(shards) > 1:
         total = sum(view.numel() * view.element_size() for shard in shards for view in shard.values())
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    values = config_to_json(config, vocab_size, eos_id, source.config)
+    dtype = str(state["embedding.weight"].dtype).removeprefix("torch.")
+    values = config_to_json(config, vocab_size, eos_id, source.config) | {"torch_dtype": dtype}
     _write_json(folder / CONFIG_FILE, values)
     _write_json(folder / GENERATION_FILE, {"_from_model_config": True, "eos_token_id": values["eos_token_id"]})
     for name, content in source.files.items():

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from kernels.attention import attention
 from reason_rl.config import ModelConfig
 from reason_rl.model.families import FAMILIES
-from reason_rl.model.hf_config import read_model_config
+from reason_rl.model.hf_config import config_from_json, read_model_config
 from reason_rl.model.rope import ORIGINAL, rope_table
 from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import file_views, load_model, read_source, save_weights
@@ -174,6 +174,55 @@ def test_gradients_are_transformers(name: str, tmp_path: Path):
         # is made to sum to one, the router's gradient is 0 up to roundings.
         torch.testing.assert_close(got[key], wanted[key], rtol=0, atol=1e-5 * float(wanted[key].abs().max()) + 1e-8)
         assert wanted[key].any() or ".experts." in key, f"{key} has no gradient to compare"
+
+
+# --- config.json as published ones look, with the keys that they carry along
+
+USUAL = {"attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": [2, 3], "hidden_act": "silu", "initializer_range": 0.02,
+         "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "tie_word_embeddings": False}
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama": ({
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "head_dim": 64, "hidden_size": 2048,
+        "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32,
+        "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_theta": 500000.0, "vocab_size": 128256, "tie_word_embeddings": True, "rope_scaling": {
+            "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, ORIGINAL: 8192, "rope_type": "llama3"},
+    }, {"num_experts": 1, "expert_size": 8192, "qk_norm": "none", "attention_bias": "none", "tie_embeddings": True}),
+    "qwen2": ({
+        "hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 21,
+        "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1e6,
+        "sliding_window": 32768, "use_mrope": False, "use_sliding_window": False, "vocab_size": 151936,
+    }, {"head_dim": 64, "attention_bias": "qkv", "qk_norm": "none"}),
+    "mixtral": ({
+        "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32,
+        "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+        "output_router_logits": False, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02,
+        "sliding_window": None, "vocab_size": 32000,
+    }, {"num_experts": 8, "expert_size": 14336, "norm_topk": True, "head_dim": 128}),
+    "olmoe": ({
+        "attention_bias": False, "clip_qkv": None, "hidden_size": 2048, "intermediate_size": 1024, "max_position_embeddings": 4096,
+        "norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16,
+        "num_key_value_heads": 16, "output_router_logits": False, "pad_token_id": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
+        "rope_theta": 10000.0, "router_aux_loss_coef": 0.01, "vocab_size": 50304,
+    }, {"qk_norm": "full", "norm_topk": False, "num_experts": 64, "expert_size": 1024}),
+    "glm4_moe": ({
+        "attention_bias": True, "pad_token_id": 151329, "head_dim": 128, "partial_rotary_factor": 0.5, "hidden_size": 4096,
+        "intermediate_size": 10944, "max_position_embeddings": 131072, "moe_intermediate_size": 1408, "norm_topk_prob": True,
+        "num_attention_heads": 96, "n_group": 1, "topk_group": 1, "n_routed_experts": 128, "n_shared_experts": 1,
+        "routed_scaling_factor": 1.0, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "num_hidden_layers": 46,
+        "num_key_value_heads": 8, "num_nextn_predict_layers": 1, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 1000000,
+        "use_qk_norm": False, "vocab_size": 151552,
+    }, {"attention_bias": "qkv", "qk_norm": "none", "rotary_share": 0.5, "num_dense_layers": 1, "dense_size": 10944,
+        "expert_size": 1408, "router_score": "sigmoid", "expert_bias": True, "num_shared_experts": 1, "rope_theta": 1e6}),
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_a_config_as_published_is_read(family: str):
+    values, wanted = PUBLISHED[family]
+    config, vocab_size = config_from_json({**USUAL, **values, "model_type": family})
+    assert vocab_size == values["vocab_size"] and config.num_layers == values["num_hidden_layers"]
+    assert {key: getattr(config, key) for key in wanted} == wanted
 
 
 # --- RoPE
