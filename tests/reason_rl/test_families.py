@@ -60,7 +60,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         **DEEPSEEK, "n_shared_experts": 1, "first_k_dense_replace": 2, "partial_rotary_factor": 0.3, "head_dim": 20}),
 }
 TOLERANCE = 2e-5
-"""Of logits up to some 10 in float32, three layers deep, in another order of sums: seen 4e-6 at most."""
+"""Of logits up to some 10 in float32, three layers deep, in another order of sums: seen 1e-5 at most."""
 BF16_TOLERANCE = 0.12
 """Of logits up to some 4, rounded to 8 bits on their way through three layers, where the experts are the same: seen 0.106 at most,
 and 0.110 in transformers' own."""
@@ -170,7 +170,7 @@ def test_gradients_are_transformers(name: str, tmp_path: Path):
     got = file_views({key: p.grad for key, p in model.named_parameters() if p.grad is not None}, model.config)
     assert got.keys() == wanted.keys()
     for key in wanted:
-        # float32 sums over 64 tokens in another order: seen 2e-6 of a tensor's largest at most. And where the one weight of a token
+        # float32 sums over 64 tokens in another order: seen 6e-6 of a tensor's largest at most. And where the one weight of a token
         # is made to sum to one, the router's gradient is 0 up to roundings.
         torch.testing.assert_close(got[key], wanted[key], rtol=0, atol=1e-5 * float(wanted[key].abs().max()) + 1e-8)
         assert wanted[key].any() or ".experts." in key, f"{key} has no gradient to compare"
