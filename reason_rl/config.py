@@ -121,6 +121,8 @@ class TaskConfig:
 class PretrainConfig:
     """The base model: next-token prediction on a synthetic corpus, most problems answered straight away."""
 
+    tokenizer: Literal["char", "byte"] = "char"
+    """"char": a token for each of the 54 characters that our own tasks are written in. "byte": a token a byte, for any text."""
     steps: int = 1200
     tokens_per_step: int = 2048
     direct_share: float = 0.82

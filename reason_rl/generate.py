@@ -7,6 +7,7 @@ The thought is shown dim, the answer bold (plain text where the output is no ter
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 
@@ -14,10 +15,15 @@ import torch
 from rich.console import Console
 
 from reason_rl.config import EngineConfig
-from reason_rl.data import Tokenizer
+from reason_rl.data import TextStream, Tokenizer
 from reason_rl.engine import Engine
 from reason_rl.model.weights import load_model
 from reason_rl.types import Problem, SamplingParams
+
+TAG = re.compile(r"</?(?:think|answer)>")
+LONGEST_TAG = len("</answer>")
+STYLES = {"<think>": "dim", "<answer>": "bold green"}
+"""From an opening tag to the closing one."""
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -37,25 +43,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def printer(tokenizer: Tokenizer, console: Console) -> Callable[[int], None]:
     """-> a function that shows one token: the thought dim, the answer bold, the end token not at all."""
-    style = ""
+    stream, style, tail = TextStream(tokenizer), "", ""
 
     def show(token: int) -> None:
-        nonlocal style
-        if token == tokenizer.eos_id:
-            return
-        text = tokenizer.token_text(token)
-        style = {"<think>": "dim", "<answer>": "bold green"}.get(text, style)
+        nonlocal style, tail
+        text = stream.flush() if token in tokenizer.stop_ids else stream.push(token)
+        told = tail + text  # a tag may be several tokens
+        found = [tag for tag in TAG.finditer(told) if tag.end() > len(tail)]
+        style = STYLES.get(found[-1].group(), style) if found else style
         console.print(text, end="", style=style, markup=False, highlight=False, soft_wrap=True)
         console.file.flush()
-        if text in ("</think>", "</answer>"):
+        if found and found[-1].group() not in STYLES:
             style = ""
+        tail = told[-LONGEST_TAG:]
 
     return show
 
 
 def answer(engine: Engine, tokenizer: Tokenizer, console: Console, options: argparse.Namespace, prompt: str, number: int) -> None:
     """Stream the samples of one prompt."""
-    ids = tuple(tokenizer.encode(prompt))
+    ids = tuple(tokenizer.encode_prompt(prompt))
     if not ids:
         raise ValueError("the prompt is empty")
     room = engine.model.config.max_positions - len(ids)
@@ -63,7 +70,7 @@ def answer(engine: Engine, tokenizer: Tokenizer, console: Console, options: argp
         raise ValueError(f"the prompt has {len(ids)} tokens, which leaves no room in the model's context of "
                          f"{engine.model.config.max_positions}")
     sampling = SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p,
-                              options.max_tokens or room, (tokenizer.eos_id,))
+                              options.max_tokens or room, tokenizer.stop_ids)
     for sample in range(options.samples):
         show = printer(tokenizer, console)
         # One sample at a time, so that tokens stream; the step keeps their draws apart.

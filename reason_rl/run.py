@@ -18,7 +18,7 @@ import torch
 
 from kernels.native import ISA, cpu_why_not
 from reason_rl.config import Config, ConfigError
-from reason_rl.data import Tokenizer, char_tokenizer
+from reason_rl.data import Tokenizer, tokenizer_of
 from reason_rl.model.transformer import Transformer, num_active_parameters, num_parameters
 from reason_rl.model.weights import Source, load_model, read_source
 from reason_rl.pretrain import HISTORY_FILE, make_base, pretrain_seconds
@@ -140,7 +140,7 @@ class Run:
 def prepare_run(config: Config, world: World, folder: RunFolder, view: View, should_stop: Callable[[], bool]) -> Run:
     """Check everything that can fail, then base model or checkpoint, sharded and ready to step."""
     started = time.perf_counter()
-    tokenizer = Tokenizer.load(config.model.init_from) if config.model.init_from else char_tokenizer()
+    tokenizer = tokenizer_of(config)
     given = load_model(config.model.init_from) if config.model.init_from else None
     for line in check_task(config if given is None else _as_given(config, given, tokenizer), tokenizer):
         view.message(line)

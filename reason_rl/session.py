@@ -97,7 +97,7 @@ def build_session(
         return rl_problems(config, tokenizer, step, count, round_number, exclude=exclude)
 
     return Session(config, world, tokenizer, model, optimizer, weights, engine, Grader(config), draw_problems,
-                   (tokenizer.eos_id,), reference)
+                   tokenizer.stop_ids, reference)
 
 
 def check_task(config: Config, tokenizer: Tokenizer) -> list[str]:
@@ -109,7 +109,6 @@ def check_task(config: Config, tokenizer: Tokenizer) -> list[str]:
     check_fits(problems, config.sampling.max_tokens, config.model.max_positions, config.engine.num_blocks)
     if not config.model.init_from:
         corpus_documents(config, tokenizer, 0, CHECKED_DOCUMENTS)  # raises where one does not fit
-    _ = tokenizer.think_open_id, tokenizer.think_close_id  # each raises where the tokenizer has no such token
     return check_rewards(config, problems[0])
 
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from reason_rl.config import Config
 from reason_rl.data import Tokenizer
-from reason_rl.reward import thinking_tokens
 from reason_rl.types import Group, Score
 
 
@@ -43,10 +42,9 @@ def _causes(scores: Sequence[Score]) -> dict[str, float]:
 
 
 def _rows(groups: Sequence[Group], tokenizer: Tokenizer) -> list[_Row]:
-    opening, closing = tokenizer.think_open_id, tokenizer.think_close_id
     return [
         _Row(is_right(score), score.parts.get("format", 0.0) > 0.5,
-             thinking_tokens(completion.token_ids, opening, closing), len(completion.token_ids),
+             tokenizer.thinking_tokens(completion.token_ids, group.problem.completion_prefix), len(completion.token_ids),
              completion.finish_reason == "length")
         for group in groups
         for completion, score in zip(group.completions, group.scores, strict=True)
@@ -142,7 +140,7 @@ def rollout_rows(
             "step": step, "problem_id": group.problem.problem_id, "level": group.problem.level, "prompt": group.problem.prompt,
             "answer": group.problem.answer, "group": number, "sample": completion.sample_index,
             "text": tokenizer.decode_completion(completion.token_ids),
-            "tokens": [tokenizer.token_text(token) for token in completion.token_ids],
+            "tokens": tokenizer.pieces(completion.token_ids),
             "logprobs": list(completion.logprobs), "advantage": advantage, "reward": score.value, "parts": dict(score.parts),
             "is_graded": score.is_graded, "cause": score.cause, "finish_reason": completion.finish_reason,
         }

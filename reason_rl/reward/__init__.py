@@ -19,13 +19,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reason_rl.reward.format import thinking_tokens
     from reason_rl.reward.grade import Grader, Pending, check_rewards
 
-__all__ = ["Grader", "Pending", "check_rewards", "thinking_tokens"]
+__all__ = ["Grader", "Pending", "check_rewards"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{'format' if name == 'thinking_tokens' else 'grade'}"), name)
+    return getattr(importlib.import_module(f"{__name__}.grade"), name)

@@ -8,8 +8,6 @@ here: an empty thought is well formed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from reason_rl.types import FinishReason
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -23,17 +21,3 @@ def format_reward(text: str, finish_reason: FinishReason) -> float:
                       and "</think><answer>" in text
                       and text.endswith("</answer>"))
     return 1.0 if is_well_formed else 0.0
-
-
-def thinking_tokens(token_ids: Sequence[int], think_open_id: int, think_close_id: int) -> int:
-    """How many tokens stand between the first opening tag and the first closing tag after it.
-
-    A thought that never closes counts to the completion's end, one that never opens is 0. A completion "thinks" when
-    this is above 0.
-    """
-    ids = list(token_ids)
-    if think_open_id not in ids:
-        return 0
-    start = ids.index(think_open_id) + 1
-    end = ids.index(think_close_id, start) if think_close_id in ids[start:] else len(ids)
-    return end - start

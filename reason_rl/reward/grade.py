@@ -127,9 +127,11 @@ class Grader:
         self.service = VerifierService(reward_kinds(config.reward), config.reward.workers, config.reward.max_queued)
 
     def submit(self, problem: Problem, text: str, num_tokens: int, finish_reason: FinishReason) -> Pending:
-        """text: the completion decoded, without its end token. Waits only while reward.max_queued requests are waiting."""
+        """text: the completion decoded, without its end token; its prefix is put before it, but for a reward model, which reads it
+        with the prompt. Waits only while reward.max_queued requests are waiting."""
         verifier = verifier_of(problem, self.config.reward)
-        request = {"text": text, "prompt": problem.prompt, "answer": problem.answer, "facts": dict(problem.facts),
+        whole = problem.completion_prefix + text
+        request = {"text": whole, "prompt": problem.prompt, "answer": problem.answer, "facts": dict(problem.facts),
                    "task": problem.task, "finish_reason": finish_reason, "verifier": verifier}
         is_text = verifier not in ("math", "code")
         verdicts = {"accuracy" if is_text else "text": ("text", self.service.submit("text", request))}
@@ -137,7 +139,7 @@ class Grader:
             verdicts["accuracy"] = verifier, self.service.submit(verifier, request)
         for kind in ("custom", "judge", "model"):
             if kind in self.service.kinds:
-                verdicts[kind] = kind, self.service.submit(kind, {"problem": problem, "text": text})
+                verdicts[kind] = kind, self.service.submit(kind, {"problem": problem, "text": text if kind == "model" else whole})
         return Pending(self.service, verdicts, num_tokens, finish_reason, self.config)
 
     def close(self) -> None:

@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from reason_rl import generate
 from reason_rl.config import ModelConfig
-from reason_rl.data import char_tokenizer
+from reason_rl.data import Tokenizer, byte_tokenizer, char_tokenizer
 from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import save_weights
+from tests.reason_rl.trained import folder_of
 
 CONFIG = ModelConfig(num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16, num_experts=4, expert_size=24,
                      max_positions=32)
@@ -96,3 +98,28 @@ def test_ctrl_c_leaves_quietly(checkpoint: Path, capsys: pytest.CaptureFixture[s
     monkeypatch.setattr(generate, "answer", interrupted)
     code, out, err = run(capsys, checkpoint, PROMPT)
     assert code == 130 and not out.strip() and not err
+
+
+def shown(tokenizer: Tokenizer, text: str) -> list[str]:
+    """What each token writes, colours included: <think> dim (2), <answer> bold green (1;32)."""
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=200)
+    show, said = generate.printer(tokenizer, console), []
+    for token in [*(t for piece in text for t in tokenizer.encode(piece)), *tokenizer.stop_ids[-1:]]:
+        before = len(console.file.getvalue())  # type: ignore[attr-defined]
+        show(token)
+        said.append(console.file.getvalue()[before:])  # type: ignore[attr-defined]
+    return said
+
+
+def test_characters_are_shown_whole_and_every_end_token_not_at_all(tmp_path: Path):
+    assert shown(byte_tokenizer(), "a数b") == ["a", "", "", "数", "b", ""]
+    pieces = Tokenizer.load(folder_of(tmp_path, generation={"eos_token_id": [2, 3]}))
+    assert pieces.stop_ids == (2, 3) and shown(pieces, "ab") == ["a", "b", ""]
+
+
+def test_thought_and_answer_have_their_styles_also_where_tags_are_several_tokens(tmp_path: Path):
+    pieces = Tokenizer.load(folder_of(tmp_path))
+    assert not pieces.has_token("<think>")
+    said = shown(pieces, "a<think>b</think>c<answer>d</answer>e")
+    assert said[0] == "a" and said[-2] == "e"
+    assert "\x1b[2mb\x1b[0m" in said and "c" in said and "\x1b[1;32md\x1b[0m" in said

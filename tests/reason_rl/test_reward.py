@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from reason_rl.config import Config, RewardConfig, SamplingConfig
-from reason_rl.reward import Grader, Pending, check_rewards, thinking_tokens
+from reason_rl.reward import Grader, Pending, check_rewards
 from reason_rl.reward.accuracy import extract_answer
 from reason_rl.reward.countdown import is_countdown_solution
 from reason_rl.reward.format import format_reward
@@ -301,8 +301,10 @@ def test_a_reward_model_that_is_not_there_is_refused_before_work_starts(tmp_path
     assert check_rewards(Config(reward=RewardConfig(model=str(tmp_path))), PROGRAM) == []
 
 
-def test_thinking_tokens_are_those_between_the_tags() -> None:
-    opening, closing = 2, 3
-    for token_ids, count in (((2, 7, 8, 9, 3, 4, 5), 3), ((2, 3, 4), 0), ((7, 8), 0), ((), 0), ((2, 7, 8), 2),
-                             ((3, 2, 7, 3), 1), ((7, 2, 7, 3, 2, 7, 7, 3), 1), ((3, 7), 0), ((2,), 0)):
-        assert thinking_tokens(token_ids, opening, closing) == count
+def test_what_the_prompt_ends_with_counts_as_the_completions_own(users_module: str) -> None:
+    opened = replace(PROGRAM, completion_prefix="<think>")
+    config = Config(reward=RewardConfig(custom=f"{users_module}:short"))
+    whole, rest = grade(PROGRAM, RIGHT, completion(), config), RIGHT.removeprefix("<think>")
+    assert whole.parts["format"] == 1.0 and grade(opened, rest, completion(), config) == whole  # the custom part is its length
+    assert grade(PROGRAM, rest, completion(), config).parts["format"] == 0.0
+    assert grade(opened, RIGHT, completion(), config).parts["format"] == 0.0  # a second opening tag

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,10 +80,12 @@ def test_a_reward_model_scores_what_its_head_says_of_the_last_token(reward_model
 
 def test_a_reward_model_is_one_more_kind(reward_model: Path) -> None:
     config = Config(reward=RewardConfig(model=str(reward_model), model_weight=3.0, accuracy=0.0, format=0.0))
-    expected = load_reward_model(str(reward_model)).score(PROMPT, "7")
+    expected, opened = (load_reward_model(str(reward_model)).score(prompt, "7") for prompt in (PROMPT, f"{PROMPT}<think>"))
     load_reward_model.cache_clear()
     with Grader(config) as grader:
         scores = [grader.submit(PROBLEM, text, 3, "stop").score() for text in ("7", "7" * 60, "é")]
+        prefixed = replace(PROBLEM, prompt=f"{PROMPT}<think>", completion_prefix="<think>")  # it stands in the prompt already
+        assert grader.submit(prefixed, "7", 3, "stop").score().parts["model"] == pytest.approx(opened, abs=1e-6)
     assert scores[0].parts["model"] == pytest.approx(expected, abs=1e-6)
     assert scores[0].value == pytest.approx(3 * expected, abs=1e-5)
     assert [score.is_graded for score in scores] == [True, False, False]

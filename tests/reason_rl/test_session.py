@@ -66,6 +66,13 @@ def test_scores_are_those_of_the_finished_groups(session: Session) -> None:
             assert grade_group(replace(group, scores=()), texts, grader) == group
 
 
+def test_each_of_several_end_tokens_ends_a_completion(session: Session) -> None:
+    session.stop_ids = (session.tokenizer.eos_id, *session.tokenizer.encode("abc<"))
+    groups, _ = sample_and_grade(session, session.draw_problems(0, 4, 0, ()), 4, session.sampling, 0)
+    ended = [c.token_ids for group in groups for c in group.completions if c.finish_reason == "stop"]
+    assert len({ids[-1] for ids in ended}) > 1 and all(set(session.stop_ids) & set(ids) == {ids[-1]} for ids in ended)
+
+
 def test_a_problem_that_is_drawn_twice_has_its_own_scores(session: Session) -> None:
     problem = session.draw_problems(0, 1, 0, ())[0]
     groups, _ = sample_and_grade(session, [problem, replace(problem)], 2, session.sampling, 0)
