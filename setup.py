@@ -99,7 +99,7 @@ def forget_unless_made_by(tree: Path, command: str) -> None:
 
 setup(
     packages=find_packages(include=["reason_rl", "reason_rl.*", "kernels", "kernels.*"]),
-    package_data={"reason_rl": ["**/*.jinja", "**/*.css", "**/*.js"]},
+    package_data={"reason_rl": ["**/*.jinja", "**/*.css", "**/*.js", "data/prompts/*.toml"]},
     ext_modules=[Extension("kernels._native", sources=[])],
     cmdclass={"build_ext": BuildNative},
 )

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from kernels.grpo_loss.spec import LossSpec
 from reason_rl.config_checks import ConfigError, check_config
 from reason_rl.config_reward import RewardConfig
+from reason_rl.config_task import TaskConfig
 
 
 @dataclass(frozen=True)
@@ -100,21 +101,6 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     max_positions: int = 256
     """Context: prompt plus completion must fit."""
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    name: str = "program"
-    """program | arithmetic | countdown"""
-    min_level: int = 5
-    """Smallest difficulty of the RL and held-out problems, in the task's own unit (lines, digits, numbers)."""
-    max_level: int = 8
-    heldout_share: float = 0.05
-    """Share of all problems, by hash, that neither corpus nor RL ever sees."""
-    rl_share: float = 0.05
-    """Share of all problems, by hash, kept out of the corpus for RL."""
-    operations: str = "+-*"
-    """countdown and arithmetic: the operations that problems are made from."""
 
 
 @dataclass(frozen=True)

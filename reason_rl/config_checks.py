@@ -30,12 +30,14 @@ POSITIVE = (
     "reward.code_deadline_s", "reward.code_cpu_s", "reward.code_memory_mb", "reward.code_file_mb", "reward.code_output_kb",
     "reward.code_threads", "reward.repetition_ngram", "reward.custom_deadline_s", "reward.judge_deadline_s", "reward.judge_workers",
     "reward.model_deadline_s", "reward.math_deadline_s", "reward.workers", "reward.max_queued",
+    "task.code_shown_tests",
 )
 NOT_NEGATIVE = (
     "run.num_threads", "run.checkpoint_every", "run.rollout_samples", "run.rollout_every", "model.num_shared_experts",
     "model.num_dense_layers", "model.dense_size",
     "pretrain.steps", "pretrain.balance_coef", "pretrain.expert_bias_rate", "rl.steps", "rl.dynamic_sampling",
     "rl.max_logprob_gap", "eval.every", "eval.pass_at_k", "engine.num_blocks", "reward.overlong_buffer", "run.seed",
+    "task.max_prompt_tokens",
     "sampling.temperature", "sampling.top_k", "loss.constant_length", "optim.clip_norm", "optim.weight_decay",
     "optim.warmup_steps", "pretrain_optim.clip_norm", "pretrain_optim.weight_decay", "pretrain_optim.warmup_steps",
 )
@@ -43,7 +45,8 @@ BETAS = ("optim.beta1", "optim.beta2", "pretrain_optim.beta1", "pretrain_optim.b
 SHARES = (
     "pretrain.direct_share", "pretrain.worked_share", "pretrain.fact_share", "pretrain.easy_worked_share",
     "pretrain.direct_noise", "task.heldout_share", "task.rl_share", "optim.final_lr_share",
-    "pretrain_optim.final_lr_share", "sampling.top_p", "sampling.min_p", "model.rotary_share",
+    "task.min_pass_rate", "task.max_pass_rate", "pretrain_optim.final_lr_share", "sampling.top_p", "sampling.min_p",
+    "model.rotary_share",
 )
 
 
@@ -117,6 +120,8 @@ def _check_levels_and_shares(config: Config) -> None:
     if task.heldout_share + task.rl_share >= 1:
         raise ConfigError("task.heldout_share + task.rl_share must leave problems for the corpus, got "
                           f"{task.heldout_share} + {task.rl_share}")
+    if task.min_pass_rate > task.max_pass_rate:
+        raise ConfigError(f"task.min_pass_rate = {task.min_pass_rate} is above task.max_pass_rate = {task.max_pass_rate}")
     if task.min_level > task.max_level:
         raise ConfigError(f"task.min_level = {task.min_level} is above task.max_level = {task.max_level}")
     if pretrain.min_level > task.max_level:

@@ -55,7 +55,8 @@ class RewardConfig:
     model_deadline_s: float = 60.0
     """For one completion; beyond it the completion is ungraded."""
     verifier: Literal["auto", "text", "math", "countdown", "code"] = "auto"
-    """What decides accuracy. "auto" goes by the task: math for gsm8k and math, code for mbpp, countdown for its own, else text."""
+    """What decides accuracy. "auto" goes by the task: math for gsm8k, math and jsonl, code for code, countdown for its
+    own, else text."""
     math_deadline_s: float = 5.0
     """For one answer; beyond it the completion is ungraded."""
     workers: int = 2

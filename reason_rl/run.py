@@ -18,7 +18,7 @@ import torch
 
 from kernels.native import ISA, cpu_why_not
 from reason_rl.config import Config, ConfigError
-from reason_rl.data import Tokenizer, tokenizer_of
+from reason_rl.data import Tokenizer, describe_problems, tokenizer_of
 from reason_rl.model.transformer import Transformer, num_active_parameters, num_parameters
 from reason_rl.model.weights import Source, load_model, read_source
 from reason_rl.pretrain import HISTORY_FILE, make_base, pretrain_seconds
@@ -32,6 +32,8 @@ from reason_rl.trainer.report import write_report
 from reason_rl.trainer.terminal import View
 from reason_rl.types import StepStats
 
+LEFT_OUT_FILE = "left_out.txt"
+"""The rows of the task's files that are no part of it, and why."""
 NOTABLE_GAP = 1e-3
 """Nats between sampler and trainer on policy, from which on a run says so."""
 
@@ -147,6 +149,8 @@ def prepare_run(config: Config, world: World, folder: RunFolder, view: View, sho
     if config.engine.decoder == "native" and cpu_why_not(world.device):
         raise ConfigError(f"engine.decoder='native' cannot run here: {cpu_why_not(world.device)}")
     log = _begin(config, folder, world) if world.is_main else None
+    if left_out := describe_problems(config, tokenizer)[1] if log is not None else ():
+        (folder.path / LEFT_OUT_FILE).write_text("\n".join(left_out) + "\n", encoding="utf-8")
     try:
         return _prepare(config, world, folder, view, should_stop, log, tokenizer, given, started)
     except BaseException:  # Ctrl-C in pretraining too: what was logged must be on disk

@@ -15,7 +15,15 @@ import torch
 
 from kernels.grpo_loss.spec import LossSpec
 from reason_rl.config import Config
-from reason_rl.data import Tokenizer, check_problems, corpus_documents, heldout_problems, rl_problems
+from reason_rl.data import (
+    Tokenizer,
+    check_problems,
+    corpus_documents,
+    describe_problems,
+    heldout_problems,
+    problems_to_check,
+    rl_problems,
+)
 from reason_rl.engine import Engine, check_fits
 from reason_rl.model.transformer import Transformer
 from reason_rl.reward import Grader, Pending, check_rewards
@@ -104,12 +112,12 @@ def check_task(config: Config, tokenizer: Tokenizer) -> list[str]:
     """Everything about the task that can fail, before any work: an empty task, prompts that do not fit, a missing reward, a sandbox
     that does not hold. -> what a run should say of it."""
     count = max(config.eval.final_problems, config.eval.problems)
-    problems = rl_problems(config, tokenizer, 0, config.rl.prompts_per_step) + heldout_problems(config, tokenizer, count)
+    problems = problems_to_check(config, tokenizer, count)
     check_problems(problems, config)
     check_fits(problems, config.sampling.max_tokens, config.model.max_positions, config.engine.num_blocks)
     if not config.model.init_from:
         corpus_documents(config, tokenizer, 0, CHECKED_DOCUMENTS)  # raises where one does not fit
-    return check_rewards(config, problems[0])
+    return [*describe_problems(config, tokenizer)[0], *check_rewards(config, problems[0])]
 
 
 def sample_and_grade(

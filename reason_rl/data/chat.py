@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 from jinja2.ext import Extension
@@ -56,7 +56,7 @@ class ChatTemplate:
 class Generation(Extension):
     """`{% generation %}...{% endgeneration %}` marks the model's own words for supervised training; the text stays as it is."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (an instance variable of jinja2's)
 
     def parse(self, parser: Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno

@@ -1,46 +1,42 @@
-"""Problems for RL and for evaluation, drawn by keyed randomness from disjoint shares of the task.
+"""Problems for RL and for evaluation: made by keyed randomness in disjoint shares of a task, or taken from its files (dataset.py).
 
 A step begins here: `rl_problems(config, tokenizer, step, count)` is the same list whatever the number of ranks, for it
 depends on (run.seed, step, round) alone. Which share an exercise belongs to is a hash of the exercise, so corpus, RL
-and held-out problems cannot meet. Left out: datasets read from files.
+and held-out problems cannot meet.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Collection, Iterable
-from typing import Literal
 
 from reason_rl.config import Config, ConfigError, TaskConfig
-from reason_rl.data.tasks import TASKS, Exercise, Task
+from reason_rl.data.dataset import first_heldout, load_dataset, step_problems
+from reason_rl.data.prompts import PromptTemplate, load_template
+from reason_rl.data.split import Split, problem_id_of, split_of
+from reason_rl.data.tasks import FILE_TASKS, TASKS, Exercise, Task
 from reason_rl.data.tokenizer import Tokenizer
 from reason_rl.types import Problem
 
-Split = Literal["train", "rl", "heldout"]
 MAX_FRUITLESS_DRAWS = 50_000
 """Draws in a row that bring nothing new before a share counts as exhausted: about a second's work."""
 
 
-def split_of(key: str, task: TaskConfig) -> Split:
-    """The share an exercise's key belongs to: a fixed point of [0, 1) by hash, cut at heldout_share and rl_share."""
-    point = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8, person=b"split").digest(), "big") / 2**64
-    if point < task.heldout_share:
-        return "heldout"
-    return "rl" if point < task.heldout_share + task.rl_share else "train"
-
-
-def problem_id_of(task_name: str, prompt: str) -> int:
-    """Stable, in [0, 2**62)."""
-    digest = hashlib.blake2b(f"{task_name}/{prompt}".encode(), digest_size=8, person=b"problem").digest()
-    return int.from_bytes(digest, "big") >> 2
+def is_file_task(config: Config) -> bool:
+    if config.task.name not in (*TASKS, *FILE_TASKS):
+        raise ConfigError(f"unknown task.name {config.task.name!r}; known are {', '.join((*TASKS, *FILE_TASKS))}")
+    return config.task.name in FILE_TASKS
 
 
 def task_of(config: Config) -> Task:
-    """The configured task, once its levels and operations are known to make sense."""
-    task = TASKS.get(config.task.name)
-    if task is None:
-        raise ConfigError(f"unknown task.name {config.task.name!r}; known are {', '.join(sorted(TASKS))}")
+    """The configured task that makes its own problems, once its levels and operations are known to make sense."""
+    if is_file_task(config):
+        raise ConfigError(f"task {config.task.name!r} reads its problems from files, so there is no corpus to pretrain a model on: "
+                          "give model.init_from a checkpoint's folder")
+    task = TASKS[config.task.name]
+    for key in ("path", "heldout_path", "max_prompt_tokens", "pass_rates", "min_pass_rate", "max_pass_rate", "curriculum"):
+        if getattr(config.task, key) != getattr(TaskConfig(), key):
+            raise ConfigError(f"task {task.name!r} makes its own problems; task.{key} is for {', '.join(FILE_TASKS)}")
     for key, level in (("task.min_level", config.task.min_level), ("task.max_level", config.task.max_level)):
         if level not in task.levels:
             raise ConfigError(f"{key} must be between {task.levels[0]} and {task.levels[-1]} for task {task.name!r}, "
@@ -59,13 +55,41 @@ def rl_problems(config: Config, tokenizer: Tokenizer, step: int, count: int, rou
     round: 0, then 1, 2, ... for dynamic sampling's refills of the same step.
     exclude: ids of problems the step has already had; a repeated one would draw the same completions once more.
     """
+    if is_file_task(config):
+        return step_problems(load_dataset(config, tokenizer), config, step, count, round, exclude)
     rng = random.Random(f"{config.run.seed}/rl/{step}/{round}")
     return _distinct(config, tokenizer, "rl", rng, count, exclude)
 
 
 def heldout_problems(config: Config, tokenizer: Tokenizer, count: int, seed: int = 0) -> list[Problem]:
     """The first `count` distinct problems of the held-out share, in an order that only `seed` decides."""
+    if is_file_task(config):
+        return first_heldout(load_dataset(config, tokenizer), config, count, seed)
     return _distinct(config, tokenizer, "heldout", random.Random(f"{seed}/heldout"), count, ())
+
+
+def problems_to_check(config: Config, tokenizer: Tokenizer, num_heldout: int) -> list[Problem]:
+    """What must be looked at before any work: all problems of a file; of those that are made, the first step's and evaluation's."""
+    if not config.model.init_from:
+        task_of(config)
+        if config.task.template != "plain":
+            raise ConfigError(f"task.template = {config.task.template!r} needs a checkpoint's model (model.init_from): the corpus "
+                              "that our own is pretrained on has plain prompts")
+    problems = rl_problems(config, tokenizer, 0, config.rl.prompts_per_step) + heldout_problems(config, tokenizer, num_heldout)
+    if not is_file_task(config):
+        return problems
+    dataset = load_dataset(config, tokenizer)
+    return [*dataset.rl, *dataset.heldout]
+
+
+def describe_problems(config: Config, tokenizer: Tokenizer) -> tuple[list[str], tuple[str, ...]]:
+    """(lines that a run should say of its task, every row of its files that was left out and why)."""
+    if not is_file_task(config):
+        return [], ()
+    dataset = load_dataset(config, tokenizer)
+    left_out = dataset.left_out
+    examples = "".join(f"\n  {row}" for row in left_out[:3]) + ("\n  ..." if len(left_out) > 3 else "")
+    return [dataset.description + (f". {len(left_out):,} rows are left out:{examples}" if left_out else ".")], left_out
 
 
 def check_problems(problems: Iterable[Problem], config: Config) -> None:
@@ -75,7 +99,8 @@ def check_problems(problems: Iterable[Problem], config: Config) -> None:
         if len(problem.prompt_ids) > room:
             raise ValueError(f"the prompt {problem.prompt[:60]!r} has {len(problem.prompt_ids)} tokens, but "
                              f"model.max_positions = {config.model.max_positions} less sampling.max_tokens = "
-                             f"{config.sampling.max_tokens} leaves {room}")
+                             f"{config.sampling.max_tokens} leaves {room}"
+                             + ("; task.max_prompt_tokens leaves longer ones out" if is_file_task(config) else ""))
 
 
 def draw_exercise(task: Task, config: TaskConfig, rng: random.Random, level: int, split: Split) -> Exercise:
@@ -90,7 +115,7 @@ def draw_exercise(task: Task, config: TaskConfig, rng: random.Random, level: int
 
 def _distinct(config: Config, tokenizer: Tokenizer, split: Split, rng: random.Random, count: int,
               exclude: Collection[int]) -> list[Problem]:
-    task = task_of(config)
+    task, template = task_of(config), load_template(config.task.template)
     taken = set(exclude)
     found: list[Problem] = []
     fruitless = 0
@@ -108,11 +133,11 @@ def _distinct(config: Config, tokenizer: Tokenizer, split: Split, rng: random.Ra
             continue
         fruitless = 0
         taken.add(problem_id)
-        found.append(_problem(task, exercise, problem_id, tokenizer))
+        found.append(_problem(task, exercise, problem_id, template, tokenizer))
     return found
 
 
-def _problem(task: Task, exercise: Exercise, problem_id: int, tokenizer: Tokenizer) -> Problem:
-    return Problem(problem_id=problem_id, task=task.name, prompt=exercise.prompt,
-                   prompt_ids=tuple(tokenizer.encode(exercise.prompt)), answer=exercise.answer, facts=exercise.facts,
-                   level=exercise.level)
+def _problem(task: Task, exercise: Exercise, problem_id: int, template: PromptTemplate, tokenizer: Tokenizer) -> Problem:
+    text = template.fill(exercise.prompt, tokenizer)
+    return Problem(problem_id=problem_id, task=task.name, prompt=text, prompt_ids=tuple(template.encode([text], tokenizer)[0]),
+                   answer=exercise.answer, facts=exercise.facts, level=exercise.level, completion_prefix=template.completion_prefix)

@@ -73,11 +73,11 @@ class Tokenizer:
         self._check_characters(text)
         return list(self._inner.encode(text).ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, in the library's own loop: some 100,000 short texts a second."""
+    def encode_batch(self, texts: Sequence[str], are_prompts: bool = False) -> list[list[int]]:
+        """`encode` (or `encode_prompt`) of each text, in the library's own loop: some 100,000 short texts a second."""
         for text in texts:
             self._check_characters(text)
-        return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=are_prompts)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of the ids, special tokens included: `decode(encode(text)) == text` for our own tokenizers."""

@@ -8,6 +8,7 @@ Third stage of a step: beside the engine, which hands over completions as they f
     text.py                   all that is quick: format, overlong, cosine, language, repetition, tasks compared as text
     math/, code/              answers compared by value; programs run against tests
     custom.py                 your own function, and a judge
+    gold.py                   which verifier a task's answers go to, and whether it can read them
 
 docs/rewards.md says how each verdict is reached. Workers import this package too: nothing heavy is imported before it is
 asked for.

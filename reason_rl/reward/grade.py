@@ -16,13 +16,12 @@ from pathlib import Path
 from reason_rl.config import Config, RewardConfig
 from reason_rl.reward.code import code_options, require_sandbox
 from reason_rl.reward.custom import load_reward
+from reason_rl.reward.gold import verifier_of
 from reason_rl.reward.length import cosine_reward, overlong_reward
 from reason_rl.reward.service import Kind, VerifierService
 from reason_rl.reward.verdict import Verdict
 from reason_rl.types import FinishReason, Problem, Score
 
-VERIFIER_OF_TASK = {"countdown": "countdown", "gsm8k": "math", "math": "math", "mbpp": "code", "code": "code"}
-"""Where reward.verifier is "auto"; any other task's answers are compared as text."""
 TEXT_DEADLINE_S = 10.0
 FACTS_OF_VERIFIER = {"countdown": ("numbers", "target"), "code": ("tests",)}
 """What a problem must bring beside its answer."""
@@ -31,14 +30,10 @@ CODE_KIND_GRACE_S = 5.0
 GIB = 1 << 30
 
 
-def verifier_of(problem: Problem, config: RewardConfig) -> str:
-    return VERIFIER_OF_TASK.get(problem.task, "text") if config.verifier == "auto" else config.verifier
-
-
 def check_rewards(config: Config, problem: Problem) -> list[str]:
     """What can fail, before any work: raises for a function, model, sandbox or fact of the task's (problem: one of its problems)
     that is missing; lines that a run should say."""
-    reward, verifier = config.reward, verifier_of(problem, config.reward)
+    reward, verifier = config.reward, verifier_of(problem.task, config.reward)
     missing = [name for name in FACTS_OF_VERIFIER.get(verifier, ()) if problem.facts.get(name) in (None, "", [], ())]
     if missing:
         raise ValueError(f"reward.verifier {verifier!r} needs {' and '.join(missing)} among a problem's facts, but the task "
@@ -129,7 +124,7 @@ class Grader:
     def submit(self, problem: Problem, text: str, num_tokens: int, finish_reason: FinishReason) -> Pending:
         """text: the completion decoded, without its end token; its prefix is put before it, but for a reward model, which reads it
         with the prompt. Waits only while reward.max_queued requests are waiting."""
-        verifier = verifier_of(problem, self.config.reward)
+        verifier = verifier_of(problem.task, self.config.reward)
         whole = problem.completion_prefix + text
         request = {"text": whole, "prompt": problem.prompt, "answer": problem.answer, "facts": dict(problem.facts),
                    "task": problem.task, "finish_reason": finish_reason, "verifier": verifier}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kernels.grpo_loss import spec
 from reason_rl import config as config_module
-from reason_rl import config_checks, config_reward
+from reason_rl import config_checks, config_reward, config_task
 from reason_rl.config import (
     SHORTHANDS,
     Config,
@@ -301,7 +301,7 @@ SELF_EXPLAINING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("module", [config_module, config_reward, spec], ids=["config", "reward", "loss"])
+@pytest.mark.parametrize("module", [config_module, config_reward, config_task, spec], ids=["config", "reward", "task", "loss"])
 def test_every_field_has_a_docstring_below_it_or_a_name_that_says_it_all(module: object):
     tree = ast.parse(inspect.getsource(module))
     silent = []

@@ -27,6 +27,7 @@ from reason_rl.reward.verdict import RIGHT, WRONG, Verdict, ungradable, wrong
 NUMBER = re.compile(r"([-+]?)(?:\\?\$)?(\d{1,100}|[1-9]\d{0,2}(?:,\d{3}){1,30})(\.\d{1,100})?", re.ASCII)
 FRACTION = re.compile(r"([-+]?)(?:(\d{1,100})/(\d{1,100})|\\[dt]?frac\{(\d{1,100})\}\{(\d{1,100})\})", re.ASCII)
 WRAPPED = re.compile(r"\\(?:text|textbf|textit|mbox|mathrm)\s*\{([^{}]*)\}")
+WORDS = re.compile(r"[A-Za-z][A-Za-z ]{2,}")
 SPACE = re.compile(r"(?:\\[ ,;]|\s)+")
 LOOSE_SPACE = re.compile(r"(?<!\w) | (?!\w)")
 
@@ -49,7 +50,7 @@ def grade_answer(gold: str, given: str) -> Verdict:
         return RIGHT if quick == quick_gold and not (is_undone and quick_gold.denominator == 1) else WRONG
     if is_same_text(gold, given):
         return RIGHT
-    if re.fullmatch(r"[A-Za-z][A-Za-z ]{2,}", gold):
+    if WORDS.fullmatch(gold):
         return WRONG
     try:
         tree = read_gold(gold)

@@ -1,0 +1,66 @@
+"""How hard each problem is for a model: pass rates that `python -m reason_rl.eval` has measured, to filter and order problems by.
+
+A row of the file is one evaluated problem: problem_id (or the prompt), num_samples, num_right; rows of one problem add up. A group
+of completions that are all right or all wrong teaches nothing, so problems that a model always or never solves cost time alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reason_rl.config import ConfigError, TaskConfig
+from reason_rl.types import Problem
+
+NUM_BANDS = 10
+"""Of the curriculum: pass rates from 0.9 up, from 0.8 up, ..."""
+
+
+@dataclass(frozen=True)
+class PassRates:
+    path: str
+    counts: Mapping[int | str, tuple[int, int]]
+    """(right, samples) by problem_id, or by prompt where a row has no id."""
+
+    def of(self, problem: Problem, text: str) -> float | None:
+        """text: the problem without its template."""
+        found = next((self.counts[key] for key in (problem.problem_id, problem.prompt, text) if key in self.counts), None)
+        return None if found is None else found[0] / found[1]
+
+
+def read_pass_rates(path: str) -> PassRates:
+    if not Path(path).is_file():
+        raise ConfigError(f"task.pass_rates names no file: {path!r}")
+    counts: dict[int | str, tuple[int, int]] = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            key, right, samples = _read_row(line, f"{path}:{number}")
+            before = counts.get(key, (0, 0))
+            counts[key] = (before[0] + right, before[1] + samples)
+    return PassRates(path, counts)
+
+
+def _read_row(line: str, where: str) -> tuple[int | str, int, int]:
+    try:
+        row: Any = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where}: not valid JSON: {error}") from error
+    fields = row if isinstance(row, dict) else {}
+    key = fields.get("problem_id", fields.get("prompt"))
+    right, samples = fields.get("num_right"), fields.get("num_samples")
+    if isinstance(key, int | str) and isinstance(right, int) and isinstance(samples, int) and 0 <= right <= samples > 0:
+        return key, right, samples
+    raise ConfigError(f"{where}: a row has problem_id (a number) or prompt (text), num_samples from 1 up and num_right among them, "
+                      f"got {line[:120]}")
+
+
+def band_of(rate: float) -> int:
+    """0 for the easiest."""
+    return NUM_BANDS - 1 - min(int(rate * NUM_BANDS), NUM_BANDS - 1)
+
+
+def is_wanted(rate: float, config: TaskConfig) -> bool:
+    return config.min_pass_rate <= rate <= config.max_pass_rate

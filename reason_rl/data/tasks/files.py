@@ -1,0 +1,110 @@
+"""Tasks whose problems stand in files: how a row of gsm8k, MATH, MBPP or any JSONL becomes an exercise.
+
+    gsm8k   question, answer: the right one follows the last ####
+    math    problem, solution (the right answer is its last box) or answer; level, type
+    code    text, test_list, test_setup_code, challenge_test_list; the first tests are shown, a program must pass all of them
+    jsonl   the fields that task.prompt_field and task.answer_field name
+
+A row that cannot be one raises `RowError`, which says why; dataset.py knows the file and the line. A task of your own: a function
+as below, and a `FileTask` in `FILE_TASKS`. Left out: reading, splitting and filtering (dataset.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reason_rl.config import TaskConfig
+from reason_rl.data.tasks.base import Exercise
+from reason_rl.reward.gold import find_answer
+
+Row = Mapping[str, Any]
+
+
+class RowError(ValueError):
+    """Why a row is no problem."""
+
+
+@dataclass(frozen=True)
+class FileTask:
+    name: str
+    train_names: tuple[str, ...]
+    """What its file is called in a folder; the first that is there is read."""
+    heldout_name: str
+    """Its held-out problems, where that file is there."""
+    exercise: Callable[[Row, TaskConfig], Exercise | None]
+    """None for a row that the config filters out."""
+
+
+def gsm8k(row: Row, config: TaskConfig) -> Exercise:
+    question, solution = text_of(row, "question"), text_of(row, "answer")
+    steps, mark, answer = solution.rpartition("####")
+    if not mark:
+        raise RowError(f"its answer has no ####: {solution[-60:]!r}")
+    return exercise_of(question, answer.strip(), level=len(steps.strip().splitlines()))
+
+
+def math(row: Row, config: TaskConfig) -> Exercise | None:
+    problem, level, kind = text_of(row, "problem"), str(row.get("level", "")), str(row.get("type", ""))
+    number = re.search(r"\d+", level)
+    if config.math_levels and (number is None or number.group() not in _listed(config.math_levels)):
+        return None
+    if config.math_types and kind.casefold() not in _listed(config.math_types):
+        return None
+    answer = text_of(row, "answer") if "answer" in row else find_answer(text_of(row, "solution"))
+    if answer is None:
+        raise RowError(f"its solution has no answer in a box: {row['solution'][-60:]!r}")
+    return exercise_of(problem, answer.strip(), level=int(number.group()) if number else 0)
+
+
+def code(row: Row, config: TaskConfig) -> Exercise:
+    problem, shown = text_of(row, "text"), _tests_of(row, "test_list")
+    tests = [*shown, *(_tests_of(row, "challenge_test_list") if row.get("challenge_test_list") else [])]
+    setup = text_of(row, "test_setup_code") if "test_setup_code" in row else ""
+    if not tests:
+        raise RowError("its test_list is empty")
+    shown = shown[: config.code_shown_tests]
+    prompt = problem + ("\nYour program must pass this:\n```python\n" + "\n".join(shown) + "\n```" if shown else "")
+    answer = text_of(row, "code") if "code" in row else ""  # one of many that are right
+    return exercise_of(prompt, answer, key=problem, facts={"tests": tests, "setup": setup})  # its twin is on the same side
+
+
+def jsonl(row: Row, config: TaskConfig) -> Exercise:
+    answer = row.get(config.answer_field)
+    given = {**row, config.answer_field: str(answer)} if type(answer) in (int, float) else row
+    return exercise_of(text_of(given, config.prompt_field), text_of(given, config.answer_field).strip())
+
+
+FILE_TASKS = {task.name: task for task in (
+    FileTask("gsm8k", ("train.jsonl",), "test.jsonl", gsm8k), FileTask("math", ("train.jsonl",), "test.jsonl", math),
+    FileTask("code", ("train.jsonl", "mbpp.jsonl"), "test.jsonl", code), FileTask("jsonl", ("train.jsonl",), "test.jsonl", jsonl))}
+
+
+def text_of(row: Row, name: str) -> str:
+    """The row's field, which must be there and be text."""
+    if name not in row:
+        raise RowError(f"it has no field {name!r}; there are {', '.join(row) or 'none'}")
+    if not isinstance(row[name], str):
+        raise RowError(f"its {name!r} must be text, got {str(row[name])[:60]!r}")
+    return str(row[name])
+
+
+def exercise_of(prompt: str, answer: str, level: int = 0, key: str = "", facts: Mapping[str, Any] | None = None) -> Exercise:
+    if not prompt.strip():
+        raise RowError("its problem is empty")
+    return Exercise(prompt, level, answer, " ".join((key or prompt).split()).casefold(), facts or {})
+
+
+def _tests_of(row: Row, name: str) -> list[str]:
+    if name not in row:
+        raise RowError(f"it has no field {name!r}; there are {', '.join(row) or 'none'}")
+    tests = row[name]
+    if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
+        raise RowError(f"its {name!r} must be a list of texts, got {str(tests)[:60]!r}")
+    return tests
+
+
+def _listed(text: str) -> list[str]:
+    return [one.strip().casefold() for one in text.split(",")]
