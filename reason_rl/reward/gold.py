@@ -27,9 +27,10 @@ def verifier_of(task: str, config: RewardConfig) -> str:
 
 
 def why_unreadable(verifier: str, answer: str, facts: Mapping[str, Any]) -> str:
-    """Why no completion could be right, whatever it says; "" where one could."""
+    """Why no completion could be right, whatever it says; "" where one could. Facts that a task does not have at all are
+    check_rewards's to say."""
     if verifier == "code":
-        return _why_no_exam(facts)
+        return _why_no_exam(facts) if "tests" in facts else ""
     if not answer.strip():
         return "its answer is empty"
     if verifier != "math" or quick_value(answer) is not None or WORDS.fullmatch(answer):

@@ -2,7 +2,8 @@
 
     gsm8k   question, answer: the right one follows the last ####
     math    problem, solution (the right answer is its last box) or answer; level, type
-    code    text, test_list, test_setup_code, challenge_test_list; the first tests are shown, a program must pass all of them
+    code    text, test_list, and where they are there test_setup_code, challenge_test_list, entry_points, code; the first tests
+            are shown, a program must pass all of them
     jsonl   the fields that task.prompt_field and task.answer_field name
 
 A row that cannot be one raises `RowError`, which says why; dataset.py knows the file and the line. A task of your own: a function
@@ -60,15 +61,16 @@ def math(row: Row, config: TaskConfig) -> Exercise | None:
 
 
 def code(row: Row, config: TaskConfig) -> Exercise:
-    problem, shown = text_of(row, "text"), _tests_of(row, "test_list")
-    tests = [*shown, *(_tests_of(row, "challenge_test_list") if row.get("challenge_test_list") else [])]
-    setup = text_of(row, "test_setup_code") if "test_setup_code" in row else ""
+    problem, tests = text_of(row, "text"), texts_of(row, "test_list")
     if not tests:
         raise RowError("its test_list is empty")
-    shown = shown[: config.code_shown_tests]
-    prompt = problem + ("\nYour program must pass this:\n```python\n" + "\n".join(shown) + "\n```" if shown else "")
-    answer = text_of(row, "code") if "code" in row else ""  # one of many that are right
-    return exercise_of(prompt, answer, key=problem, facts={"tests": tests, "setup": setup})  # its twin is on the same side
+    facts: dict[str, Any] = {"tests": [*tests, *texts_of({"challenge_test_list": [], **row}, "challenge_test_list")],
+                             "setup": text_of({"test_setup_code": "", **row}, "test_setup_code")}
+    if "entry_points" in row:
+        facts["entry_points"] = texts_of(row, "entry_points")
+    shown = "\n".join(tests[: config.code_shown_tests])
+    answer = text_of({"code": "", **row}, "code")  # one of many that are right
+    return exercise_of(f"{problem}\nYour program must pass this:\n```python\n{shown}\n```", answer, key=problem, facts=facts)
 
 
 def jsonl(row: Row, config: TaskConfig) -> Exercise:
@@ -82,12 +84,22 @@ FILE_TASKS = {task.name: task for task in (
     FileTask("code", ("train.jsonl", "mbpp.jsonl"), "test.jsonl", code), FileTask("jsonl", ("train.jsonl",), "test.jsonl", jsonl))}
 
 
-def text_of(row: Row, name: str) -> str:
-    """The row's field, which must be there and be text."""
+def field_of(row: Row, name: str) -> Any:
     if name not in row:
         raise RowError(f"it has no field {name!r}; there are {', '.join(row) or 'none'}")
-    if not isinstance(row[name], str):
-        raise RowError(f"its {name!r} must be text, got {str(row[name])[:60]!r}")
+    return row[name]
+
+
+def texts_of(row: Row, name: str) -> list[str]:
+    texts = field_of(row, name)
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise RowError(f"its {name!r} must be a list of texts, got {texts!r:.60}")
+    return texts
+
+
+def text_of(row: Row, name: str) -> str:
+    if not isinstance(field_of(row, name), str):
+        raise RowError(f"its {name!r} must be text, got {row[name]!r:.60}")
     return str(row[name])
 
 
@@ -95,15 +107,6 @@ def exercise_of(prompt: str, answer: str, level: int = 0, key: str = "", facts: 
     if not prompt.strip():
         raise RowError("its problem is empty")
     return Exercise(prompt, level, answer, " ".join((key or prompt).split()).casefold(), facts or {})
-
-
-def _tests_of(row: Row, name: str) -> list[str]:
-    if name not in row:
-        raise RowError(f"it has no field {name!r}; there are {', '.join(row) or 'none'}")
-    tests = row[name]
-    if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
-        raise RowError(f"its {name!r} must be a list of texts, got {str(tests)[:60]!r}")
-    return tests
 
 
 def _listed(text: str) -> list[str]:
