@@ -50,8 +50,10 @@ class Tokenizer:
         self.pad_id = self._pad_id(side)
         self.chat = ChatTemplate(side.chat_template, side.special, side.folder) if side.chat_template else None
         """None where the folder has no chat template."""
+        added = {token.content: i for i, token in inner.get_added_tokens_decoder().items()}
+        self._think_ids = added.get("<think>"), added.get("</think>")  # a piece of that text may be one token here, several there
         # A character model drops what it does not know in silence, so its alphabet is checked here.
-        self._alphabet = _alphabet_of(inner)
+        self._alphabet = _alphabet_of(inner, set(added))
 
     def id_of(self, token: str) -> int:
         """The id of a single token such as `<think>`."""
@@ -99,11 +101,11 @@ class Tokenizer:
 
         prefix: text before the completion that counts as its own, such as a `<think>` that the prompt ends with. A thought that
         never closes counts to the completion's end, one that never opens is 0; a completion "thinks" when this is above 0. Tags
-        that are no single tokens are found in the text; a token belongs to where its first character stands, and a thought that
-        stands within the tags' own tokens is one.
+        that are no tokens of their own are found in the text; a token belongs to where its first character stands, and a thought
+        that stands within the tags' own tokens is one.
         """
         ids, is_open = list(token_ids), "<think>" in prefix and "</think>" not in prefix
-        opening, closing = (self._inner.token_to_id(tag) for tag in TAGS[:2])
+        opening, closing = self._think_ids
         if opening is not None and closing is not None:
             if not is_open and opening not in ids:
                 return 0
@@ -232,9 +234,8 @@ def _without_merges(symbols: Sequence[str], reserved: Sequence[str]) -> tokenize
     return inner
 
 
-def _alphabet_of(inner: tokenizers.Tokenizer) -> frozenset[str] | None:
+def _alphabet_of(inner: tokenizers.Tokenizer, added: set[str]) -> frozenset[str] | None:
     """The characters of a character tokenizer; None for one whose tokens are pieces or bytes."""
-    added = {token.content for token in inner.get_added_tokens_decoder().values()}
     plain = [token for token in inner.get_vocab() if token not in added]
     is_by_character = inner.pre_tokenizer is None and all(len(token) == 1 for token in plain)
     return frozenset(plain) if is_by_character else None

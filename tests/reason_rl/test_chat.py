@@ -29,7 +29,7 @@ CHATML = """
 {%- for message in messages if message.role != 'system' %}
     {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
 {%- endfor %}
-{%- if tools %}{{- tools | tojson }}{%- endif %}
+{%- if tools is not none or documents is not none %}{{- tools | tojson }}{%- endif %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
@@ -106,10 +106,10 @@ ROLES = """{{ eos_token }}{% for message in messages %}
 ' + message['content'] + '
 ' }}
 {% endif %}
-{% if loop.last and add_generation_prompt %}
+    {% if loop.last and add_generation_prompt %}
 {{ '<|assistant|>
 ' }}
-{% endif %}
+    {% endif %}
 {% endfor %}
 """
 PREFIXED = """[gMASK]<sop>

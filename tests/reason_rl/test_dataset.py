@@ -111,6 +111,7 @@ BAD_ROWS = [
     ("code", {"text": "a?", "test_list": []}, "its test_list is empty"),
     ("code", {"text": "a?", "test_list": "assert f(1)"}, "its 'test_list' must be a list of texts"),
     ("code", {"text": "a?", "test_list": ["assert f(1"]}, "its tests cannot be run: '(' was never closed"),
+    ("code", {"text": "a?", "test_list": ["assert f(1) == (", "1)"]}, "its tests cannot be run: '(' was never closed"),
     ("code", {"text": "a?", "test_list": ["assert f(1)"], "entry_points": ["g"]}, "its tests cannot be run: the tests use f, wh"),
     ("code", {"text": "a?", "test_list": ["assert isclose(f(2), g(3))"]}, "its tests cannot be run: the tests use isclose, f, g"),
 ]
@@ -283,7 +284,9 @@ def test_refills_are_other_problems_until_there_are_none_left(forty: Path) -> No
 def test_a_prompt_that_does_not_fit_is_an_error_unless_longer_ones_are_left_out(forty: Path) -> None:
     long = {"prompt": "Long? " * 30, "answer": 1}
     write(forty / "train.jsonl", [*sums(40), long])
-    config = replace(config_of(forty), model=ModelConfig(init_from="x", max_positions=100), sampling=SamplingConfig(max_tokens=20))
+    context = ModelConfig(init_from="x", max_positions=100)
+    config = replace(config_of(forty, seed=1), model=context, sampling=SamplingConfig(max_tokens=20))
+    assert long["prompt"] not in {p.prompt for p in rl_problems(config, TOKENIZER, 0, 4)}  # the first step is not all that counts
     with pytest.raises(ValueError, match=r"180 tokens, but model.max_positions = 100 .* leaves 80; task\.max_prompt_tokens leaves"):
         check_problems(problems_to_check(config, TOKENIZER, 10), config)
     config = replace(config, task=replace(config.task, max_prompt_tokens=80))
@@ -317,8 +320,8 @@ def test_pass_rates_say_which_problems_rl_takes_and_none_that_is_held_out(forty:
 def test_rows_without_a_problem_id_go_by_their_prompt_and_rows_of_one_problem_add_up(forty: Path) -> None:
     rows = [{"prompt": p["prompt"], "num_right": 1, "num_samples": 2} for p in sums(40)]
     path = write(forty / "rates.jsonl", [*rows, *[{**row, "num_right": 0} for row in rows[:10]]])
-    dataset = load_dataset(config_of(forty, pass_rates=str(path), min_pass_rate=0.5), TOKENIZER)
-    assert len(dataset.rl) == 30
+    dataset = load_dataset(config_of(forty, pass_rates=str(path), min_pass_rate=0.25, max_pass_rate=0.4), TOKENIZER)
+    assert [p.prompt for p in dataset.rl] == [p["prompt"] for p in sums(10)]
 
 
 def test_a_problem_without_a_pass_rate_is_a_bad_row(forty: Path) -> None:

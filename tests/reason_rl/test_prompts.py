@@ -11,7 +11,7 @@ from reason_rl.config import Config, ConfigError, TaskConfig
 from reason_rl.data import TASKS, Tokenizer, byte_tokenizer, char_tokenizer, load_template, rl_problems
 from reason_rl.data.prompts import FOLDER, PromptTemplate
 from reason_rl.reward.format import format_reward
-from tests.reason_rl.test_chat import CHATML, HEADERS, THINKING_SWITCH
+from tests.reason_rl.test_chat import BRACKETS, CHATML, HEADERS, THINKING_SWITCH
 from tests.reason_rl.trained import folder_of
 
 BYTES = byte_tokenizer()
@@ -76,6 +76,9 @@ completion = "2"
     (ids,) = template.encode([text], tokenizer)
     assert ids == tokenizer.encode(text) and ids.count(tokenizer.id_of("<|begin|>")) == 1
     assert load_template("chat").day == date(2024, 7, 26)  # not the calendar's
+    adding = Tokenizer.load(folder_of(tmp_path / "adding", "byte_fallback", chat_template=BRACKETS))
+    (ids,) = load_template("chat").encode([load_template("chat").fill("2+2", adding)], adding)
+    assert ids.count(adding.id_of("<s>")) == 1 and adding.encode_prompt("2+2").count(adding.id_of("<s>")) == 1
 
 
 def test_a_chat_templates_own_switches_are_set_by_name(tmp_path: Path) -> None:

@@ -165,6 +165,10 @@ def test_ends_are_read_from_the_models_config_where_there_is_no_other(tmp_path: 
     assert Tokenizer.load(folder).stop_ids == (3, 2)
     (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
     assert Tokenizer.load(folder).stop_ids == (2,)
+    (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|eot|>"}, "bos_token": "<|begin|>"}')
+    assert Tokenizer.load(folder).stop_ids == (3, 2)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    assert Tokenizer.load(folder).stop_ids == (2,)
 
 
 def test_raw_prompts_and_texts_are_those_of_transformers(folder: Path) -> None:
@@ -209,9 +213,12 @@ def test_a_stream_of_bytes_that_are_no_text_goes_on_after_them() -> None:
     broken, stream = BYTES.encode("🙂")[:1], TextStream(BYTES)
     assert [stream.push(token) for token in BYTES.encode("a数")] == ["a", "", "", "数"]
     assert stream.push(broken[0]) == "" and stream.push(BYTES.encode("b")[0]) == "\ufffdb"
-    text = "".join(stream.push(token) for token in broken * 40 + BYTES.encode("end"))
-    assert text.count("\ufffd") == 40 and text.endswith("end")
+    said = [stream.push(token) for token in broken * 40]
+    assert "\ufffd" in "".join(said)  # it does not wait for ever
+    assert ("".join(said) + stream.push(BYTES.encode("!")[0])) == "\ufffd" * 40 + "!"
     assert stream.push(broken[0]) == "" and stream.flush() == "\ufffd" and stream.flush() == ""
+    whole = BYTES.pieces(broken * 17 + BYTES.encode("🙂")[1:] + BYTES.encode("x"))  # given up on before its last bytes came
+    assert "".join(whole) == "\ufffd" * 20 + "x"
 
 
 def by_character(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -233,6 +240,25 @@ def test_thinking_tokens_stand_between_the_tags_whether_those_are_tokens_or_not(
     assert pieces.thinking_tokens(by_character(pieces, text), prefix) == count
     ids = [*tokenizer.encode(text), tokenizer.eos_id]  # an end token in a thought that never closed is of it
     assert tokenizer.thinking_tokens(ids, prefix) == pieces.thinking_tokens([*by_character(pieces, text), 2], prefix)
+
+
+def joined(vocab: dict[str, int]) -> Tokenizer:
+    """Of these pieces, whose texts stand together as they are."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    inner.decoder = tokenizers.decoders.Fuse()
+    return Tokenizer(inner)
+
+
+def test_a_thought_within_the_tags_own_tokens_is_one_token() -> None:
+    vocab = {"<think>1</think>": 0, "<think></think>": 1, "</s>": 2, "<think>2": 3, "3</think>": 4}
+    tokenizer = joined(vocab)
+    assert [tokenizer.thinking_tokens(ids) for ids in ([0], [1], [3, 4], [3], [4], [2])] == [1, 0, 1, 1, 0, 0]
+
+
+def test_a_tag_that_is_a_piece_of_the_vocabulary_is_not_always_that_piece() -> None:
+    vocab = {"<think>": 0, "</think>": 1, "<think>1": 2, "+1=2</": 3, "think>": 4, "2": 5, "</s>": 6}
+    tokenizer = joined(vocab)
+    assert [tokenizer.thinking_tokens(ids) for ids in ([2, 3, 4], [0, 5, 5, 1], [2, 5, 1], [0, 3, 4])] == [1, 2, 1, 1]
 
 
 def test_a_thoughts_characters_of_several_tokens_are_counted_as_tokens(tmp_path: Path) -> None:
