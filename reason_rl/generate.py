@@ -1,7 +1,8 @@
 """Talk to a checkpoint: `python -m reason_rl.generate runs/program/checkpoints/final "a2,b*3,c-1?"` streams thought and answer.
 
 The thought is shown dim, the answer bold (plain text where the output is no terminal). `--samples 3` draws several,
-`--temperature 0` is greedy, `--seed` picks other draws. The text goes in as it stands, without a chat template.
+`--temperature 0` is greedy, `--seed` picks other draws. The text goes in as it stands; `--template chat` puts around it what a run
+with that task.template does.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from rich.console import Console
 
 from reason_rl.config import EngineConfig
-from reason_rl.data import TextStream, Tokenizer
+from reason_rl.data import TextStream, Tokenizer, load_template
 from reason_rl.engine import Engine
 from reason_rl.model.weights import load_model
 from reason_rl.types import Problem, SamplingParams
@@ -37,17 +38,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument("--max-tokens", type=int, default=0, help="0: what the context leaves (default)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--template", default="plain", help="plain, r1_zero, chat, few_shot, or a .toml file (default plain)")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args(arguments)
 
 
-def printer(tokenizer: Tokenizer, console: Console) -> Callable[[int], None]:
-    """-> a function that shows one token: the thought dim, the answer bold, the end token not at all."""
+def printer(tokenizer: Tokenizer, console: Console, prefix: str = "") -> Callable[[int], None]:
+    """-> a function that shows one token: the thought dim, the answer bold, the end token not at all. prefix is shown at once."""
     stream, style, tail = TextStream(tokenizer), "", ""
 
     def show(token: int) -> None:
+        write(stream.flush() if token in tokenizer.stop_ids else stream.push(token))
+
+    def write(text: str) -> None:
         nonlocal style, tail
-        text = stream.flush() if token in tokenizer.stop_ids else stream.push(token)
         told = tail + text  # a tag may be several tokens
         found = [tag for tag in TAG.finditer(told) if tag.end() > len(tail)]
         style = STYLES.get(found[-1].group(), style) if found else style
@@ -57,14 +61,18 @@ def printer(tokenizer: Tokenizer, console: Console) -> Callable[[int], None]:
             style = ""
         tail = told[-LONGEST_TAG:]
 
+    if prefix:
+        write(prefix)
     return show
 
 
 def answer(engine: Engine, tokenizer: Tokenizer, console: Console, options: argparse.Namespace, prompt: str, number: int) -> None:
     """Stream the samples of one prompt."""
-    ids = tuple(tokenizer.encode_prompt(prompt))
-    if not ids:
+    template = load_template(options.template)
+    if not prompt:
         raise ValueError("the prompt is empty")
+    text = template.fill(prompt, tokenizer)
+    ids = tuple(template.encode([text], tokenizer)[0])
     room = engine.model.config.max_positions - len(ids)
     if room < 1:
         raise ValueError(f"the prompt has {len(ids)} tokens, which leaves no room in the model's context of "
@@ -72,9 +80,9 @@ def answer(engine: Engine, tokenizer: Tokenizer, console: Console, options: argp
     sampling = SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p,
                               options.max_tokens or room, tokenizer.stop_ids)
     for sample in range(options.samples):
-        show = printer(tokenizer, console)
+        show = printer(tokenizer, console, template.completion_prefix)
         # One sample at a time, so that tokens stream; the step keeps their draws apart.
-        engine.generate([Problem(number, "", prompt, ids, "")], 1, sampling, step=sample,
+        engine.generate([Problem(number, "", text, ids, "")], 1, sampling, step=sample,
                         on_token=lambda problem, index, token, show=show: show(token))  # type: ignore[misc]
         console.print()
 

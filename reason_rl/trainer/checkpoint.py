@@ -54,7 +54,7 @@ def save_checkpoint(
         partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")  # nobody else writes there
         shutil.rmtree(partial, ignore_errors=True)
         save_weights(partial, state, model.config, model.vocab_size, eos_id, source)
-        (partial / "tokenizer.json").write_text(tokenizer_json)
+        (partial / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
         for name, text in (extra or {}).items():
             (partial / name).write_text(text)
         if progress is not None:

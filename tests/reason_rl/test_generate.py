@@ -100,6 +100,24 @@ def test_ctrl_c_leaves_quietly(checkpoint: Path, capsys: pytest.CaptureFixture[s
     assert code == 130 and not out.strip() and not err
 
 
+def test_a_template_stands_around_the_prompt_and_its_prefix_is_shown(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "own.toml").write_text('prompt = "{problem}?"\ncompletion_prefix = "<think>"\n')
+    seen: list[str] = []
+    real = generate.Engine.generate
+
+    def watched(self, problems, *given, **more):
+        seen.extend(char_tokenizer().decode(problem.prompt_ids) for problem in problems)
+        return real(self, problems, *given, **more)
+
+    monkeypatch.setattr(generate.Engine, "generate", watched)
+    code, out, err = run(capsys, checkpoint, "a2,b*3", "--max-tokens", 5, "--template", tmp_path / "own.toml")
+    assert code == 0 and not err and seen == ["a2,b*3?<think>"] and out.startswith("<think>")
+    code, out, err = run(capsys, checkpoint, "a2", "--template", "chat")
+    assert code == 1 and "no chat_template.jinja" in err and err.count("\n") == 1
+
+
 def shown(tokenizer: Tokenizer, text: str) -> list[str]:
     """What each token writes, colours included: <think> dim (2), <answer> bold green (1;32)."""
     console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=200)
