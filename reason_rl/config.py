@@ -167,7 +167,11 @@ class EngineConfig:
     max_num_seqs: int = 256
     """Sequences decoded together."""
     num_blocks: int = 0
-    """KV blocks of 16 tokens; 0 allots what max_num_seqs sequences of the largest length need."""
+    """KV blocks of 16 tokens; 0 allots what max_num_seqs sequences of the longest prompt and sampling.max_tokens need (the model's
+    own context plays no part), but no more than cache_gib."""
+    cache_gib: float = 16.0
+    """Most memory of the KV cache where num_blocks is 0; one sequence always has room. Where more is needed, sequences wait and the
+    youngest give way: slower, but the same tokens."""
     prefill_tokens: int = 8192
     """Most tokens in one prefill pass."""
     decoder: Literal["auto", "native", "ops"] = "auto"

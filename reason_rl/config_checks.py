@@ -24,7 +24,7 @@ POSITIVE = (
     "model.rms_norm_eps", "model.routed_scaling", "model.rotary_share",
     "pretrain.tokens_per_step", "optim.microbatch_tokens", "pretrain_optim.microbatch_tokens",
     "sampling.max_tokens", "rl.prompts_per_step", "rl.group_size", "rl.updates_per_step", "engine.max_num_seqs",
-    "engine.prefill_tokens", "eval.problems", "eval.samples", "eval.final_problems", "eval.final_samples",
+    "engine.prefill_tokens", "engine.cache_gib", "eval.problems", "eval.samples", "eval.final_problems", "eval.final_samples",
     "eval.temperature", "task.min_level", "pretrain.min_level", "run.keep_checkpoints", "sampling.top_p", "optim.lr",
     "optim.muon_lr", "optim.eps", "pretrain_optim.lr", "pretrain_optim.muon_lr", "pretrain_optim.eps",
     "reward.code_deadline_s", "reward.code_cpu_s", "reward.code_memory_mb", "reward.code_file_mb", "reward.code_output_kb",

@@ -11,6 +11,11 @@ from kernels.decode import store_keys
 from reason_rl.config import ModelConfig
 
 
+def bytes_per_block(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Keys and values of BLOCK_SIZE tokens in all layers."""
+    return 2 * config.num_layers * config.num_kv_heads * BLOCK_SIZE * config.head_dim * dtype.itemsize
+
+
 class KVCache:
     """keys and values: [L, K, num_blocks, BLOCK_SIZE, C] each; slot = block * BLOCK_SIZE + offset.
 

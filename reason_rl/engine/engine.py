@@ -21,7 +21,7 @@ from kernels.attention import BLOCK_SIZE, plan_segments
 from kernels.sample import sample
 from reason_rl.config import EngineConfig
 from reason_rl.engine.blocks import BlockPool
-from reason_rl.engine.cache import KVCache, PrefillAttend
+from reason_rl.engine.cache import KVCache, PrefillAttend, bytes_per_block
 from reason_rl.engine.decoder import Decoder, Drawn, NativeDecoder, OpDecoder, one_each, picks_native
 from reason_rl.engine.scheduler import Prompt, Scheduler, Sequence, num_blocks_for
 from reason_rl.model.transformer import RouteTape, Transformer
@@ -29,6 +29,7 @@ from reason_rl.types import Completion, FinishReason, Group, Problem, SamplingPa
 
 WAITING_HORIZON = 4
 """Most tokens drawn in one call while sequences wait for the place of one that ends."""
+GIB = 1 << 30
 OnToken = Callable[[Problem, int, int], None]
 """(problem, sample_index, token_id), called as each token is sampled."""
 OnFinish = Callable[[Problem, Completion], None]
@@ -41,6 +42,11 @@ def noise_key(run_seed: int, step: int, problem_id: int, sample_index: int) -> i
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
+def num_blocks_needed(prompt_length: int, max_tokens: int) -> int:
+    """By a pool that one sequence can run in: block 0 is nobody's."""
+    return 1 + num_blocks_for(prompt_length) + num_blocks_for(max_tokens)
+
+
 def check_fits(problems: SequenceOf[Problem], max_tokens: int, max_positions: int, num_blocks: int) -> None:
     """Raises when a prompt is empty, or leaves no room for max_tokens in the context or in a cache of num_blocks (0: any)."""
     longest = max(len(p.prompt_ids) for p in problems)
@@ -49,7 +55,7 @@ def check_fits(problems: SequenceOf[Problem], max_tokens: int, max_positions: in
     if longest + max_tokens > max_positions:
         raise ValueError(f"a prompt of {longest} tokens and sampling.max_tokens = {max_tokens} "
                          f"do not fit model.max_positions = {max_positions}")
-    needed = 1 + num_blocks_for(longest) + num_blocks_for(max_tokens)
+    needed = num_blocks_needed(longest, max_tokens)
     if num_blocks and needed > num_blocks:
         raise ValueError(f"a prompt of {longest} tokens with sampling.max_tokens = {max_tokens} needs {needed} KV "
                          f"blocks of {BLOCK_SIZE}, but engine.num_blocks = {num_blocks}")
@@ -105,18 +111,22 @@ class Engine:
     def _pool(self, problems: SequenceOf[Problem], group_size: int, sampling: SamplingParams) -> BlockPool:
         """Makes the cache large enough for the longest sequence at least."""
         check_fits(problems, sampling.max_tokens, self.model.config.max_positions, self.config.num_blocks)
+        num_blocks = self.config.num_blocks or self._num_blocks(problems, group_size, sampling.max_tokens)
+        dtype, is_native = self.model.compute_dtype, picks_native(self.model, self.config.decoder)
+        cache = self._cache
+        if cache is None or cache.keys.shape[2] < num_blocks or cache.keys.dtype != dtype or cache.is_native != is_native:
+            cache = self._cache = None  # before the new one is made, so that there are never two
+            self._cache = KVCache(self.model.config, num_blocks, dtype, self.device, is_native)
+        return BlockPool(num_blocks)
+
+    def _num_blocks(self, problems: SequenceOf[Problem], group_size: int, max_tokens: int) -> int:
+        """Enough for all that may run at once, plus what `Scheduler.admit` keeps in hand; less where engine.cache_gib is less."""
         longest = max(len(p.prompt_ids) for p in problems)
         num_seqs = min(self.config.max_num_seqs, len(problems) * group_size)
-        # Enough for all that may run at once, plus what `Scheduler.admit` keeps in hand.
-        own, shared = num_seqs * num_blocks_for(sampling.max_tokens), min(num_seqs, len(problems)) * num_blocks_for(longest)
+        own, shared = num_seqs * num_blocks_for(max_tokens), min(num_seqs, len(problems)) * num_blocks_for(longest)
         ample = 1 + own + shared + num_seqs // 4
-        num_blocks = self.config.num_blocks or ample
-        is_native = picks_native(self.model, self.config.decoder)
-        cache = self._cache
-        if (cache is None or cache.keys.shape[2] < num_blocks or cache.keys.dtype != self.model.compute_dtype
-                or cache.is_native != is_native):
-            self._cache = KVCache(self.model.config, num_blocks, self.model.compute_dtype, self.device, is_native)
-        return BlockPool(num_blocks)
+        fitting = int(self.config.cache_gib * GIB) // bytes_per_block(self.model.config, self.model.compute_dtype)
+        return min(ample, max(fitting, num_blocks_needed(longest, max_tokens)))
 
     def _decoder(self, with_routes: bool) -> Decoder:
         """Made anew for every rollout: it may hold the weights in a layout of its own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,13 +14,17 @@ import torch
 from kernels.attention import BLOCK_SIZE
 from reason_rl.engine import engine as engine_module
 from reason_rl.engine.blocks import BlockPool
-from reason_rl.engine.engine import noise_key
+from reason_rl.engine.decoder import native_why_not
+from reason_rl.engine.engine import GIB, noise_key
 from reason_rl.engine.scheduler import Prompt, Scheduler, Sequence, num_blocks_for
 from reason_rl.model.transformer import Transformer
 from reason_rl.rl.packing import pack_samples
 from reason_rl.trainer.step import token_logprobs
 from reason_rl.types import Problem
 from tests.reason_rl.tiny import MOE, VOCAB_SIZE, make_engine, problem, samples_of, sampling, tiny_model
+
+BYTES_PER_BLOCK = 2 * MOE.num_layers * MOE.num_kv_heads * BLOCK_SIZE * MOE.head_dim * 4
+"""Keys and values in float32."""
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +216,33 @@ def test_an_ample_cache_never_preempts(model: Transformer):
     engine = make_engine(model, max_num_seqs=7)
     engine.generate([problem(i, 17) for i in range(9)], 3, sampling(40, stop_ids=()), step=0)
     assert engine.num_preemptions == 0
+
+
+def test_the_cache_goes_by_what_can_be_needed_and_not_by_the_models_context(pools: list[BlockPool]):
+    for max_positions in (128, 40_960):
+        model = tiny_model(replace(MOE, max_positions=max_positions))
+        make_engine(model, max_num_seqs=4).generate([problem(i, 20 + i) for i in range(3)], 4, sampling(50, stop_ids=()), step=0)
+    # Four completions of 4 blocks, three prompts of 2, one block in hand, and block 0.
+    assert [pool.num_blocks for pool in pools] == [4 * 4 + 3 * 2 + 1 + 1] * 2
+
+
+@pytest.mark.parametrize("decoder", ["ops", "native"])
+def test_a_cache_bounded_in_bytes_preempts_and_draws_the_same_tokens(model: Transformer, pools: list[BlockPool], decoder: str):
+    if decoder == "native" and native_why_not(model):
+        pytest.skip(native_why_not(model))
+    problems = [problem(i, 10 + 13 * i) for i in range(4)]
+    ample, bounded = make_engine(model, decoder=decoder), make_engine(model, decoder=decoder, cache_gib=20 * BYTES_PER_BLOCK / GIB)
+    whole, part = (engine.generate(problems, 4, sampling(60, stop_ids=(3,)), step=0) for engine in (ample, bounded))
+    assert pools[0].num_blocks > 60 and pools[1].num_blocks == 20 and pools[1].num_free == 19
+    assert bounded._cache is not None
+    assert bounded._cache.keys.nbytes + bounded._cache.values.nbytes == 20 * BYTES_PER_BLOCK
+    assert ample.num_preemptions == 0 < bounded.num_preemptions
+    assert whole == part
+
+
+def test_one_sequence_has_room_however_small_the_bound(model: Transformer, pools: list[BlockPool]):
+    groups = make_engine(model, cache_gib=1e-9).generate([problem(i, 100) for i in range(2)], 3, sampling(24, ()), step=0)
+    assert pools[0].num_blocks == 1 + 7 + 2 and all(len(c.token_ids) == 24 for g in groups for c in g.completions)
 
 
 @pytest.fixture

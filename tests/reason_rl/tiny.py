@@ -50,7 +50,7 @@ def sampling(max_tokens: int = 24, stop_ids: tuple[int, ...] = (0,), **values: f
     return SamplingParams(max_tokens=max_tokens, stop_ids=stop_ids, **values)  # type: ignore[arg-type]
 
 
-def make_engine(model: Transformer, **values: int | str) -> Engine:
+def make_engine(model: Transformer, **values: int | float | str) -> Engine:
     return Engine(model, replace(EngineConfig(), **values), run_seed=7)  # type: ignore[arg-type]
 
 
