@@ -12,7 +12,7 @@ from reason_rl.data import Tokenizer
 from reason_rl.types import Group, Score
 
 
-class _Row(NamedTuple):
+class SampleFacts(NamedTuple):
     is_right: bool | None
     """None where accuracy could not be graded."""
     is_well_formed: bool
@@ -36,22 +36,27 @@ def is_right(score: Score) -> bool | None:
     return score.parts.get("accuracy", 0.0) >= 1.0
 
 
+def cause_of(text: str) -> str:
+    """"accuracy raised: KeyError" -> "accuracy_raised"."""
+    return text.partition(":")[0].replace(" ", "_")
+
+
 def _causes(scores: Sequence[Score]) -> dict[str, float]:
-    causes = Counter(score.cause.partition(":")[0].replace(" ", "_") for score in scores if not score.is_graded)
+    causes = Counter(cause_of(score.cause) for score in scores if not score.is_graded)
     return {f"ungraded/{cause}": float(count) for cause, count in sorted(causes.items())}
 
 
-def _rows(groups: Sequence[Group], tokenizer: Tokenizer) -> list[_Row]:
+def sample_facts(groups: Sequence[Group], tokenizer: Tokenizer) -> list[SampleFacts]:
     return [
-        _Row(is_right(score), score.parts.get("format", 0.0) > 0.5,
-             tokenizer.thinking_tokens(completion.token_ids, group.problem.completion_prefix), len(completion.token_ids),
-             completion.finish_reason == "length")
+        SampleFacts(is_right(score), score.parts.get("format", 0.0) > 0.5,
+                    tokenizer.thinking_tokens(completion.token_ids, group.problem.completion_prefix), len(completion.token_ids),
+                    completion.finish_reason == "length")
         for group in groups
         for completion, score in zip(group.completions, group.scores, strict=True)
     ]
 
 
-def _common(rows: Sequence[_Row]) -> dict[str, float | None]:
+def _common(rows: Sequence[SampleFacts]) -> dict[str, float | None]:
     """Accuracies over the rows that have one, the rest over all."""
     thinkers = [row.is_right for row in rows if row.num_thinking > 0]
     others = [row.is_right for row in rows if row.num_thinking == 0]
@@ -67,7 +72,7 @@ def _common(rows: Sequence[_Row]) -> dict[str, float | None]:
 
 def rollout_metrics(groups: Sequence[Group], tokenizer: Tokenizer) -> dict[str, float | None]:
     """Of an RL step's groups; means over the graded completions for rewards and accuracy, over all of them for the rest."""
-    rows = _rows(groups, tokenizer)
+    rows = sample_facts(groups, tokenizer)
     scores = [score for group in groups for score in group.scores]
     graded = [score for score in scores if score.is_graded]
     parts = {
@@ -104,7 +109,7 @@ def update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float | Non
 
 def eval_metrics(groups: Sequence[Group], tokenizer: Tokenizer) -> dict[str, float | None]:
     """Of held-out problems, over all samples; accuracy over those where it could be graded, the others are counted by cause."""
-    rows = _rows(groups, tokenizer)
+    rows = sample_facts(groups, tokenizer)
     scores = [score for group in groups for score in group.scores]
     return {
         "problems": len(groups), "samples": len(rows) // max(1, len(groups)), **_common(rows),

@@ -7,6 +7,7 @@ Third stage of a step: beside the engine, which hands over completions as they f
     worker.py                 the pool, seen from inside a worker
     text.py                   all that is quick: format, overlong, cosine, language, repetition, tasks compared as text
     math/, code/              answers compared by value; programs run against tests
+    votes.py                  which of a problem's sampled answers are the same
     custom.py                 your own function, and a judge
     gold.py                   which verifier a task's answers go to, and whether it can read them
 

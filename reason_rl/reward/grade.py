@@ -23,6 +23,8 @@ from reason_rl.reward.verdict import Verdict
 from reason_rl.types import FinishReason, Problem, Score
 
 TEXT_DEADLINE_S = 10.0
+VOTES_DEADLINE_S = 60.0
+"""For all answers to one problem, each compared with those before it."""
 FACTS_OF_VERIFIER = {"countdown": ("numbers", "target"), "code": ("tests",)}
 """What a problem must bring beside its answer."""
 CODE_KIND_GRACE_S = 5.0
@@ -53,6 +55,7 @@ def reward_kinds(config: RewardConfig) -> list[Kind]:
     kinds = [
         Kind("text", "reason_rl.reward.text:grade_text", TEXT_DEADLINE_S, memory_bytes=GIB, options=text),
         Kind("math", "reason_rl.reward.math:grade_math", config.math_deadline_s, memory_bytes=GIB),
+        Kind("votes", "reason_rl.reward.votes:group_answers", VOTES_DEADLINE_S, memory_bytes=GIB),
         Kind("code", "reason_rl.reward.code:run_code", config.code_deadline_s + CODE_KIND_GRACE_S,
              options=code_options(config), batch=1, num_workers=os.cpu_count() or 1),
     ]
@@ -80,6 +83,10 @@ class Pending:
     num_tokens: int
     finish_reason: FinishReason
     config: Config
+
+    @property
+    def is_done(self) -> bool:
+        return all(future.done() for _, future in self.verdicts.values())
 
     def score(self) -> Score:
         """Waits for what is missing."""
