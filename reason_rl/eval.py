@@ -207,11 +207,13 @@ class Evaluator:
 
     def run(self, problems: Sequence[Problem]) -> None:
         portion = max(1, CHUNK * self.engine.config.max_num_seqs // self.plan.num_samples)
-        for start in range(0, len(problems), portion):
-            self.engine.generate(problems[start : start + portion], self.plan.num_samples, self.plan.sampling, step=EVAL_STEP,
-                                 on_finish=self._finished)
-        while self._waiting:
-            self._hand_over()
+        try:
+            for start in range(0, len(problems), portion):
+                self.engine.generate(problems[start : start + portion], self.plan.num_samples, self.plan.sampling, step=EVAL_STEP,
+                                     on_finish=self._finished)
+        finally:  # after Ctrl-C too: what is sampled needs but its grades
+            while self._waiting:
+                self._hand_over()
 
     def _finished(self, problem: Problem, completion: Completion) -> None:
         sampled = self._open.setdefault(problem.problem_id, Sampled(problem))
