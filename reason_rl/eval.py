@@ -67,7 +67,7 @@ class Plan:
     def sampling(self) -> SamplingParams:
         values = self.config.sampling
         return SamplingParams(values.temperature, values.top_k, values.top_p, values.min_p, values.max_tokens,
-                              (self.tokenizer.eos_id,))
+                              self.tokenizer.stop_ids)
 
     def setting(self, world: World) -> dict[str, Any]:
         """All that the rows follow from. The engine's sizes and --k are not among it."""
@@ -219,7 +219,7 @@ class Evaluator:
         sampled = self._open.setdefault(problem.problem_id, Sampled(problem))
         text, index = self.plan.tokenizer.decode_completion(completion.token_ids), completion.sample_index
         sampled.completions[index] = completion
-        sampled.answers[index] = answer_of(text, verifier_of(problem, self.plan.config.reward))
+        sampled.answers[index] = answer_of(problem.completion_prefix + text, verifier_of(problem, self.plan.config.reward))
         sampled.pending[index] = self.grader.submit(problem, text, len(completion.token_ids), completion.finish_reason)
         self.on_completion(completion)
         if len(sampled.pending) == self.plan.num_samples:
