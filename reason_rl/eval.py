@@ -11,7 +11,9 @@ Left out: a run's own evaluations (session.py). evaluation.py has the arithmetic
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import random
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -26,13 +28,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from reason_rl.config import Config, ConfigError, load_config
-from reason_rl.data import Tokenizer, check_problems, heldout_problems, rl_problems
+from reason_rl.data import (
+    Tokenizer,
+    check_problems,
+    describe_problems,
+    heldout_problems,
+    is_file_task,
+    load_dataset,
+    rl_problems,
+)
 from reason_rl.engine import Engine, check_fits
 from reason_rl.eval_folder import SUMMARY_FILE, EvalFolder, fingerprint
 from reason_rl.evaluation import may_vote, problem_row, summarise
 from reason_rl.model.weights import load_model, read_model_config
 from reason_rl.reward import Grader, Pending, check_rewards
-from reason_rl.reward.grade import verifier_of
+from reason_rl.reward.gold import verifier_of
 from reason_rl.reward.verdict import Verdict
 from reason_rl.reward.votes import COMPARED, answer_of
 from reason_rl.run_folder import CONFIG_FILE
@@ -62,6 +72,8 @@ class Plan:
     out: Path
     tokenizer: Tokenizer
     problems: list[Problem]
+    notes: tuple[str, ...]
+    """What is worth saying of the task."""
 
     @property
     def sampling(self) -> SamplingParams:
@@ -75,7 +87,8 @@ class Plan:
         sections: dict[str, Any] = {"task": config.task, "reward": config.reward, "sampling": config.sampling}
         return {
             "checkpoint": str(self.checkpoint), "weights": fingerprint(self.checkpoint), "split": self.split,
-            "problems": len(self.problems), "samples": self.num_samples, "seed": self.seed, "device": world.device.type,
+            "problems": len(self.problems), "prompts": prompts_digest(self.problems), "samples": self.num_samples,
+            "seed": self.seed, "device": world.device.type,
             "dtype": str(world.dtype).removeprefix("torch."), "exact": config.run.exact,
             **{f"{name}.{key}": value for name, values in sections.items() for key, value in asdict(values).items()}}
 
@@ -88,8 +101,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     parser.add_argument("checkpoint", help="a checkpoint folder, e.g. runs/program/checkpoints/final")
     parser.add_argument("--task", help="the task's name; default: the run's, or --config's")
     parser.add_argument("--config", help="a TOML file to take task, template and rewards from; default: the run's config.toml")
-    parser.add_argument("--split", choices=("heldout", "rl"), default="heldout", help="which problems (default: heldout)")
-    parser.add_argument("--problems", type=int, help="how many problems; default: the config's eval.final_problems")
+    parser.add_argument("--split", choices=("heldout", "rl", "all"), default="heldout",
+                        help="which problems (default: heldout); all: of a task from files")
+    parser.add_argument("--problems", type=int, help="how many; default: all of a file's, else the config's eval.final_problems")
     parser.add_argument("--samples", type=int, default=4, help="completions of each problem (default 4)")
     parser.add_argument("--k", help="comma-separated k of pass@k and cons@k, none above --samples; default: 1 and --samples")
     parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default 0.6)")
@@ -119,22 +133,47 @@ def make_plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
     ks = parse_ks(options.k, options.samples)
     config, has_file = resolve_config(options, overrides, checkpoint)
     config = replace(config, model=replace(model_config, init_from=config.model.init_from))
-    count = config.eval.final_problems if options.problems is None else options.problems
-    if count < 1:
-        raise ValueError(f"--problems must be at least 1, got {count}")
-    draw = heldout_problems if options.split == "heldout" else lambda *given: rl_problems(given[0], given[1], 0, given[2])
-    problems = draw(config, tokenizer, count)
-    max_tokens = options.max_tokens or (config.sampling.max_tokens if has_file else min(
-        DEFAULT_MAX_TOKENS, model_config.max_positions - max(len(problem.prompt_ids) for problem in problems)))
-    sampling = SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p, max_tokens)  # checks its values
+    problems = problems_of(config, tokenizer, options.split, options.problems)
+    if not problems:
+        raise ValueError(f"task {config.task.name!r} has no problem for --split {options.split}")
+    max_tokens = config.sampling.max_tokens if has_file else min(
+        DEFAULT_MAX_TOKENS, model_config.max_positions - max(len(problem.prompt_ids) for problem in problems))
+    sampling = SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p,
+                              max_tokens if options.max_tokens is None else options.max_tokens)  # checks its values
     config = replace(config, sampling=replace(
         config.sampling, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p,
-        max_tokens=max_tokens))
+        max_tokens=sampling.max_tokens))
     check_problems(problems, config)
-    check_fits(problems, max_tokens, model_config.max_positions, config.engine.num_blocks)
-    check_rewards(config, problems[0])
+    check_fits(problems, sampling.max_tokens, model_config.max_positions, config.engine.num_blocks)
+    notes = (*describe_problems(config, tokenizer)[0], *check_rewards(config, problems[0]))
     out = Path(options.out) if options.out else default_folder(checkpoint, f"{config.task.name}-{options.split}")
-    return Plan(checkpoint, config, options.split, options.samples, ks, options.seed, out, tokenizer, problems)
+    return Plan(checkpoint, config, options.split, options.samples, ks, options.seed, out, tokenizer, problems, notes)
+
+
+def problems_of(config: Config, tokenizer: Tokenizer, split: str, count: int | None) -> list[Problem]:
+    """The first `count` problems of the split, held-out ones in the order of a run's evaluations. None: all of a file's, and of a
+    task that makes its own as many as a run's last evaluation has."""
+    if count is not None and count < 1:
+        raise ValueError(f"--problems must be at least 1, got {count}")
+    if not is_file_task(config):
+        count = config.eval.final_problems if count is None else count
+        if split == "all":
+            raise ValueError(f"task {config.task.name!r} makes its problems without end: --split is heldout or rl")
+        return heldout_problems(config, tokenizer, count) if split == "heldout" else rl_problems(config, tokenizer, 0, count)
+    dataset = load_dataset(config, tokenizer)
+    if split == "heldout":
+        return heldout_problems(config, tokenizer, len(dataset.heldout) if count is None else count)
+    problems = [*dataset.rl, *(dataset.heldout if split == "all" else ())]
+    if count is not None and count > len(problems):
+        raise ValueError(f"--problems {count} were asked for, but --split {split} of task {config.task.name!r} has {len(problems)}")
+    random.Random(f"0/{split}").shuffle(problems)
+    return problems[:count]
+
+
+def prompts_digest(problems: Sequence[Problem]) -> str:
+    """Tells when a file or a template has changed under an evaluation."""
+    told = "/".join(f"{problem.problem_id}:{problem.prompt_ids}:{problem.answer}" for problem in problems)
+    return hashlib.blake2b(told.encode(errors="replace"), digest_size=8).hexdigest()
 
 
 def parse_ks(text: str | None, num_samples: int) -> tuple[int, ...]:
@@ -219,7 +258,7 @@ class Evaluator:
         sampled = self._open.setdefault(problem.problem_id, Sampled(problem))
         text, index = self.plan.tokenizer.decode_completion(completion.token_ids), completion.sample_index
         sampled.completions[index] = completion
-        sampled.answers[index] = answer_of(problem.completion_prefix + text, verifier_of(problem, self.plan.config.reward))
+        sampled.answers[index] = answer_of(problem.completion_prefix + text, verifier_of(problem.task, self.plan.config.reward))
         sampled.pending[index] = self.grader.submit(problem, text, len(completion.token_ids), completion.finish_reason)
         self.on_completion(completion)
         if len(sampled.pending) == self.plan.num_samples:
@@ -230,7 +269,7 @@ class Evaluator:
 
     def _compare(self, sampled: Sampled) -> None:
         """Ask which of the answers are the same, of the samples that may vote."""
-        verifier = verifier_of(sampled.problem, self.plan.config.reward)
+        verifier = verifier_of(sampled.problem.task, self.plan.config.reward)
         if verifier in COMPARED:
             answers = [sampled.answers[n] for n in range(self.plan.num_samples)
                        if may_vote(sampled.answers[n], sampled.completions[n].finish_reason)]
@@ -308,6 +347,8 @@ def measure(options: argparse.Namespace, overrides: list[str]) -> int:
     plan = make_plan(options, overrides)
     world = init_world(plan.config.run)
     try:
+        for note in plan.notes if world.is_main else ():
+            print(note, file=sys.stderr)
         summary = evaluate(plan, world)
         if summary is not None and options.json:
             print(json.dumps(summary, indent=2))
