@@ -287,7 +287,7 @@ class Evaluator:
 def sample_missing(plan: Plan, world: World, folder: EvalFolder, missing: Sequence[Problem]) -> None:
     """This process's share of the problems that have no row yet."""
     mine = world.share(missing)
-    model = load_model(plan.checkpoint, world.dtype).to(world.device).requires_grad_(False)
+    model = load_model(plan.checkpoint, world.dtype, weights_dtype=world.dtype).to(world.device).requires_grad_(False)
     model.use_gemm("torch" if plan.config.run.exact == "off" else "auto")
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Grader(plan.config) as grader, Progress(
