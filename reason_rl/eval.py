@@ -5,21 +5,19 @@ cons@k, thinking tokens and what was truncated or ungradable, each mean with a 9
 measured on that run's task and template; any other wants --task or --config. The same command again goes on where it was stopped.
 Under torchrun each process takes a share of the problems. docs/evaluation.md says what each number means.
 
-Left out: a run's own evaluations (session.py). evaluation.py has the arithmetic, eval_folder.py the files.
+Left out: a run's own evaluations (session.py). eval_plan.py makes the options whole, evaluation.py has the arithmetic,
+eval_folder.py the files.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import random
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,70 +25,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from reason_rl.config import Config, ConfigError, load_config
-from reason_rl.data import (
-    Tokenizer,
-    check_problems,
-    describe_problems,
-    heldout_problems,
-    is_file_task,
-    load_dataset,
-    rl_problems,
-)
-from reason_rl.engine import Engine, check_fits
-from reason_rl.eval_folder import SUMMARY_FILE, EvalFolder, fingerprint
+from reason_rl.engine import Engine
+from reason_rl.eval_folder import SUMMARY_FILE, EvalFolder
+from reason_rl.eval_plan import DEFAULT_MAX_TOKENS, Plan, make_plan
 from reason_rl.evaluation import may_vote, problem_row, summarise
-from reason_rl.model.weights import load_model, read_model_config
-from reason_rl.reward import Grader, Pending, check_rewards
+from reason_rl.model.weights import load_model
+from reason_rl.reward import Grader, Pending
 from reason_rl.reward.gold import verifier_of
 from reason_rl.reward.verdict import Verdict
 from reason_rl.reward.votes import COMPARED, answer_of
-from reason_rl.run_folder import CONFIG_FILE
 from reason_rl.session import EVAL_KEY
 from reason_rl.trainer.distributed import World, close_world, end_process, init_world
-from reason_rl.types import Completion, Group, Problem, SamplingParams
+from reason_rl.types import Completion, Group, Problem
 
 EVAL_STEP = 3 * EVAL_KEY
 """The step in the noise key of everything sampled here: no rollout and no evaluation of a run has it."""
-DEFAULT_MAX_TOKENS = 2048
-"""Of a completion, where neither --max-tokens nor a config says it; less where the context leaves less."""
 CHUNK = 4
 """Problems go to the engine in portions of so many times the completions it decodes together, so that memory stays bounded."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be measured, checked as far as it can be without the weights."""
-
-    checkpoint: Path
-    config: Config
-    """With the checkpoint's own model, and its [sampling] as used here."""
-    split: str
-    num_samples: int
-    ks: tuple[int, ...]
-    seed: int
-    out: Path
-    tokenizer: Tokenizer
-    problems: list[Problem]
-    notes: tuple[str, ...]
-    """What is worth saying of the task."""
-
-    @property
-    def sampling(self) -> SamplingParams:
-        values = self.config.sampling
-        return SamplingParams(values.temperature, values.top_k, values.top_p, values.min_p, values.max_tokens,
-                              self.tokenizer.stop_ids)
-
-    def setting(self, world: World) -> dict[str, Any]:
-        """All that the rows follow from. The engine's sizes and --k are not among it."""
-        config = self.config
-        sections: dict[str, Any] = {"task": config.task, "reward": config.reward, "sampling": config.sampling}
-        return {
-            "checkpoint": str(self.checkpoint), "weights": fingerprint(self.checkpoint), "split": self.split,
-            "problems": len(self.problems), "prompts": prompts_digest(self.problems), "samples": self.num_samples,
-            "seed": self.seed, "device": world.device.type,
-            "dtype": str(world.dtype).removeprefix("torch."), "exact": config.run.exact,
-            **{f"{name}.{key}": value for name, values in sections.items() for key, value in asdict(values).items()}}
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -122,99 +73,6 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
         if not argument.startswith("--") or "=" not in argument or "." not in argument.partition("=")[0]:
             parser.error(f"unknown argument {argument!r}; a key of the config reads --section.key=value")
     return options, rest
-
-
-def make_plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
-    """Everything about the command that can fail, before weights are read."""
-    checkpoint = Path(options.checkpoint)
-    tokenizer, (model_config, vocab_size) = Tokenizer.load(checkpoint), read_model_config(checkpoint)
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"{checkpoint}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {vocab_size}")
-    ks = parse_ks(options.k, options.samples)
-    config, has_file = resolve_config(options, overrides, checkpoint)
-    config = replace(config, model=replace(model_config, init_from=config.model.init_from))
-    problems = problems_of(config, tokenizer, options.split, options.problems)
-    if not problems:
-        raise ValueError(f"task {config.task.name!r} has no problem for --split {options.split}")
-    max_tokens = config.sampling.max_tokens if has_file else min(
-        DEFAULT_MAX_TOKENS, model_config.max_positions - max(len(problem.prompt_ids) for problem in problems))
-    sampling = SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p,
-                              max_tokens if options.max_tokens is None else options.max_tokens)  # checks its values
-    config = replace(config, sampling=replace(
-        config.sampling, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p,
-        max_tokens=sampling.max_tokens))
-    check_problems(problems, config)
-    check_fits(problems, sampling.max_tokens, model_config.max_positions, config.engine.num_blocks)
-    notes = (*describe_problems(config, tokenizer)[0], *check_rewards(config, problems[0]))
-    out = Path(options.out) if options.out else default_folder(checkpoint, f"{config.task.name}-{options.split}")
-    return Plan(checkpoint, config, options.split, options.samples, ks, options.seed, out, tokenizer, problems, notes)
-
-
-def problems_of(config: Config, tokenizer: Tokenizer, split: str, count: int | None) -> list[Problem]:
-    """The first `count` problems of the split, held-out ones in the order of a run's evaluations. None: all of a file's, and of a
-    task that makes its own as many as a run's last evaluation has."""
-    if count is not None and count < 1:
-        raise ValueError(f"--problems must be at least 1, got {count}")
-    if not is_file_task(config):
-        count = config.eval.final_problems if count is None else count
-        if split == "all":
-            raise ValueError(f"task {config.task.name!r} makes its problems without end: --split is heldout or rl")
-        return heldout_problems(config, tokenizer, count) if split == "heldout" else rl_problems(config, tokenizer, 0, count)
-    dataset = load_dataset(config, tokenizer)
-    if split == "heldout":
-        return heldout_problems(config, tokenizer, len(dataset.heldout) if count is None else count)
-    problems = [*dataset.rl, *(dataset.heldout if split == "all" else ())]
-    if count is not None and count > len(problems):
-        raise ValueError(f"--problems {count} were asked for, but --split {split} of task {config.task.name!r} has {len(problems)}")
-    random.Random(f"0/{split}").shuffle(problems)
-    return problems[:count]
-
-
-def prompts_digest(problems: Sequence[Problem]) -> str:
-    """Tells when a file or a template has changed under an evaluation."""
-    told = "/".join(f"{problem.problem_id}:{problem.prompt_ids}:{problem.answer}" for problem in problems)
-    return hashlib.blake2b(told.encode(errors="replace"), digest_size=8).hexdigest()
-
-
-def parse_ks(text: str | None, num_samples: int) -> tuple[int, ...]:
-    if num_samples < 1:
-        raise ValueError(f"--samples must be at least 1, got {num_samples}")
-    if text is None:
-        return tuple(sorted({1, num_samples}))
-    try:
-        ks = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise ValueError(f"--k must be numbers like 1,4,16, got {text!r}") from None
-    if ks[0] < 1 or ks[-1] > num_samples:
-        raise ValueError(f"--k must be within 1..{num_samples} (--samples), got {text!r}")
-    return tuple(ks)
-
-
-def resolve_config(options: argparse.Namespace, overrides: Sequence[str], checkpoint: Path) -> tuple[Config, bool]:
-    """-> (config, whether a file had a say in it): --config, else that of the run whose folder it is in, else the defaults."""
-    run = run_of(checkpoint)
-    path = options.config or (run / CONFIG_FILE if run else None)
-    given = [f"--model.init_from={checkpoint}", *overrides]
-    given += [f"--{key}={value}" for key, value in (
-        ("task.name", options.task), ("run.device", options.device), ("run.dtype", options.dtype)) if value is not None]
-    if path is None and not any(argument.startswith("--task.name=") for argument in given):
-        raise ConfigError(f"{checkpoint} is in no run's folder, so say which problems: --task NAME or --config FILE")
-    fixed = [argument for argument in overrides if argument.startswith("--sampling.")]
-    if fixed:
-        raise ConfigError(f"{fixed[0]}: here sampling is set by --temperature, --top-p, --top-k, --min-p and --max-tokens")
-    config = load_config(path, given)
-    # Only what says right or wrong: the rest of a reward is the training's.
-    return replace(config, reward=replace(config.reward, custom="", judge="", model="")), path is not None
-
-
-def run_of(checkpoint: Path) -> Path | None:
-    """The run's folder that the checkpoint is in, as train.py lays it out."""
-    folder = checkpoint.resolve().parent.parent
-    return folder if checkpoint.resolve().parent.name == "checkpoints" and (folder / CONFIG_FILE).is_file() else None
-
-
-def default_folder(checkpoint: Path, name: str) -> Path:
-    return (run_of(checkpoint) or Path("runs")) / "evals" / f"{checkpoint.resolve().name}-{name}"
 
 
 @dataclass
