@@ -149,7 +149,9 @@ def test_its_checkpoint_is_measured_on_its_own_task(finished: Path, tmp_path: Pa
     assert row["prompt"].startswith("<|im_start|>user\n") and row["num_samples"] == 2 and row["answer"].replace(",", "").isdigit()
 
 
-def test_a_folder_is_measured_by_the_preset_and_what_is_measured_filters_problems(folder: Path, tmp_path: Path):
+def test_a_folder_is_measured_by_the_preset_and_what_is_measured_filters_problems(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     data, out = write_data(tmp_path / "small", 9, 3), tmp_path / "e"
     arguments = [f"--config={PRESET}", f"--task.path={data}", "--samples=2", "--max-tokens=8", "--device=cpu", "--dtype=float32"]
     assert command.main([str(folder), *arguments, f"--out={out}"]) == 0
@@ -157,6 +159,7 @@ def test_a_folder_is_measured_by_the_preset_and_what_is_measured_filters_problem
     assert command.main([str(folder), *arguments, "--split=all", f"--out={out}all"]) == 0
     assert summary_of(Path(f"{out}all"))["problems"] == 12
     assert command.main([str(folder), *arguments, "--split=all", "--problems=13", f"--out={out}more"]) == 1
+    assert "of task 'gsm8k' has 12" in capsys.readouterr().err
     written = [json.loads(line) for line in Path(f"{out}all/problems.jsonl").read_text().splitlines()]
     rng, rates = random.Random(0), tmp_path / "rates.jsonl"
     for row in written:  # a random model is never right
@@ -167,6 +170,8 @@ def test_a_folder_is_measured_by_the_preset_and_what_is_measured_filters_problem
     taken = {problem.problem_id for problem in load_dataset(config, Tokenizer.load(folder)).rl}
     held = {problem.problem_id for problem in load_dataset(config, Tokenizer.load(folder)).heldout}
     assert taken == {row["problem_id"] for row in written if row["num_right"] == 1} - held and 0 < len(taken) < 9
+    (data / "test.jsonl").write_text((data / "test.jsonl").read_text().replace("3 days", "three days"))
+    assert command.main([str(folder), *arguments, f"--out={out}"]) == 1 and "prompts: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("more", "message"), [
