@@ -72,7 +72,7 @@ def test_with_the_runs_own_noise_it_gives_the_runs_own_numbers(checkpoint: Path,
 def test_it_reproduces_a_run_of_the_default_model(tmp_path: Path):
     (tmp_path / "default.toml").write_text('[run]\nname = "default"\n')
     more = ["--pretrain.steps=300", "--rl.steps=10", "--eval.final_problems=200", "--eval.pass_at_k=0"]
-    environment = os.environ | {"NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
     for arguments in (["train.py", str(tmp_path / "default.toml"), f"--run.out_dir={tmp_path}", *more],
                       ["-m", "reason_rl.eval", str(tmp_path / "default/checkpoints/final"), "--samples=4", "--temperature=1",
                        "--top-p=1"]):
