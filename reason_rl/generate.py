@@ -25,6 +25,8 @@ TAG = re.compile(r"</?(?:think|answer)>")
 LONGEST_TAG = len("</answer>")
 STYLES = {"<think>": "dim", "<answer>": "bold green"}
 """From an opening tag to the closing one."""
+MOST_TOKENS = 4096
+"""Of a completion unless asked for: the cache is allotted for all of them, and a context may have a hundred thousand."""
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -36,7 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--min-p", type=float, default=0.0)
-    parser.add_argument("--max-tokens", type=int, default=0, help="0: what the context leaves (default)")
+    parser.add_argument("--max-tokens", type=int, default=0, help=f"0: what the context leaves, at most {MOST_TOKENS} (default)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--template", default="plain", help="plain, r1_zero, chat, few_shot, or a .toml file (default plain)")
     parser.add_argument("--device", default="cpu")
@@ -78,7 +80,7 @@ def answer(engine: Engine, tokenizer: Tokenizer, console: Console, options: argp
         raise ValueError(f"the prompt has {len(ids)} tokens, which leaves no room in the model's context of "
                          f"{engine.model.config.max_positions}")
     sampling = SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p,
-                              options.max_tokens or room, tokenizer.stop_ids)
+                              options.max_tokens or min(room, MOST_TOKENS), tokenizer.stop_ids)
     for sample in range(options.samples):
         show = printer(tokenizer, console, template.completion_prefix)
         # One sample at a time, so that tokens stream; the step keeps their draws apart.

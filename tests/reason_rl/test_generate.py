@@ -14,6 +14,7 @@ from reason_rl.config import ModelConfig
 from reason_rl.data import Tokenizer, byte_tokenizer, char_tokenizer
 from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import save_weights
+from reason_rl.types import SamplingParams
 from tests.reason_rl.trained import folder_of
 
 CONFIG = ModelConfig(num_layers=1, hidden_size=32, num_heads=2, num_kv_heads=1, head_dim=16, num_experts=4, expert_size=24,
@@ -89,6 +90,21 @@ def test_a_bad_line_is_said_and_the_next_one_is_answered(
     monkeypatch.setattr("sys.stdin", io.StringIO(f"a%\n{PROMPT}\n"))
     code, out, err = run(capsys, checkpoint, "--max-tokens", 9)
     assert code == 0 and out.strip() and err.count("\n") == 1 and "character '%'" in err
+
+
+def test_the_cache_is_not_allotted_for_the_whole_of_a_long_context(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[int] = []
+
+    def note(engine: object, problems: object, group_size: int, sampling: SamplingParams, **more: object) -> None:
+        asked.append(sampling.max_tokens)
+
+    monkeypatch.setattr(generate.Engine, "generate", note)
+    assert run(capsys, checkpoint, PROMPT)[0] == 0  # a context of 32, 7 of them the prompt's
+    monkeypatch.setattr(generate, "MOST_TOKENS", 9)
+    assert run(capsys, checkpoint, PROMPT)[0] == 0 and run(capsys, checkpoint, PROMPT, "--max-tokens", 20)[0] == 0
+    assert asked == [25, 9, 20]
 
 
 def test_ctrl_c_leaves_quietly(checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
