@@ -108,7 +108,7 @@ class PretrainConfig:
     """The base model: next-token prediction on a synthetic corpus, most problems answered straight away."""
 
     tokenizer: Literal["char", "byte"] = "char"
-    """"char": a token for each of the 54 characters that our own tasks are written in. "byte": a token a byte, for any text."""
+    """"char": a token for each of the 52 characters that our own tasks are written in. "byte": a token a byte, for any text."""
     steps: int = 1200
     tokens_per_step: int = 2048
     direct_share: float = 0.82
