@@ -1,4 +1,4 @@
-"""What every bench shares: the machine in words, the `--json [FILE]` convention, memory, GEMM rates, medians.
+"""What every bench shares: the machine in words, the `--json [FILE]` convention, memory, GEMM and copy rates, medians.
 
 Needs torch alone. Leaves out what is measured: each `bench/<name>.py` has its own workloads and peers.
 """
@@ -131,15 +131,33 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def gemm_gflops(dtype: torch.dtype, device: torch.device | str = "cpu", size: int = 2048, repeats: int = 5) -> float:
+GEMM_SIZE = {"cuda": 8192, "cpu": 2048}
+COPY_BYTES = {"cuda": 1 << 32, "cpu": 1 << 27}
+BURST = {"cuda": 4, "cpu": 1}
+"""Calls between two looks at the clock: looking costs a GPU some 20 us."""
+
+
+def gemm_gflops(dtype: torch.dtype, device: torch.device | str = "cpu", size: int | None = None, repeats: int = 5) -> float:
     """GFLOP/s of the best of several size^3 matrix products on random data: the ceiling that a step is held against."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
+    device = torch.device(device)
+    size, burst = size or GEMM_SIZE[device.type], BURST[device.type]
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
     out = torch.zeros(size, size, device=device, dtype=dtype)
-    best_s = min(time_calls(lambda: torch.mm(a, b, out=out), repeats))
+    best_s = min(time_calls(lambda: [torch.mm(a, b, out=out) for _ in range(burst)], repeats)) / burst
     return 2 * size**3 / best_s / 1e9
 
 
-def gemm_rates(device: torch.device | str = "cpu") -> dict[str, float]:
-    """{"float32": GFLOP/s, "bfloat16": GFLOP/s} at 2048^3."""
-    return {str(dtype).removeprefix("torch."): gemm_gflops(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
+def copy_gbytes(device: torch.device | str = "cpu", repeats: int = 5) -> float:
+    """GB/s of the best of several large copies within the device's memory, read and written."""
+    device = torch.device(device)
+    num_bytes, burst = COPY_BYTES[device.type], BURST[device.type]
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    best_s = min(time_calls(lambda: [target.copy_(source) for _ in range(burst)], repeats)) / burst
+    return 2 * num_bytes / best_s / 1e9
+
+
+def gemm_rates(device: torch.device | str = "cpu", size: int | None = None) -> dict[str, float]:
+    """{"float32": GFLOP/s, "bfloat16": GFLOP/s} at size^3, by default 2048 on a CPU, 8192 on a GPU."""
+    return {str(dtype).removeprefix("torch."): gemm_gflops(dtype, device, size) for dtype in (torch.float32, torch.bfloat16)}
