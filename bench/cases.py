@@ -174,6 +174,24 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+class PeakMemory:
+    """The most that a GPU held within the block, above what it held before; None of a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.before_bytes = device, 0
+        self.peak_bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            self.before_bytes = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self.before_bytes
+
+
 class Measurement:
     """One case on one device: its inputs, the truth, and what each side does with them."""
 
@@ -214,12 +232,9 @@ class Measurement:
         call = self.call(side, direction, self.inputs)
         first = as_tuple(call.run(call.before(), False))
         free_memory(self.device)
-        before = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        second = as_tuple(call.run(call.before(), False))
-        peak = torch.cuda.max_memory_allocated() - before if self.device.type == "cuda" else None
-        return {"error": error, "same_bits": same_bits(first, second), "peak_bytes": peak}
+        with PeakMemory(self.device) as memory:
+            second = as_tuple(call.run(call.before(), False))
+        return {"error": error, "same_bits": same_bits(first, second), "peak_bytes": memory.peak_bytes}
 
     def timers(self, sides: Mapping[str, Side], direction: str, failures: dict[str, str]) -> dict[str, Timer]:
         """One a side; all by graph where the quickest is short, except those that cannot be captured."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import math
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +19,9 @@ import torch
 
 from bench import __main__ as everything
 from bench import cases, suite, timing
-from bench.cases import Case, Row, Setup, Side, error_of, measure
+from bench.cases import Case, Measurement, Row, Setup, Side, error_of, measure
 from bench.harness import CHECKOUT
-from bench.timing import Effort
+from bench.timing import Call, Effort
 from kernels.__main__ import import_ops
 from kernels.dispatch import REGISTRY
 
@@ -27,8 +30,8 @@ TINY, QUICK = Setup(CPU, "tiny"), Effort(1e-4, 1e-3, 2)
 CEILINGS = {"copy": 10.0, "bfloat16": 200.0, "float32": 100.0}
 WHICH = {"op", "shape", "dtype", "direction", "side"}
 SAYS = WHICH | {"says"}
-NUMBERS = WHICH | {"median_s", "p20_s", "p80_s", "peak_bytes", "error", "same_bits", "how", "flops", "bytes", "bound", "gb_s", "tflop_s",
-                   "percent"}
+NUMBERS = WHICH | {"median_s", "p20_s", "p80_s", "peak_bytes", "error", "same_bits", "how", "flops", "bytes", "bound", "gb_s",
+                   "tflop_s", "percent"}
 
 
 def double(x: torch.Tensor) -> torch.Tensor:
@@ -165,6 +168,86 @@ def test_sides_take_turns():
 def test_a_graph_goes_round_inputs_of_three_caches(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=60 << 20))
     assert [timing.num_copies(size, CPU) for size in (200 << 20, 100 << 20, 1 << 20, 10)] == [1, 2, 180, timing.MAX_COPIES]
+
+
+class FakeCuda:
+    """A GPU's clock and graphs: a call takes as long as it says, one that is captured when the graph is replayed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s, self.captured, self.is_capturing = 0.0, [], False
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at_s = 0.0
+
+            def record(self) -> None:
+                self.at_s = gpu.now_s
+
+            def elapsed_time(self, end: Event) -> float:
+                return (end.at_s - self.at_s) * 1e3
+
+        class Graph:
+            def __init__(self) -> None:
+                self.calls_s: list[float] = []
+
+            def replay(self) -> None:
+                gpu.now_s += sum(self.calls_s)
+
+        @contextlib.contextmanager
+        def capture(graph: Graph, stream: object) -> Iterator[None]:
+            gpu.is_capturing, gpu.captured = True, graph.calls_s
+            try:
+                yield
+            finally:
+                gpu.is_capturing = False
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name, value in {
+            "Event": Event, "CUDAGraph": Graph, "graph": capture, "Stream": lambda: stream, "current_stream": lambda: stream,
+            "stream": lambda stream: contextlib.nullcontext(), "synchronize": lambda: None, "empty_cache": lambda: None,
+            "memory_allocated": lambda device: 100, "max_memory_allocated": lambda device: 164,
+            "reset_peak_memory_stats": lambda device: None,
+            "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=64),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def takes(self, seconds: float) -> None:
+        if self.is_capturing:
+            self.captured.append(seconds)
+        else:
+            self.now_s += seconds
+
+
+def test_events_time_the_call_alone_and_graphs_share_a_replay_among_its_calls(monkeypatch: pytest.MonkeyPatch):
+    gpu = FakeCuda(monkeypatch)
+    again = []
+
+    def call(seconds: float) -> Call:
+        return Call(lambda state, twice: again.append(twice) or gpu.takes(state), before=lambda: gpu.takes(1.0) or seconds)
+    events = timing.EventTimer(call(0.25), 0.0, torch.zeros(1))
+    assert events.estimate_s == 0.25 and events.round(1.0) == [0.25] * 4 and not any(again)
+    graph = timing.GraphTimer([call(0.25), call(0.75)], 0.0)
+    assert graph.round(4.0) == [0.5] * 4 and again[-3:] == [True] * 3  # once to warm up, then the capture
+
+
+@pytest.mark.parametrize(("seconds", "hows"), [
+    (2**-10, ["events", "events"]), (2**-16, ["graph", "events; no graph: RuntimeError: sync"])])
+def test_short_calls_are_timed_by_graph_where_they_can_be_captured(
+        seconds: float, hows: list[str], monkeypatch: pytest.MonkeyPatch):
+    gpu = FakeCuda(monkeypatch)
+
+    def syncs(x: torch.Tensor) -> torch.Tensor:
+        if gpu.is_capturing:
+            raise RuntimeError("sync")
+        return gpu.takes(2 * seconds) or 2 * x
+    sides = {"ours": Side(lambda x: gpu.takes(seconds) or 2 * x), "syncs": Side(syncs)}
+    measurement = Measurement(case(sides, wanted=()), TINY, QUICK, math.inf)
+    measurement.device = torch.device("cuda")
+    monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: torch.zeros(1))
+    rows = list(measurement.rows())
+    assert [row["how"] for row in rows] == hows and [row["peak_bytes"] for row in rows] == [64, 64]
+    assert [row["median_s"] for row in rows] == pytest.approx([seconds, 2 * seconds])
 
 
 def test_torch_compile_of_the_reference_is_a_side_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch):
