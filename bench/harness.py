@@ -118,15 +118,15 @@ def time_calls(call: Callable[[], object], repeats: int, warmup: int = 1) -> lis
         call()
     seconds = []
     for _ in range(repeats):
-        _synchronize()
+        synchronize()
         start = time.perf_counter()
         call()
-        _synchronize()
+        synchronize()
         seconds.append(time.perf_counter() - start)
     return seconds
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
