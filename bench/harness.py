@@ -54,12 +54,13 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def commit(checkout: Path = CHECKOUT) -> str:
-    """The checkout's commit, with "-dirty" where tracked files differ from it; "unknown" without git."""
+    """The checkout's commit, with "-dirty" where tracked files differ from it. Without git, "unknown", or what REASON_RL_COMMIT
+    says: for a copy of the checkout on another machine."""
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("REASON_RL_COMMIT", "unknown")
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
