@@ -6,6 +6,7 @@ Needs torch alone. Leaves out what is measured: each `bench/<name>.py` has its o
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ def describe_setting(device: torch.device | str = "cpu", dtype: torch.dtype | No
     }
     if device.type == "cuda":
         setting["cuda"] = torch.version.cuda
+        setting["triton"] = version("triton") if importlib.util.find_spec("triton") else "not installed"
     if dtype is not None:
         setting["dtype"] = str(dtype).removeprefix("torch.")
     return setting

@@ -91,6 +91,16 @@ class EventTimer:
         return self._times(_count(seconds, self.estimate_s))
 
 
+def refuse_to_wait(run: Callable[[], object]) -> None:
+    """Raises where `run` would wait for the device: that cannot be captured, and torch's allocator does not get over the attempt."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
 class GraphTimer:
     how = "graph"
 
@@ -100,7 +110,7 @@ class GraphTimer:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # a backward pass runs on the stream of its forward pass: that of the capture
             self.states = [call.before() for call in calls]
-            calls[0].run(self.states[0], True)
+            refuse_to_wait(lambda: calls[0].run(self.states[0], True))
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):

@@ -174,7 +174,7 @@ class FakeCuda:
     """A GPU's clock and graphs: a call takes as long as it says, one that is captured when the graph is replayed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now_s, self.captured, self.is_capturing = 0.0, [], False
+        self.now_s, self.captured, self.is_capturing, self.sync_mode = 0.0, [], False, "default"
         gpu = self
 
         class Event:
@@ -207,7 +207,8 @@ class FakeCuda:
             "Event": Event, "CUDAGraph": Graph, "graph": capture, "Stream": lambda: stream, "current_stream": lambda: stream,
             "stream": lambda stream: contextlib.nullcontext(), "synchronize": lambda: None, "empty_cache": lambda: None,
             "memory_allocated": lambda device: 100, "max_memory_allocated": lambda device: 164,
-            "reset_peak_memory_stats": lambda device: None,
+            "reset_peak_memory_stats": lambda device: None, "get_sync_debug_mode": lambda: self.sync_mode,
+            "set_sync_debug_mode": lambda mode: setattr(self, "sync_mode", mode),
             "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=64),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
@@ -238,14 +239,16 @@ def test_short_calls_are_timed_by_graph_where_they_can_be_captured(
     gpu = FakeCuda(monkeypatch)
 
     def syncs(x: torch.Tensor) -> torch.Tensor:
-        if gpu.is_capturing:
+        if gpu.sync_mode == "error":
             raise RuntimeError("sync")
+        assert not gpu.is_capturing, "what waits for the device must not get as far as a capture"
         return gpu.takes(2 * seconds) or 2 * x
     sides = {"ours": Side(lambda x: gpu.takes(seconds) or 2 * x), "syncs": Side(syncs)}
     measurement = Measurement(case(sides, wanted=()), TINY, QUICK, math.inf)
     measurement.device = torch.device("cuda")
     monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: torch.zeros(1))
     rows = list(measurement.rows())
+    assert gpu.sync_mode == "default"
     assert [row["how"] for row in rows] == hows and [row["peak_bytes"] for row in rows] == [64, 64]
     assert [row["median_s"] for row in rows] == pytest.approx([seconds, 2 * seconds])
 

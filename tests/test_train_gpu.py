@@ -52,8 +52,8 @@ def kernels_of(op: str) -> set[str]:
     """The names of an op's Triton kernels."""
     from triton.runtime import JITFunction
 
-    module = importlib.import_module(f"kernels.{op}.triton_kernel")
-    return {value.__name__ for value in vars(module).values() if isinstance(value, JITFunction)}
+    modules = [importlib.import_module(f"kernels.{op}.{path.stem}") for path in (ROOT / "kernels" / op).glob("triton_*.py")]
+    return {value.__name__ for module in modules for value in vars(module).values() if isinstance(value, JITFunction)}
 
 
 def check_run(record: dict[str, Any], folder: Path, steps: int) -> None:
