@@ -201,7 +201,8 @@ class Measurement:
         self.check = self.inputs if case.check is None else case.check()
         self.truth, self.no_truth = None, ""
         try:
-            self.truth = self.results(Side(case.exact), in_double(self.check))
+            self.truth = {part: self.result(Side(case.exact), way, in_double(self.check))
+                          for part, way in (("forward", "forward"), ("backward", "full")) if part == "forward" or case.wanted}
         except Exception as error:
             self.no_truth = in_words(error)
 
@@ -215,20 +216,17 @@ class Measurement:
         own = inputs if side.prepare is None else side.prepare(inputs)
         return call_of(side.call, own, self.case.wanted, direction, self.upstream)
 
-    def results(self, side: Side, inputs: Inputs) -> dict[str, list[torch.Tensor]]:
-        own = leaves(inputs if side.prepare is None else side.prepare(inputs), self.case.wanted)
-        outputs = side.call(**own)
-        results = {"forward": [x.detach() for x in as_tuple(side.select(outputs))], "backward": []}
-        if self.case.wanted:
-            out = as_tuple(outputs)[0]
-            results["backward"] = list(torch.autograd.grad(out, [own[name] for name in self.case.wanted], self.upstream(out)))
-        return results
+    def result(self, side: Side, direction: str, inputs: Inputs) -> list[torch.Tensor]:
+        """The outputs, or of the other directions the gradients: what the timed call gives."""
+        call = self.call(side, direction, inputs)
+        given = call.run(call.before(), False)
+        return [x.detach() for x in as_tuple(side.select(given) if direction == "forward" else given)]
 
     def facts(self, side: Side, direction: str) -> Row:
         """Error, bits and memory; and the call has run twice, so what is compiled at its first use is compiled."""
         part = "forward" if direction == "forward" else "backward"
         is_alike = part == "forward" or side.prepare is None
-        error = error_of(self.results(side, self.check)[part], self.truth[part]) if self.truth and is_alike else None
+        error = error_of(self.result(side, direction, self.check), self.truth[part]) if self.truth and is_alike else None
         call = self.call(side, direction, self.inputs)
         first = as_tuple(call.run(call.before(), False))
         free_memory(self.device)

@@ -92,7 +92,7 @@ class EventTimer:
 
 
 def refuse_to_wait(run: Callable[[], object]) -> None:
-    """Raises where `run` would wait for the device: that cannot be captured, and torch's allocator does not get over the attempt."""
+    """Raises where `run` would wait for the device: that cannot be captured, and torch's allocator would not get over it."""
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
