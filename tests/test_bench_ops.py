@@ -129,6 +129,8 @@ def test_errors_and_bits_are_of_what_the_sides_gave():
     assert prepared["error"] == 0 and prepared["same_bits"]
     wrong = measure(case({"wrong": Side(lambda x: 3 * x)}), TINY, QUICK)
     assert [row["error"] for row in wrong] == pytest.approx([0.5, 0.5, 0.5])
+    half = measure(case({"half": Side(lambda x: 2 * x.detach() + (x - x.detach()))}), TINY, QUICK)  # right, its gradient half of it
+    assert [row["error"] for row in half] == pytest.approx([0, 0.5, 0.5])
 
 
 def test_error_by_hand():
