@@ -78,12 +78,14 @@ class Setup:
     """"numbers": the large shapes, then the small ones; "small"; "tiny", for tests."""
     with_compile: bool = False
 
+    def __post_init__(self) -> None:
+        import_ops()
+
     def pick(self, shapes: Mapping[str, Sequence[Any]]) -> list[Any]:
         return [*shapes["numbers"], *shapes["small"]] if self.scale == "numbers" else list(shapes[self.scale])
 
     def ours(self, op: str, call: Callable[..., Any], dtype: torch.dtype) -> dict[str, Side | str]:
         """`call(**inputs, impl=name)` for each implementation that is meant for this device, by its name."""
-        import_ops()
         found: dict[str, Side | str] = {}
         for implementation in REGISTRY[op].implementations:
             reason = implementation.refuses(self.device, dtype)

@@ -6,7 +6,6 @@ Only `full` is timed: where the loss is folded in, the forward pass has made the
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from bench.cases import Case, Inputs, Setup, Side
 from bench.peers.ops import liger_grpo
 from bench.suite import main
+from kernels.dispatch import REGISTRY
 from kernels.grpo_loss import LossSpec, grpo_loss
 from kernels.linear_logprob import linear_logprob, make_inputs
 
@@ -76,7 +76,7 @@ def cases(setup: Setup) -> list[Case]:
         fixed = {"num_sequences": sequences}
         exact = functools.partial(in_two, **fixed, impl="reference")
         ours: dict[str, Side | str] = {}
-        if importlib.util.find_spec("kernels.linear_grpo_loss"):
+        if "linear_grpo_loss" in REGISTRY:
             ours = setup.ours("linear_grpo_loss", functools.partial(in_one, **fixed), dtype)
         found.append(Case(
             op="linear_grpo_loss", shape=f"N{n} D{d} V{v}", dtype=dtype, wanted=("hidden", "weight"), directions=("full",),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
-from bench.cases import Case, Setup, Side
+from bench.cases import Case, Inputs, Setup, Side
 from bench.peers.ops import liger_rms_norm
 from bench.suite import main
+from kernels.dispatch import REGISTRY
 from kernels.rms_norm import make_inputs, rms_norm
 from kernels.rms_norm.reference import rms_norm_reference
 
@@ -26,8 +29,27 @@ def by_torch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), EPS)
 
 
+def normed_sum(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+    from kernels.rms_norm import add_rms_norm
+
+    return add_rms_norm(x, residual, weight, EPS, impl)
+
+
+def sum_case(setup: Setup, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
+    num_bytes = dtype.itemsize * torch.Size(shape).numel()
+
+    def make() -> Inputs:
+        inputs = make_inputs(shape, dtype, str(setup.device))
+        return inputs | {"residual": inputs["x"].flip(0).contiguous()}
+    by_reference = functools.partial(normed_sum, impl="reference")
+    return Case(
+        op="add_rms_norm", shape="x".join(map(str, shape)), dtype=dtype, wanted=("x", "residual", "weight"), exact=by_reference,
+        make=make, sides={**setup.ours("add_rms_norm", normed_sum, dtype), **setup.compiled(by_reference)},
+        work={"forward": (0, 4 * num_bytes), "backward": (0, 3 * num_bytes)})
+
+
 def cases(setup: Setup) -> list[Case]:
-    found = []
+    found = [sum_case(setup, *setup.pick(SHAPES)[0])] if "add_rms_norm" in REGISTRY else []
     for shape, dtype in setup.pick(SHAPES):
         num_bytes = dtype.itemsize * torch.Size(shape).numel()
         found.append(Case(
