@@ -19,8 +19,8 @@ from tests.reason_rl.tiny import WORLD, make_engine, num_different, problem, sam
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
-NEEDED = ("add_rms_norm", "attention", "linear", "linear_logprob", "moe_experts", "moe_route", "paged_attention", "rms_norm", "rope",
-          "sample", "swiglu")
+NEEDED = ("add_rms_norm", "attention", "linear", "linear_logprob", "moe_experts", "moe_route", "paged_attention", "rms_norm",
+          "rope", "sample", "swiglu")
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
