@@ -32,7 +32,7 @@ help:
 	@echo 'make native     build the kernels of csrc/, or say what is missing; the others do it where sources changed'
 	@echo 'make sanitize   the kernels under the address and undefined-behaviour sanitizers'
 	@echo 'make fuzz       ten minutes of grading nonsense: no verifier may crash, hang or leak'
-	@echo 'make bench      one training step, timed on workload W1'
+	@echo 'make bench      every op beside torch and installed peers: at small shapes on a CPU, at large ones on a GPU'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make clean      remove .venv, caches and build products; runs/ stays'
 	@echo
@@ -65,7 +65,7 @@ fuzz: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reward.fuzz $(ARGS)
 
 bench: .venv/.ready .venv/.native
-	@$(BIN)/python -m bench.train_step --workload W1 $(ARGS)
+	@$(BIN)/python -m bench $(ARGS)
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What every bench shares: the machine in words, the `--json [FILE]` convention, memory, GEMM rates, medians.
+"""What every bench shares: the machine in words, the `--json [FILE]` convention, memory, GEMM and copy rates, medians.
 
 Needs torch alone. Leaves out what is measured: each `bench/<name>.py` has its own workloads and peers.
 """
@@ -6,6 +6,7 @@ Needs torch alone. Leaves out what is measured: each `bench/<name>.py` has its o
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ def describe_setting(device: torch.device | str = "cpu", dtype: torch.dtype | No
     }
     if device.type == "cuda":
         setting["cuda"] = torch.version.cuda
+        setting["triton"] = version("triton") if importlib.util.find_spec("triton") else "not installed"
     if dtype is not None:
         setting["dtype"] = str(dtype).removeprefix("torch.")
     return setting
@@ -54,12 +57,13 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def commit(checkout: Path = CHECKOUT) -> str:
-    """The checkout's commit, with "-dirty" where tracked files differ from it; "unknown" without git."""
+    """The checkout's commit, with "-dirty" where tracked files differ from it. Without git, "unknown", or what REASON_RL_COMMIT
+    says: for a copy of the checkout on another machine."""
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("REASON_RL_COMMIT", "unknown")
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
@@ -118,28 +122,46 @@ def time_calls(call: Callable[[], object], repeats: int, warmup: int = 1) -> lis
         call()
     seconds = []
     for _ in range(repeats):
-        _synchronize()
+        synchronize()
         start = time.perf_counter()
         call()
-        _synchronize()
+        synchronize()
         seconds.append(time.perf_counter() - start)
     return seconds
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
-def gemm_gflops(dtype: torch.dtype, device: torch.device | str = "cpu", size: int = 2048, repeats: int = 5) -> float:
+GEMM_SIZE = {"cuda": 8192, "cpu": 2048}
+COPY_BYTES = {"cuda": 1 << 32, "cpu": 1 << 27}
+BURST = {"cuda": 4, "cpu": 1}
+"""Calls between two looks at the clock: looking costs a GPU some 20 us."""
+
+
+def gemm_gflops(dtype: torch.dtype, device: torch.device | str = "cpu", size: int | None = None, repeats: int = 5) -> float:
     """GFLOP/s of the best of several size^3 matrix products on random data: the ceiling that a step is held against."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
+    device = torch.device(device)
+    size, burst = size or GEMM_SIZE[device.type], BURST[device.type]
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
     out = torch.zeros(size, size, device=device, dtype=dtype)
-    best_s = min(time_calls(lambda: torch.mm(a, b, out=out), repeats))
+    best_s = min(time_calls(lambda: [torch.mm(a, b, out=out) for _ in range(burst)], repeats)) / burst
     return 2 * size**3 / best_s / 1e9
 
 
-def gemm_rates(device: torch.device | str = "cpu") -> dict[str, float]:
-    """{"float32": GFLOP/s, "bfloat16": GFLOP/s} at 2048^3."""
-    return {str(dtype).removeprefix("torch."): gemm_gflops(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
+def copy_gbytes(device: torch.device | str = "cpu", repeats: int = 5) -> float:
+    """GB/s of the best of several large copies within the device's memory, read and written."""
+    device = torch.device(device)
+    num_bytes, burst = COPY_BYTES[device.type], BURST[device.type]
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    best_s = min(time_calls(lambda: [target.copy_(source) for _ in range(burst)], repeats)) / burst
+    return 2 * num_bytes / best_s / 1e9
+
+
+def gemm_rates(device: torch.device | str = "cpu", size: int | None = None) -> dict[str, float]:
+    """{"float32": GFLOP/s, "bfloat16": GFLOP/s} at size^3, by default 2048 on a CPU, 8192 on a GPU."""
+    return {str(dtype).removeprefix("torch."): gemm_gflops(dtype, device, size) for dtype in (torch.float32, torch.bfloat16)}

@@ -4,8 +4,8 @@
     python -m bench.rollout --workload W2 --dtype float32 --decoder native --json rollout.json
 
 `percent_of_gemm` is the model's arithmetic (2 FLOPs a weight that a token meets, attention not counted) over the time, beside
-the rate of a 2048^3 product measured in the same run. Each decoder runs in a process of its own. Both must draw the same tokens
-with the same logprobs: that is checked.
+the rate of a large product measured in the same run; on a GPU `percent_of_decode_floor` stands with it (workloads.py). Each decoder
+runs in a process of its own. Both must draw the same tokens with the same logprobs: that is checked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import time
 import torch
 
 from bench.harness import add_json_option, describe_setting, gemm_gflops, peak_rss_bytes, write_json
-from bench.train_step import WORKLOADS, Record, run_child, workload_config, workload_session
+from bench.train_step import Record, run_child
+from bench.workloads import WORKLOADS, gpu_figures, workload_config, workload_session
 from kernels.native import cpu_why_not
 from reason_rl.model.transformer import num_active_parameters
 
@@ -45,6 +46,7 @@ def measure(options: argparse.Namespace) -> Record:
         "rollout_s_min": min(seconds[options.warmup :]), "rollout_tok_s": tokens / median, "startup_mb": startup_bytes / 2**20,
         "peak_mb": peak_bytes / 2**20, "gflops": gflops,
         "percent_of_gemm": 100 * gflops / gemm_gflops(session.world.dtype, options.device),
+        **gpu_figures(session, options.workload, median),
         "drawn_sha256": hashlib.sha256(repr(drawn).encode()).hexdigest()}
 
 

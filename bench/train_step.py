@@ -5,14 +5,14 @@
     python -m bench.train_step --peer none                            ours alone
     python -m bench.train_step --peer exact                           ours in turn: run.exact "on", "on" decoded op by op, and "off"
     python -m bench.train_step --trace step.json                      ours alone, and where the time goes (chrome://tracing)
+    python -m bench.train_step --workload 1b --device cuda --steps 2 --warmup 1
 
-Model of both: Qwen3-MoE shape, V64 D128 I128 L4 H4 K2 C32 E8 top-2, tied, 1.78 M parameters (0.6 M active). Work of one step:
-    W1   16 prompts of   6 tokens x  8 completions of exactly  64 tokens
-    W2    4 prompts of 256 tokens x 16 completions of exactly 128 tokens
+The workloads and their models stand in workloads.py; TRL knows W1 and W2 only.
 Temperature 1, no KL, one update a step; rollout, reward, loss, backward, optimizer and logging are all in `step_s`.
 `percent_of_gemm`: the step's products (2 FLOPs for each weight that a sampled token meets, 6 for a trained one; attention is not
-counted) over its time, beside the rate of a 2048^3 product in the same dtype, measured in the same process.
-`peak_mb` holds the verifiers' processes too.
+counted) over its time, beside the rate of a large product in the same dtype, measured in the same process: on a GPU, the MFU.
+`percent_of_decode_floor`: on a GPU, the least time of the rollout's reading over its time. `peak_mb` is of the machine's memory,
+the verifiers' processes with it, `peak_gpu_mb` of the GPU's.
 A peer's `train_s` is its step without its generation. TRL: `pip install trl transformers accelerate datasets`.
 """
 
@@ -20,32 +20,36 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection
 from typing import Any
 
 import torch
 
-from bench.harness import CHECKOUT, add_json_option, describe_setting, gemm_gflops, gemm_rates, peak_rss_bytes, write_json
+from bench.harness import (
+    CHECKOUT,
+    add_json_option,
+    describe_setting,
+    gemm_gflops,
+    gemm_rates,
+    peak_rss_bytes,
+    synchronize,
+    write_json,
+)
+from bench.workloads import PEERS_KNOW, WORKLOADS, gpu_figures, workload_config, workload_session
+from kernels.dispatch import table
 from kernels.native import ISA
-from reason_rl.config import Config, load_config
-from reason_rl.data import char_tokenizer
-from reason_rl.model.transformer import Transformer, num_active_parameters, num_parameters
-from reason_rl.session import Session, build_session
-from reason_rl.trainer.distributed import init_world
+from reason_rl.model.transformer import num_active_parameters, num_parameters
+from reason_rl.session import Session
 from reason_rl.trainer.metrics import RunLog
-from reason_rl.types import Problem, StepStats
+from reason_rl.types import StepStats
 from train import grpo_step
 
-WORKLOADS = {"W1": (16, 6, 8, 64), "W2": (4, 256, 16, 128)}
-"""prompts, tokens a prompt, completions a prompt, tokens a completion"""
 SHOWN = ("step_s", "rollout_s", "train_s", "rollout_tok_s", "train_tok_s", "step_tok_s", "startup_mb", "peak_mb")
-OURS_ONLY = ("percent_of_gemm",)
+OURS_ONLY = ("percent_of_gemm", "percent_of_decode_floor", "peak_gpu_mb")
 PEERS = ("trl float32", "trl bfloat16")
 OURS, OURS_F32 = "reason_rl", "reason_rl float32"
 COMPARED = ((OURS, PEERS[0]), (OURS, PEERS[1]), (OURS_F32, PEERS[0]), ("exact on", "exact off"),
@@ -55,40 +59,13 @@ COMPARED = ((OURS, PEERS[0]), (OURS, PEERS[1]), (OURS_F32, PEERS[0]), ("exact on
 Record = dict[str, Any]
 
 
-def workload_config(workload: str, dtype: str, device: str, exact: str = "auto", decoder: str = "auto") -> Config:
-    num_prompts, prompt_tokens, group_size, new_tokens = WORKLOADS[workload]
-    return load_config(None, [
-        f"--rl.prompts_per_step={num_prompts}", f"--rl.group_size={group_size}", "--rl.updates_per_step=1",
-        "--rl.drop_no_signal=false", f"--sampling.max_tokens={new_tokens}", f"--model.max_positions={prompt_tokens + new_tokens}",
-        "--model.num_layers=4", "--model.expert_size=128", "--model.expert_bias=false", "--optim.lr=1e-6",
-        "--reward.accuracy=0", "--reward.format=0", "--reward.custom=bench.rewards:distinct_characters",
-        f"--run.dtype={dtype}", f"--run.device={device}", f"--run.exact={exact}",
-        f"--engine.decoder={decoder}",
-        f"--engine.max_num_seqs={num_prompts * group_size}", "--optim.microbatch_tokens=65536"])
-
-
-def workload_session(config: Config, workload: str) -> Session:
-    """A random model that never stops early, on random prompts; the reward counts a completion's distinct characters."""
-    prompt_tokens = WORKLOADS[workload][1]
-    tokenizer, world = char_tokenizer(), init_world(config.run)
-    session = build_session(config, world, tokenizer, Transformer(config.model, 64).initialise(0))
-
-    def draw(step: int, count: int, round_number: int, exclude: Collection[int]) -> list[Problem]:
-        rng = random.Random(f"bench/{step}/{round_number}")
-        prompts = ["".join(rng.choices("0123456789+", k=prompt_tokens)) for _ in range(count)]
-        return [Problem(step * count + i, "bench", text, tuple(tokenizer.encode(text)), "") for i, text in enumerate(prompts)]
-
-    session.draw_problems = draw
-    session.stop_ids = ()
-    return session
-
-
 def timed_step(session: Session, step: int, log: RunLog) -> tuple[dict[str, float], StepStats]:
     """One step with its logging -> (its timings; `step_s` holds the logging too, what it did)."""
     start = time.perf_counter()
     stats = grpo_step(session, step)
     log.metrics("rl", step + 1, stats.metrics)
     log.timings("rl", step + 1, stats.timings)
+    synchronize()  # the last update still runs
     return stats.timings | {"step_s": time.perf_counter() - start}, stats
 
 
@@ -123,10 +100,18 @@ def measure(
         "rollout_tok_s": tokens / median["rollout_s"], "train_tok_s": tokens / median["train_s"],
         "step_tok_s": tokens / median["step_s"], "startup_mb": startup_bytes / 2**20, "peak_mb": peak_bytes / 2**20,
         "percent_of_gemm": 100 * flops / median["step_s"] / 1e9 / gemm_gflops(session.world.dtype, device),
-        "max_abs_logprob_gap": max(gaps), "exact": exact, "decoder": decoder, "kernels": ISA or "reference ops",
+        **gpu_figures(session, workload, median["rollout_s"]), "max_abs_logprob_gap": max(gaps), "exact": exact,
+        "decoder": decoder, "kernels": kernels_of(session),
         "parameters": num_parameters(session.weights.model), "active_parameters": active,
         "dtype": str(session.world.dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "steps": steps,
     }
+
+
+def kernels_of(session: Session) -> str:
+    """What the ops run by."""
+    if session.world.device.type == "cpu":
+        return ISA or "reference ops"
+    return ", ".join(f"{name} {picked}" for name, _, picked, _ in table(session.world.device, session.world.dtype))
 
 
 def write_trace(session: Session, step: int, path: str) -> None:
@@ -236,6 +221,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--trace is of our own step: it takes no --peer {options.peer}")
     if options.peer in ("trl", "exact") and (options.exact, options.decoder) != ("auto", "auto"):
         parser.error("--exact and --decoder are for ours alone: they take --peer none")
+    if options.peer == "trl" and options.workload not in PEERS_KNOW:
+        parser.error(f"TRL runs the workloads {', '.join(PEERS_KNOW)}, not {options.workload}")
     if min(options.steps, options.rounds) < 1 or options.warmup < 0:
         parser.error("--steps and --rounds must be at least 1, --warmup at least 0")
     return options
@@ -243,7 +230,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    is_wanted = options.peer != "none" and not options.trace
+    is_wanted = options.peer != "none" and not options.trace and (options.workload in PEERS_KNOW or options.peer == "exact")
     has_peer = is_wanted and (options.peer == "exact" or peer_is_installed(options.peer_python))
     if has_peer:
         record = alternate(options)
@@ -252,7 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
         record = measure(
             options.workload, options.dtype, options.device, options.steps, options.warmup, options.trace, options.exact,
             options.decoder)
-        print("  ".join(f"{key} {record[key]:.4g}" for key in (*SHOWN, *OURS_ONLY)))
+        print("  ".join(f"{key} {record[key]:.4g}" for key in (*SHOWN, *OURS_ONLY) if key in record))
         if is_wanted:
             print("trl: not installed")
     rates = None if options.no_gemm else gemm_rates(options.device)

@@ -1,4 +1,4 @@
-"""`python -m kernels [--device cuda]`: which implementation of each op runs on this machine, and why.
+"""`python -m kernels [--device cuda] [--dtype bfloat16]`: which implementation of each op runs on this machine, and why.
 
 Imports every op package beside it, so that all are in the registry, and prints one line an op.
 """
@@ -37,14 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(prog="python -m kernels", description=__doc__)
     parser.add_argument("--device", default=default, help=f"torch device to choose for (default here: {default})")
-    name = parser.parse_args(arguments).device
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="what the model computes in")
+    options = parser.parse_args(arguments)
     try:
-        device = torch.device(name)
+        device = torch.device(options.device)
     except RuntimeError:
-        parser.error(f"--device must name a torch device such as cpu or cuda, got {name!r}")
+        parser.error(f"--device must name a torch device such as cpu or cuda, got {options.device!r}")
     import_ops()
-    print(f"kernels {kernels.__version__}, torch {torch.__version__}, device {device}")
-    print(render([HEADER, *table(device)]))
+    print(f"kernels {kernels.__version__}, torch {torch.__version__}, device {device}, {options.dtype}")
+    print(render([HEADER, *table(device, getattr(torch, options.dtype))]))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import torch
 from kernels.checks import SHORT
 
 REGISTRY: dict[str, Op] = {}
+FLOAT32_OPS = ("group_advantage", "grpo_loss", "moe_route")
+"""They are given f32 whatever the model computes in."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def table(device: torch.device, dtype: torch.dtype = torch.float32) -> list[tupl
     """Rows (op, implementations that can run on `device`, the one "auto" picks, why the ones before it are not picked)."""
     rows = []
     for name, op in sorted(REGISTRY.items()):
-        refusals = {i.name: i.refuses(device, dtype) for i in op.implementations}
+        given = torch.float32 if name in FLOAT32_OPS else dtype
+        refusals = {i.name: i.refuses(device, given) for i in op.implementations}
         able = [i for i in op.implementations if not refusals[i.name]]
         picked = next((i.name for i in able if i.is_automatic), "none")
         before = [*refusals][:[*refusals, "none"].index(picked)]

@@ -36,12 +36,15 @@ def test_the_cpu_name_is_the_first_model_name_of_cpuinfo(tmp_path: Path):
     assert harness.cpu_name(tmp_path / "absent")  # some other word, but never empty
 
 
-def test_the_commit_is_the_full_hash_and_says_when_files_differ(tmp_path: Path):
+def test_the_commit_is_the_full_hash_and_says_when_files_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def git(*words: str) -> str:
         command = ["git", "-C", str(tmp_path), *words]
         return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | GIT).stdout.strip()
 
+    monkeypatch.delenv("REASON_RL_COMMIT", raising=False)
     assert harness.commit(tmp_path) == "unknown"
+    monkeypatch.setenv("REASON_RL_COMMIT", "abc")
+    assert harness.commit(tmp_path) == "abc"
     git("init", "-q")
     (tmp_path / "file").write_text("one")
     git("add", "file")

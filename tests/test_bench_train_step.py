@@ -6,12 +6,15 @@ import argparse
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import train_step
+from bench import train_step, workloads
+from reason_rl.config import ModelConfig
+from reason_rl.model.transformer import Transformer, num_active_parameters, num_parameters
 
 SIDES = {
     "reason_rl": {"step_s": 0.5, "rollout_s": 0.3, "rollout_tok_s": 3000.0, "startup_mb": 100.0, "peak_mb": 150.0},
@@ -48,6 +51,31 @@ def test_a_measurement_holds_every_figure_shown_and_changes_the_weights(monkeypa
     assert record["max_abs_logprob_gap"] == 0.0
     session, before = sessions
     assert any(not torch.equal(before[name], value) for name, value in session.model.named_parameters())
+
+
+def test_the_decode_floor_by_hand(monkeypatch: pytest.MonkeyPatch):
+    """Two prompts of 3 tokens x 2 completions of 3 tokens, so two steps of four rows: keys of 2 x 3 prompt tokens at each, and of
+    one own token a row at the first, of two at the second."""
+    monkeypatch.setitem(workloads.WORKLOADS, "tiny", (2, 3, 2, 3))
+    config = ModelConfig(num_layers=1, hidden_size=8, num_heads=2, num_kv_heads=1, head_dim=4, num_experts=16,
+                         num_experts_per_tok=2, expert_size=4)
+    model = Transformer(config, 10)
+    experts = 16 * 3 * 4 * 8
+    # Embedding, qkv, out, router; the norms of the stream, before and after the layer's two halves; those of q and k.
+    rest = 10 * 8 + 16 * 8 + 8 * 8 + 16 * 8 + 3 * 8 + 2 * 4
+    num_bytes = 4 * (2 * (rest + experts * 4 * 2 / 16) + (2 * 6 + 4 * (1 + 2)) * 2 * 1 * 4)
+    assert workloads.decode_floor_s(model, "tiny", 1e3) == pytest.approx(num_bytes / 1e3)
+    head = Transformer(replace(config, tie_embeddings=False), 10)  # its rows are read, of the embedding only the newest tokens'
+    assert workloads.decode_floor_s(head, "tiny", 1e3) == pytest.approx(num_bytes / 1e3)
+
+
+@pytest.mark.parametrize(("name", "millions", "active"), [("W1", 1.78, 0.6), ("1b", 3719, 888)])
+def test_the_workloads_models_have_the_sizes_said(name: str, millions: float, active: float):
+    config = workloads.workload_config(name, "float32", "cpu")
+    with torch.device("meta"):
+        model = Transformer(config.model, workloads.VOCAB_SIZES.get(name, 64))
+    assert num_parameters(model) / 1e6 == pytest.approx(millions, rel=0.01)
+    assert num_active_parameters(model) / 1e6 == pytest.approx(active, rel=0.05)
 
 
 def test_logging_is_part_of_the_step(monkeypatch: pytest.MonkeyPatch):
@@ -115,7 +143,8 @@ def test_a_failing_side_ends_with_its_own_words(tmp_path: Path):
         train_step.run_child([sys.executable, "-c", "import sys; sys.exit('no such thing')"])
 
 
-@pytest.mark.parametrize("arguments", [["--trace", "x.json", "--peer", "trl"], ["--steps", "0"]])
+@pytest.mark.parametrize("arguments", [
+    ["--trace", "x.json", "--peer", "trl"], ["--steps", "0"], ["--workload", "1b", "--peer", "trl"]])
 def test_arguments_that_cannot_be_met_are_refused(arguments: list[str]):
     with pytest.raises(SystemExit):
         train_step.parse(arguments)

@@ -97,6 +97,17 @@ def test_the_table_gives_reasons_for_those_before_the_picked_one_only():
     ]
 
 
+def test_the_table_is_for_the_dtype_asked_but_some_ops_are_given_float32():
+    for name in ("linear", "grpo_loss"):
+        Op(name, (Implementation("native", lambda x: x, dtypes=(F32,)), Implementation("reference", lambda x: x)))
+    assert [(row[0], row[2]) for row in table(CPU, torch.bfloat16)] == [("grpo_loss", "native"), ("linear", "reference")]
+
+
+def test_every_op_that_is_given_float32_is_one():
+    names = {path.parent.name for path in Path(dispatch.__file__).parent.glob("*/__init__.py")} | {"moe_route"}
+    assert set(dispatch.FLOAT32_OPS) <= names
+
+
 def test_an_implementation_cannot_be_changed_after_the_fact():
     with pytest.raises(dataclasses.FrozenInstanceError):
         make_op().implementations[0].name = "other"  # type: ignore[misc]

@@ -85,7 +85,8 @@ def hand_made_group(problem_id: int, prompt_length: int, lengths: Sequence[int],
 
 def trainer_logprobs(model: Transformer, packs: Sequence[Microbatch], temperature: float = 1.0) -> torch.Tensor:
     """The trainer's logprobs of all loss tokens, with gradients on as in an update."""
-    return torch.cat([token_logprobs(model, pack, temperature)[0].detach() for pack in packs])
+    device = model.head_weight.device
+    return torch.cat([token_logprobs(model, pack.to(device), temperature)[0].detach() for pack in packs]).cpu()
 
 
 def different_bits(a: torch.Tensor, b: torch.Tensor) -> int:

@@ -1,0 +1,89 @@
+"""The fixed work that bench.train_step and bench.rollout time, and the model that each workload is for.
+
+    W1       16 prompts of   6 tokens x  8 completions of exactly  64 tokens   V64 D128 I128 L4 H4 K2 C32 E8 top-2, tied, in
+    W2        4 prompts of 256 tokens x 16 completions of exactly 128 tokens   Qwen3-MoE's shape: 1.78 M parameters, 0.6 M active
+    default  16 prompts of  16 tokens x 16 completions of exactly  80 tokens   the default preset's model and batch
+    1b       16 prompts of 512 tokens x 16 completions of exactly 512 tokens   V151936 D2048 I1024 L16 H16 K4 C128 E32 top-4, tied:
+                                                                               3.7 B parameters, 0.9 B active; 70 GB to train
+Weights and prompts are random, and no token ends a completion; the reward counts a completion's distinct characters.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection
+
+import torch
+
+from bench.harness import copy_gbytes
+from reason_rl.config import Config, load_config
+from reason_rl.data import char_tokenizer
+from reason_rl.model.transformer import Transformer
+from reason_rl.session import Session, build_session
+from reason_rl.trainer.distributed import init_world
+from reason_rl.types import Problem
+
+WORKLOADS = {"W1": (16, 6, 8, 64), "W2": (4, 256, 16, 128), "default": (16, 16, 16, 80), "1b": (16, 512, 16, 512)}
+"""prompts, tokens a prompt, completions a prompt, tokens a completion"""
+PEERS_KNOW = ("W1", "W2")
+MODELS = {
+    "default": (),
+    "1b": ("--model.num_layers=16", "--model.hidden_size=2048", "--model.num_heads=16", "--model.num_kv_heads=4",
+           "--model.head_dim=128", "--model.num_experts=32", "--model.num_experts_per_tok=4", "--model.expert_size=1024",
+           "--optim.microbatch_tokens=16384")}
+"""By workload; the others have PEERS_MODEL."""
+PEERS_MODEL = ("--model.num_layers=4", "--model.expert_size=128")
+VOCAB_SIZES = {"1b": 151936}
+
+
+def workload_config(workload: str, dtype: str, device: str, exact: str = "auto", decoder: str = "auto") -> Config:
+    num_prompts, prompt_tokens, group_size, new_tokens = WORKLOADS[workload]
+    return load_config(None, [
+        f"--rl.prompts_per_step={num_prompts}", f"--rl.group_size={group_size}", "--rl.updates_per_step=1",
+        "--rl.drop_no_signal=false", f"--sampling.max_tokens={new_tokens}", f"--model.max_positions={prompt_tokens + new_tokens}",
+        "--model.expert_bias=false", "--optim.lr=1e-6",
+        "--reward.accuracy=0", "--reward.format=0", "--reward.custom=bench.rewards:distinct_characters",
+        f"--run.dtype={dtype}", f"--run.device={device}", f"--run.exact={exact}",
+        f"--engine.decoder={decoder}",
+        f"--engine.max_num_seqs={num_prompts * group_size}", "--optim.microbatch_tokens=65536",
+        *MODELS.get(workload, PEERS_MODEL)])
+
+
+def workload_session(config: Config, workload: str) -> Session:
+    prompt_tokens = WORKLOADS[workload][1]
+    tokenizer, world = char_tokenizer(), init_world(config.run)
+    model = Transformer(config.model, VOCAB_SIZES.get(workload, tokenizer.vocab_size)).initialise(0)
+    session = build_session(config, world, tokenizer, model)
+
+    def draw(step: int, count: int, round_number: int, exclude: Collection[int]) -> list[Problem]:
+        rng = random.Random(f"bench/{step}/{round_number}")
+        prompts = ["".join(rng.choices("0123456789+", k=prompt_tokens)) for _ in range(count)]
+        return [Problem(step * count + i, "bench", text, tuple(tokenizer.encode(text)), "") for i, text in enumerate(prompts)]
+
+    session.draw_problems = draw
+    session.stop_ids = ()
+    return session
+
+
+def decode_floor_s(model: Transformer, workload: str, bytes_per_s: float) -> float:
+    """Least seconds of a rollout's decoding: at every step the weights that some sequence meets are read once, each sequence's own
+    keys, and a prompt's keys once for its group. The prompts' own pass, which gives the first tokens, is left out."""
+    num_prompts, prompt_tokens, group_size, new_tokens = WORKLOADS[workload]
+    config, num_rows, num_steps = model.config, num_prompts * group_size, new_tokens - 1
+    share_met = min(1.0, num_rows * config.num_experts_per_tok / config.num_experts) if config.num_experts > 1 else 1.0
+    weight_bytes = sum(
+        parameter.nbytes * (share_met if parameter.dim() == 3 else 1.0)  # the experts' are stacked
+        for name, parameter in model.named_parameters() if config.tie_embeddings or not name.startswith("embedding"))
+    key_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.compute_dtype.itemsize
+    keys = num_steps * num_prompts * prompt_tokens + num_rows * num_steps * (num_steps + 1) // 2
+    return (num_steps * weight_bytes + keys * key_bytes) / bytes_per_s
+
+
+def gpu_figures(session: Session, workload: str, rollout_s: float) -> dict[str, float]:
+    """{} on a CPU, whose caches may hold the weights."""
+    device = session.world.device
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device) / 2**20  # before the copy's own memory
+    floor_s = decode_floor_s(session.weights.model, workload, copy_gbytes(device) * 1e9)
+    return {"percent_of_decode_floor": 100 * floor_s / rollout_s, "peak_gpu_mb": peak}
