@@ -64,7 +64,7 @@ class Plan:
         config = self.config
         sections: dict[str, Any] = {"task": config.task, "reward": config.reward, "sampling": config.sampling}
         return {
-            "checkpoint": str(self.checkpoint), "weights": fingerprint(self.checkpoint), "split": self.split,
+            "checkpoint": str(self.checkpoint.resolve()), "weights": fingerprint(self.checkpoint), "split": self.split,
             "problems": len(self.problems), "prompts": prompts_digest(self.problems), "samples": self.num_samples,
             "seed": self.seed, "device": world.device.type,
             "dtype": str(world.dtype).removeprefix("torch."), "exact": config.run.exact,

@@ -134,7 +134,8 @@ def test_a_finished_one_is_read_and_not_sampled_again(checkpoint: Path, tmp_path
     assert run(checkpoint, tmp_path / "e", "--problems=4", "--samples=4") == 0
     before = files(tmp_path / "e")
     monkeypatch.setattr(command, "load_model", None)
-    assert run(checkpoint, tmp_path / "e", "--problems=4", "--samples=4") == 0 and files(tmp_path / "e") == before
+    monkeypatch.chdir(checkpoint.parent)  # by another name of the same folder
+    assert run(Path("final"), tmp_path / "e", "--problems=4", "--samples=4") == 0 and files(tmp_path / "e") == before
     assert run(checkpoint, tmp_path / "e", "--problems=4", "--samples=4", "--k=2") == 0
     assert summary_of(tmp_path / "e")["pass_at_k"].keys() == {"2"}
 
