@@ -1,10 +1,11 @@
-"""Mixture of experts: `route` picks k experts a token, `experts` runs them and combines, `load_balance` is the classic loss.
+"""Mixture of experts: `route` picks k experts a token, `experts` runs and combines them, `load_balance` and `z_loss` steer routers.
 
     scores  = softmax(logits) or sigmoid(logits)                     f32[T, E]
     chosen  = top-k of scores + expert_bias, ties by index           (the bias steers the choice only, arXiv:2408.15664)
     weights = scores[chosen], divided by their sum if normalize      f32[T, k]
     out[t]  = sum over c = 0..k-1 in order of weights[t, c] * down_e(swiglu(gate_up_e(x[t]))),  e = chosen[t, c]
     load_balance = E * sum_e (share of routed tokens)_e * (mean score)_e        (Switch, arXiv:2101.03961, eq. 4)
+    z_loss = the mean over tokens of logsumexp(logits)^2                         (ST-MoE, arXiv:2202.08906, eq. 5)
 
 Gradients reach the router through `weights` and through the mean score; the choice itself has none.
 Router logits and the combine are f32; expert GEMMs are in x's dtype, by `linear`'s rules, so a token's bits do not depend on
@@ -26,10 +27,19 @@ from kernels import triton_ops
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
 from kernels.moe.function import experts_by, route_by
-from kernels.moe.reference import Route, experts_reference, experts_torch, load_balance_reference, make_inputs, route_reference
+from kernels.moe.reference import (
+    Route,
+    expert_counts,
+    experts_reference,
+    experts_torch,
+    load_balance_reference,
+    make_inputs,
+    route_reference,
+    z_loss_reference,
+)
 from kernels.native import DTYPES, OPS, cpu_why_not
 
-__all__ = ["Route", "experts", "load_balance", "make_inputs", "route"]
+__all__ = ["Route", "expert_counts", "experts", "load_balance", "make_inputs", "route", "z_loss"]
 
 triton_ops.register("moe", {
     "moe_route_fwd": "(Tensor(a!) expert_ids, Tensor(b!) weights, Tensor(c!) scores, Tensor logits, Tensor? bias, bool sigmoid, "
@@ -75,6 +85,12 @@ def load_balance(scores: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor
     check("load_balance", "scores", scores, ("T", "E"), WIDE)
     check("load_balance", "expert_ids", expert_ids, (scores.shape[0], "k"), torch.int64, like=scores)
     return load_balance_reference(scores, expert_ids)
+
+
+def z_loss(router_logits: torch.Tensor) -> torch.Tensor:
+    """router_logits: f32[T, E] -> f32[]: small where the logits are, whatever they say."""
+    check("z_loss", "router_logits", router_logits, ("T", "E"), WIDE)
+    return z_loss_reference(router_logits)
 
 
 def experts(

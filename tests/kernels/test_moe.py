@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.linear.reference import MIN_ROWS
-from kernels.moe import EXPERTS_OP, ROUTE_OP, experts, load_balance, make_inputs, route
+from kernels.moe import EXPERTS_OP, ROUTE_OP, expert_counts, experts, load_balance, make_inputs, route, z_loss
 from kernels.moe.reference import _run_batched, _run_each
 from kernels.triton_ops import IS_INTERPRETED
 from tests.kernels.compare import (
@@ -348,6 +348,23 @@ def test_load_balance_pushes_the_crowded_expert_down():
     assert logits.grad is not None and (logits.grad[:, 0] > 0).all() and (logits.grad[:, 1:] < 0).all()
 
 
+def test_z_loss_is_the_mean_square_of_the_log_of_the_sum_and_pulls_it_to_zero():
+    logits = (2 * draw(30, 5) - 2).requires_grad_()
+    expected = sum(math.log(sum(math.exp(z) for z in row)) ** 2 for row in logits.tolist()) / 30
+    value = z_loss(logits)
+    assert float(value.detach()) == pytest.approx(expected, rel=1e-6)  # sums of 30 in f32
+    (gradient,) = torch.autograd.grad(value, logits)
+    above = torch.logsumexp(logits.detach(), dim=1) > 0
+    assert above.any() and not above.all()
+    assert torch.equal((gradient > 0).all(1), above) and torch.equal((gradient < 0).all(1), ~above)
+    assert float(z_loss(torch.zeros(0, 4))) == 0.0
+
+
+def test_experts_are_counted():
+    assert expert_counts(torch.tensor([[3, 1], [1, 0], [3, 1]]), 5).tolist() == [1, 3, 0, 2, 0]
+    assert expert_counts(torch.zeros(0, 2, dtype=torch.int64), 2).tolist() == [0, 0]
+
+
 # --- contracts -----------------------------------------------------------------------------------------------------------
 
 def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
@@ -363,6 +380,8 @@ def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
         route(logits, 2, expert_bias=torch.zeros(3))
     with pytest.raises(ValueError, match=r"load_balance: expert_ids must be i64\[3, k\], got i64\[2, 2\] on cpu"):
         load_balance(logits, ids[:2])
+    with pytest.raises(ValueError, match=r"z_loss: router_logits must be f32\|f64\[T, E\], got bf16\[3, 4\] on cpu"):
+        z_loss(logits.bfloat16())
     inputs = make_inputs(3, 4, 2, 8, 6, F32)
     for name, bad, message in [
         ("x", inputs["x"][0], r"x must be .*\[T, D\], got f32\[8\]"),
