@@ -18,8 +18,8 @@ from tests.reason_rl.tiny import DENSE, MOE, problem, samples_of, sampling, tiny
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CUDA = torch.device("cuda")
-NEEDED = ("add_rms_norm", "attention", "linear", "linear_logprob", "moe_experts", "moe_route", "paged_attention", "rms_norm", "rope", "sample",
-          "swiglu")
+NEEDED = ("add_rms_norm", "attention", "linear", "linear_logprob", "moe_experts", "moe_route", "paged_attention", "rms_norm",
+          "rope", "sample", "swiglu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
