@@ -1,4 +1,4 @@
-"""An update and a rollout of a whole model on the Triton kernels: which ops ran, by what, and that the numbers are those of the CPU.
+"""An update and a rollout of a whole model on the Triton kernels: which ops ran, by what, and that the numbers are the CPU's.
 
 Without a GPU in Triton's interpreter, for which tests/kernels/test_interpreted.py starts a process.
 """
