@@ -125,6 +125,8 @@ class PretrainConfig:
     """Share of direct answers that are wrong (a guesser's corpus)."""
     balance_coef: float = 0.0
     """Weight of the classic load-balance loss (Switch, arXiv:2101.03961)."""
+    z_loss_coef: float = 0.0
+    """Weight of the router z-loss, which keeps its logits small (ST-MoE, arXiv:2202.08906)."""
     expert_bias_rate: float = 0.0001
     """Step of the expert bias per update, where model.expert_bias is on. At 8 experts 0.001
     was seen to slow learning."""

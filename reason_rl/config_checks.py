@@ -34,7 +34,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "run.num_threads", "run.checkpoint_every", "run.rollout_samples", "run.rollout_every", "model.num_shared_experts",
-    "model.num_dense_layers", "model.dense_size",
+    "model.num_dense_layers", "model.dense_size", "pretrain.z_loss_coef",
     "pretrain.steps", "pretrain.balance_coef", "pretrain.expert_bias_rate", "rl.steps", "rl.dynamic_sampling",
     "rl.max_logprob_gap", "eval.every", "eval.pass_at_k", "engine.num_blocks", "reward.overlong_buffer", "run.seed",
     "task.max_prompt_tokens",

@@ -188,7 +188,7 @@ def pretrain(
         factor, done = lr_factor(config.pretrain_optim, step, steps), step + 1
         metrics = supervised_update(
             model, optimizer, pack_documents(batch, config.pretrain_optim.microbatch_tokens), world, lr_factor=factor,
-            balance_coef=settings.balance_coef,
+            balance_coef=settings.balance_coef, z_loss_coef=settings.z_loss_coef,
             expert_bias_rate=settings.expert_bias_rate if config.model.expert_bias else 0.0)
         record.count(num_tokens)
         if done % LOG_EVERY and done < steps:

@@ -1,10 +1,11 @@
-"""Mixture of experts: `route` picks k experts a token, `experts` runs them and combines, `load_balance` is the classic loss.
+"""Mixture of experts: `route` picks k experts a token, `experts` runs and combines them, `load_balance` and `z_loss` steer routers.
 
     scores  = softmax(logits) or sigmoid(logits)                     f32[T, E]
     chosen  = top-k of scores + expert_bias, ties by index           (the bias steers the choice only, arXiv:2408.15664)
     weights = scores[chosen], divided by their sum if normalize      f32[T, k]
     out[t]  = sum over c = 0..k-1 in order of weights[t, c] * down_e(swiglu(gate_up_e(x[t]))),  e = chosen[t, c]
     load_balance = E * sum_e (share of routed tokens)_e * (mean score)_e        (Switch, arXiv:2101.03961, eq. 4)
+    z_loss = the mean over tokens of logsumexp(logits)^2                         (ST-MoE, arXiv:2202.08906, eq. 5)
 
 Gradients reach the router through `weights` and through the mean score; the choice itself has none.
 Router logits and the combine are f32; expert GEMMs are in x's dtype, by `linear`'s rules, so a token's bits do not depend on
@@ -13,26 +14,49 @@ their gradients are summed in f32. impl="torch" runs the experts by torch's own 
 
 Saved for backward: x, expert_ids, weights, the gate_up outputs (the reference keeps the swiglu and down outputs too). Flops: 6TkDI
 forward, 12TkDI backward.
-Siblings: reference.py and native.py here, csrc/moe/, tests/kernels/test_moe.py.
+On a GPU nothing waits for the device: expert_ids out of 0..E-1, which raise on the CPU, make their tokens NaN.
+Siblings: reference.py, function.py, triton_kernel.py (experts), triton_route.py and triton_plan.py (the sort) here,
+csrc/moe/, tests/kernels/test_moe.py.
 """
 
 from __future__ import annotations
 
 import torch
 
+from kernels import triton_ops
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
-from kernels.moe.native import experts_native, route_native
-from kernels.moe.reference import Route, experts_reference, experts_torch, load_balance_reference, make_inputs, route_reference
-from kernels.native import DTYPES, cpu_why_not
+from kernels.moe.function import experts_by, route_by
+from kernels.moe.reference import (
+    Route,
+    expert_counts,
+    experts_reference,
+    experts_torch,
+    load_balance_reference,
+    make_inputs,
+    route_reference,
+    z_loss_reference,
+)
+from kernels.native import DTYPES, OPS, cpu_why_not
 
-__all__ = ["Route", "experts", "load_balance", "make_inputs", "route"]
+__all__ = ["Route", "expert_counts", "experts", "load_balance", "make_inputs", "route", "z_loss"]
 
+triton_ops.register("moe", {
+    "moe_route_fwd": "(Tensor(a!) expert_ids, Tensor(b!) weights, Tensor(c!) scores, Tensor logits, Tensor? bias, bool sigmoid, "
+                     "bool normalize) -> ()",
+    "moe_route_bwd": "(Tensor(a!) dlogits, Tensor? dweights, Tensor? dscores, Tensor expert_ids, Tensor scores, bool sigmoid, "
+                     "bool normalize) -> ()",
+    "moe_experts_fwd": "(Tensor(a!) y, Tensor(b!) kept, Tensor x, Tensor gate_up, Tensor down, Tensor expert_ids, Tensor weights) "
+                       "-> ()",
+    "moe_experts_bwd": "(Tensor(a!) dx, Tensor(b!) dgate_up, Tensor(c!) ddown, Tensor(d!) dweights, Tensor dy, Tensor kept, "
+                       "Tensor x, Tensor gate_up, Tensor down, Tensor expert_ids, Tensor weights) -> ()"})
 ROUTE_OP = Op("moe_route", (
-    Implementation("native", route_native, cpu_why_not, DTYPES),
+    Implementation("native", route_by(OPS), cpu_why_not, DTYPES),
+    Implementation("triton", route_by(triton_ops.OPS), triton_ops.why_not, (torch.float32,)),
     Implementation("reference", route_reference)))
 EXPERTS_OP = Op("moe_experts", (
-    Implementation("native", experts_native, cpu_why_not, DTYPES),
+    Implementation("native", experts_by(OPS), cpu_why_not, DTYPES),
+    Implementation("triton", experts_by(triton_ops.OPS, sums_stay_f32=False), triton_ops.why_not, triton_ops.DTYPES),
     Implementation("reference", experts_reference),
     Implementation("torch", experts_torch, is_automatic=False)))
 WIDE = (torch.float32, torch.float64)
@@ -61,6 +85,12 @@ def load_balance(scores: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor
     check("load_balance", "scores", scores, ("T", "E"), WIDE)
     check("load_balance", "expert_ids", expert_ids, (scores.shape[0], "k"), torch.int64, like=scores)
     return load_balance_reference(scores, expert_ids)
+
+
+def z_loss(router_logits: torch.Tensor) -> torch.Tensor:
+    """router_logits: f32[T, E] -> f32[]: small where the logits are, whatever they say."""
+    check("z_loss", "router_logits", router_logits, ("T", "E"), WIDE)
+    return z_loss_reference(router_logits)
 
 
 def experts(

@@ -42,10 +42,20 @@ def route_reference(
     return Route(expert_ids, weights, scores)
 
 
+def expert_counts(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """expert_ids i64[T, k] -> i64[E]; unlike bincount it need not wait for a GPU."""
+    return expert_ids.new_zeros(num_experts).scatter_add_(0, expert_ids.flatten(), torch.ones_like(expert_ids).flatten())
+
+
+def z_loss_reference(router_logits: torch.Tensor) -> torch.Tensor:
+    """router_logits f32[T, E] -> f32[]."""
+    return torch.logsumexp(router_logits, dim=-1).square().sum() / max(router_logits.shape[0], 1)
+
+
 def load_balance_reference(scores: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
     """scores f32[T, E], expert_ids i64[T, k] -> f32[]."""
     num_tokens, num_experts = scores.shape
-    share = torch.bincount(expert_ids.flatten(), minlength=num_experts).to(scores.dtype) / max(expert_ids.numel(), 1)
+    share = expert_counts(expert_ids, num_experts).to(scores.dtype) / max(expert_ids.numel(), 1)
     mean_score = (scores / scores.sum(-1, keepdim=True)).sum(0) / max(num_tokens, 1)
     return num_experts * (share * mean_score).sum()
 

@@ -3,26 +3,40 @@
 Reduced in f32 and rounded once, at the end; the weight stays f32. Used before attention, before the experts, at the end,
 and on each head's q and k (qk-norm). One row, one reduction of fixed length: no row sees another.
 
-Saved for backward: x and weight (the native backward finds each row's scale again).
-Bytes: 2 * numel(x) * itemsize forward, 3 backward.
-Siblings: reference.py and native.py here, csrc/rms_norm/, tests/kernels/test_rms_norm.py.
+`add_rms_norm` is the norm of a sum, and the sum: total = x + residual, rounded to x's dtype; on a GPU in one pass instead of two.
+
+Saved for backward: x (or total) and weight (the backward finds each row's scale again).
+Bytes: 2 * numel(x) * itemsize forward, 3 backward; with the sum 4 and 4 on a GPU.
+Siblings: reference.py, function.py and triton_kernel.py here, csrc/rms_norm/, tests/kernels/test_rms_norm.py.
 """
 
 from __future__ import annotations
 
 import torch
 
+from kernels import triton_ops
 from kernels.checks import FLOATS, check, describe
 from kernels.dispatch import Implementation, Op
-from kernels.native import DTYPES, cpu_why_not
-from kernels.rms_norm.native import rms_norm_native
+from kernels.native import DTYPES, OPS, cpu_why_not
+from kernels.rms_norm.function import add_rms_norm_by, add_then, rms_norm_by
 from kernels.rms_norm.reference import make_inputs, rms_norm_reference
 
-__all__ = ["make_inputs", "rms_norm"]
+__all__ = ["add_rms_norm", "make_inputs", "rms_norm"]
 
+triton_ops.register("rms_norm", {
+    "rms_norm_fwd": "(Tensor(a!) y, Tensor x, Tensor weight, float eps) -> ()",
+    "rms_norm_bwd": "(Tensor(a!) dx, Tensor(b!) dweight, Tensor dy, Tensor x, Tensor weight, float eps) -> ()",
+    "add_rms_norm_fwd": "(Tensor(a!) y, Tensor(b!) total, Tensor x, Tensor residual, Tensor weight, float eps) -> ()",
+    "add_rms_norm_bwd":
+        "(Tensor(a!) dx, Tensor(b!) dweight, Tensor dy, Tensor? dtotal, Tensor total, Tensor weight, float eps) -> ()"})
 OP = Op("rms_norm", (
-    Implementation("native", rms_norm_native, cpu_why_not, DTYPES),
+    Implementation("native", rms_norm_by(OPS), cpu_why_not, DTYPES),
+    Implementation("triton", rms_norm_by(triton_ops.OPS), triton_ops.why_not, triton_ops.DTYPES),
     Implementation("reference", rms_norm_reference)))
+ADD_OP = Op("add_rms_norm", (
+    Implementation("native", add_then(rms_norm_by(OPS)), cpu_why_not, DTYPES),
+    Implementation("triton", add_rms_norm_by(triton_ops.OPS), triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("reference", add_then(rms_norm_reference))))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, impl: str = "auto") -> torch.Tensor:
@@ -31,4 +45,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, impl: str
         raise ValueError(f"rms_norm: x must be float[..., D], got {describe(x)}")
     check("rms_norm", "weight", weight, (x.shape[-1],), (torch.float32, torch.float64), like=x)
     result: torch.Tensor = OP.choose(x, impl).run(x, weight, eps)
+    return result
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, impl: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and residual: float[..., D] of one shape and dtype, weight: f32[D] -> the normed sum, and the sum."""
+    if x.dim() < 1 or x.dtype not in FLOATS:
+        raise ValueError(f"add_rms_norm: x must be float[..., D], got {describe(x)}")
+    check("add_rms_norm", "residual", residual, tuple(x.shape), x.dtype, like=x)
+    check("add_rms_norm", "weight", weight, (x.shape[-1],), (torch.float32, torch.float64), like=x)
+    result: tuple[torch.Tensor, torch.Tensor] = ADD_OP.choose(x, impl).run(x, residual, weight, eps)
     return result

@@ -5,23 +5,28 @@
 
 The angles come as tables (reason_rl/model/rope.py builds them per position), so that scalings stay out of the kernel.
 Computed in f32, stored in x's dtype. Saved for backward: cos, sin. Bytes: 2 * numel(x) * itemsize.
-Siblings: reference.py and native.py here, csrc/rope/, tests/kernels/test_rope.py.
+Siblings: reference.py, function.py and triton_kernel.py here, csrc/rope/, tests/kernels/test_rope.py.
 """
 
 from __future__ import annotations
 
 import torch
 
+from kernels import triton_ops
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
-from kernels.native import DTYPES, cpu_why_not
-from kernels.rope.native import rope_native
+from kernels.native import DTYPES, OPS, cpu_why_not
+from kernels.rope.function import rope_by
 from kernels.rope.reference import make_inputs, rope_reference
 
 __all__ = ["make_inputs", "rope"]
 
+triton_ops.register("rope", {
+    "rope_fwd": "(Tensor(a!) y, Tensor x, Tensor cos, Tensor sin) -> ()",
+    "rope_bwd": "(Tensor(a!) dx, Tensor dy, Tensor cos, Tensor sin) -> ()"})
 OP = Op("rope", (
-    Implementation("native", rope_native, cpu_why_not, DTYPES),
+    Implementation("native", rope_by(OPS), cpu_why_not, DTYPES),
+    Implementation("triton", rope_by(triton_ops.OPS), triton_ops.why_not, triton_ops.DTYPES),
     Implementation("reference", rope_reference)))
 
 

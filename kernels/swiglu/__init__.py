@@ -1,23 +1,29 @@
 """`swiglu`: y = silu(gate) * up with gate, up the two halves of the last dimension (Shazeer 2020, arXiv:2002.05202).
 
-Computed in f32, stored in the input's dtype. Saved for backward: gate_up. Bytes: 3 * T * I * itemsize.
-Siblings: reference.py and native.py here, csrc/swiglu/, tests/kernels/test_swiglu.py.
+Computed in f32, stored in the input's dtype. Saved for backward: gate_up. Bytes: 3 * T * I * itemsize
+forward, 5 backward, in one pass on a GPU.
+Siblings: reference.py, function.py and triton_kernel.py here, csrc/swiglu/, tests/kernels/test_swiglu.py.
 """
 
 from __future__ import annotations
 
 import torch
 
+from kernels import triton_ops
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
-from kernels.native import DTYPES, cpu_why_not
-from kernels.swiglu.native import swiglu_native
+from kernels.native import DTYPES, OPS, cpu_why_not
+from kernels.swiglu.function import swiglu_by
 from kernels.swiglu.reference import make_inputs, swiglu_reference
 
 __all__ = ["make_inputs", "swiglu"]
 
+triton_ops.register("swiglu", {
+    "swiglu_fwd": "(Tensor(a!) y, Tensor gate_up) -> ()",
+    "swiglu_bwd": "(Tensor(a!) dgate_up, Tensor dy, Tensor gate_up) -> ()"})
 OP = Op("swiglu", (
-    Implementation("native", swiglu_native, cpu_why_not, DTYPES),
+    Implementation("native", swiglu_by(OPS), cpu_why_not, DTYPES),
+    Implementation("triton", swiglu_by(triton_ops.OPS), triton_ops.why_not, triton_ops.DTYPES),
     Implementation("reference", swiglu_reference)))
 
 

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from kernels.linear import linear
-from kernels.moe import Route, experts, load_balance, route
-from kernels.rms_norm import rms_norm
+from kernels.moe import Route, expert_counts, experts, load_balance, route, z_loss
+from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope
 from kernels.swiglu import swiglu
 from reason_rl.config import ModelConfig
@@ -43,6 +43,16 @@ class RouterStats(NamedTuple):
     """i64[M, E]: tokens sent to each expert."""
     balance_loss: torch.Tensor
     """f32[]: the load-balance loss, mean over layers, times the pack's tokens (so that packs add up)."""
+    z_loss: torch.Tensor
+    """f32[]: the router z-loss, likewise."""
+
+
+class LayerStats(NamedTuple):
+    """Of one MoE layer: i64[E], f32[], f32[]."""
+
+    expert_counts: torch.Tensor
+    balance_loss: torch.Tensor
+    z_loss: torch.Tensor
 
 
 class ModelOutput(NamedTuple):
@@ -86,6 +96,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, added: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> the norm of x + added, and that sum: where a GPU does both in one pass over memory."""
+        return (self(x), x) if added is None else add_rms_norm(added, x, self.weight, self.eps)
 
 
 class Linear(nn.Module):
@@ -172,11 +186,12 @@ class MoE(nn.Module):
 
     def forward(
         self, x: torch.Tensor, with_stats: bool, tape: RouteTape | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, LayerStats | None]:
         config = self.config
+        logits = linear(x.to(self.router.dtype), self.router, impl=self.gemm)
         picked = route(
-            linear(x.to(self.router.dtype), self.router, impl=self.gemm), config.num_experts_per_tok, score=config.router_score,
-            normalize=config.norm_topk, expert_bias=self.expert_bias if config.expert_bias else None)
+            logits, config.num_experts_per_tok, score=config.router_score, normalize=config.norm_topk,
+            expert_bias=self.expert_bias if config.expert_bias else None)
         if tape is not None:
             picked = tape.follow(picked, config.norm_topk)
         weights = picked.weights if config.routed_scaling == 1 else picked.weights * config.routed_scaling
@@ -184,9 +199,9 @@ class MoE(nn.Module):
         if self.shared is not None:
             out = out + self.shared(x)
         if not with_stats:
-            return out, x.new_empty(0), x.new_empty(0)
-        counts = torch.bincount(picked.expert_ids.flatten(), minlength=config.num_experts)
-        return out, counts, load_balance(picked.scores, picked.expert_ids)
+            return out, None
+        counts = expert_counts(picked.expert_ids, config.num_experts)
+        return out, LayerStats(counts, load_balance(picked.scores, picked.expert_ids), z_loss(logits))
 
 
 class Block(nn.Module):
@@ -199,15 +214,15 @@ class Block(nn.Module):
         self.mlp: MoE | MLP = MoE(config) if has_experts else MLP(config.hidden_size, config.dense_size or config.expert_size)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: int, attend: Attend, with_stats: bool,
-        tape: RouteTape | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x = x + self.attention(self.attention_norm(x), cos, sin, layer, attend)
-        normed = self.mlp_norm(x)
+        self, x: torch.Tensor, added: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, layer: int, attend: Attend,
+        with_stats: bool, tape: RouteTape | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, LayerStats | None]:
+        """The residual stream comes and goes as x [T, D] and what the last layer adds to it, for the norm to add up."""
+        normed, x = self.attention_norm.add(x, added)
+        normed, x = self.mlp_norm.add(x, self.attention(normed, cos, sin, layer, attend))
         if isinstance(self.mlp, MLP):
-            return x + self.mlp(normed), x.new_empty(0), x.new_empty(0)
-        out, counts, balance = self.mlp(normed, with_stats, tape)
-        return x + out, counts, balance
+            return x, self.mlp(normed), None
+        return x, *self.mlp(normed, with_stats, tape)
 
 
 class Transformer(nn.Module):
@@ -269,16 +284,16 @@ class Transformer(nn.Module):
         routes, or sets them."""
         x = self.embedding(token_ids).to(self.compute_dtype)  # [T, D]
         cos, sin = self.rope[0].index_select(0, position_ids), self.rope[1].index_select(0, position_ids)  # [T, R/2]
-        counts, balances = [], []
+        added, seen = None, []
         for layer, block in enumerate(self.blocks):
-            x, layer_counts, layer_balance = block(x, cos, sin, layer, attend, with_stats, tape)
-            if isinstance(block.mlp, MoE):
-                counts.append(layer_counts)
-                balances.append(layer_balance)
-        hidden = self.norm(x)
-        if not with_stats or self.config.num_experts == 1:
+            x, added, stats = block(x, added, cos, sin, layer, attend, with_stats, tape)
+            seen.append(stats)
+        hidden, _ = self.norm.add(x, added)
+        by_kind = list(zip(*(stats for stats in seen if stats is not None), strict=True))
+        if not by_kind:
             return ModelOutput(hidden, None)
-        return ModelOutput(hidden, RouterStats(torch.stack(counts), torch.stack(balances).mean() * token_ids.numel()))
+        counts, balance, z = (torch.stack(values) for values in by_kind)
+        return ModelOutput(hidden, RouterStats(counts, balance.mean() * token_ids.numel(), z.mean() * token_ids.numel()))
 
     @torch.no_grad()
     def nudge_expert_bias(self, expert_counts: torch.Tensor, rate: float) -> None:

@@ -55,9 +55,9 @@ def fill_logprobs(
 
 def supervised_update(
     model: Transformer, optimizer: Optimizer, microbatches: Sequence[Microbatch], world: World, *,
-    lr_factor: float, balance_coef: float = 0.0, expert_bias_rate: float = 0.0,
+    lr_factor: float, balance_coef: float = 0.0, z_loss_coef: float = 0.0, expert_bias_rate: float = 0.0,
 ) -> dict[str, float]:
-    """Next-token cross-entropy on every target, plus the routers' balance -> loss, grad_norm, balance, num_loss_tokens."""
+    """Next-token cross-entropy on every target, plus the routers' losses -> loss, grad_norm, balance, num_loss_tokens."""
     total = sum(m.num_loss_tokens for m in microbatches)
     total_rows = sum(m.num_tokens for m in microbatches)
     loss_sum = balance_sum = 0.0
@@ -72,6 +72,8 @@ def supervised_update(
             balance_sum += float(balance.detach())
             counts = router.expert_counts if counts is None else counts + router.expert_counts
             loss = loss + balance_coef * balance
+            if z_loss_coef:
+                loss = loss + z_loss_coef * router.z_loss / total_rows
         (loss * world.size).backward()  # FSDP averages over ranks; our losses are shares of a sum
     grad_norm = optimizer.step(lr_factor)
     gathered = world.gather((loss_sum, balance_sum, None if counts is None else counts.cpu()))

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-ROWS = (1, 2, 3, 7, 8, 9, 11, 64, 65, 256)
-"""Batches around the sizes where torch's CPU kernels change their code path, and one past each."""
-NUM_ROWS = 260
-THREADS = (1, 2)
+from kernels.triton_ops import IS_INTERPRETED
+
+ROWS = (1, 3, 64, 65) if IS_INTERPRETED else (1, 2, 3, 7, 8, 9, 11, 64, 65, 256)
+"""Batches around the sizes where torch's CPU kernels change their code path, and one past each; interpreted kernels have none, and
+tiles of 64 rows or more."""
+NUM_ROWS = 130 if IS_INTERPRETED else 260
+THREADS = (1,) if IS_INTERPRETED else (1, 2)
 
 Tensors = torch.Tensor | tuple[torch.Tensor, ...]
 

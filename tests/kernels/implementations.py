@@ -1,4 +1,5 @@
-"""A test file over every implementation of its op that can run: `implementation = each_implementation(OP)` at the top of it.
+"""A test file over every implementation of its op that can run: `implementation = each_implementation(OP)` at the top of it, with
+several ops where a file has them: all by the one in turn.
 
 "auto" then means the one in turn, in the dtypes it is for. impl="torch" is left out: it promises no bits. What runs on a GPU alone
 gets the same tests, marked `gpu`: the op's tensors go there and its results come back, the tests stay on the CPU.
@@ -21,8 +22,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CUDA_ONLY = ("triton", "cuda")
 
 
-def each_implementation(op: Op) -> Any:
-    named = {i.name: i for i in op.implementations if i.is_automatic or i.name in CUDA_ONLY}
+def each_implementation(op: Op, *others: Op) -> Any:
+    by_op = [{i.name: i for i in o.implementations if i.is_automatic or i.name in CUDA_ONLY} for o in (op, *others)]
+    named = by_op[0]
     able = {} if IS_INTERPRETED else {
         name: i for name, i in named.items() if name not in CUDA_ONLY and not i.refuses(CPU, torch.float32)}
     if IS_INTERPRETED and "triton" in named:
@@ -33,11 +35,14 @@ def each_implementation(op: Op) -> Any:
     @pytest.fixture(params=params, autouse=True)
     def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         choose, (name, *on_cuda) = Op.choose, request.param.split(maxsplit=1)
-        meant = replace(named[name], run=there_and_back(named[name].run)) if on_cuda else named[name]
+        meant = {o.name: found[name] for o, found in zip((op, *others), by_op, strict=True)}
+        if on_cuda:
+            meant = {key: replace(i, run=there_and_back(i.run)) for key, i in meant.items()}
 
         def choose_this(self: Op, like: torch.Tensor, impl: str = "auto") -> Implementation:
-            if self is op and impl == "auto" and not meant.refuses(CUDA if on_cuda else like.device, like.dtype):
-                return meant
+            this = meant.get(self.name)
+            if this and impl == "auto" and not this.refuses(CUDA if on_cuda else like.device, like.dtype):
+                return this
             return choose(self, like, impl)
 
         monkeypatch.setattr(Op, "choose", choose_this)

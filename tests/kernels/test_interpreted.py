@@ -1,4 +1,4 @@
-"""The Triton kernels' numbers without a GPU: each op's own tests once more, in a process where Triton interprets.
+"""The Triton kernels' numbers without a GPU: each op's own tests once more, in a process where Triton interprets, and a whole step.
 
 It proves the f32 arithmetic and the indexing. What it cannot see: bf16 rounding, races, and speed (tests marked `gpu`).
 """
@@ -12,22 +12,29 @@ from pathlib import Path
 
 import pytest
 
-from kernels.__main__ import import_ops
-from kernels.dispatch import REGISTRY
+from kernels.ahead_of_time import ops_with_triton
 from kernels.triton_ops import IS_INTERPRETED
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-import_ops()
-OPS = sorted(name for name, op in REGISTRY.items() if any(i.name == "triton" for i in op.implementations))
 
 
-@pytest.mark.skipif(IS_INTERPRETED, reason="this is the process that interprets")
-@pytest.mark.parametrize("op", OPS)
-def test_an_op_passes_its_tests_in_tritons_interpreter(op: str):
+pytestmark = pytest.mark.skipif(IS_INTERPRETED, reason="this is the process that interprets")
+
+
+def assert_passes_interpreted(*files: str) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", f"tests/kernels/test_{op}.py", "-p", "no:cacheprovider", "-n", "0",
-               "-m", "not gpu and not long"]
+    command = [sys.executable, "-m", "pytest", *(file for file in files if (CHECKOUT / file).exists()), "-p", "no:cacheprovider",
+               "-n", "0", "-m", "not gpu and not long"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=CHECKOUT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
     assert " passed" in done.stdout, f"nothing ran:\n{done.stdout[-2000:]}"
+
+
+@pytest.mark.parametrize("op", ops_with_triton())
+def test_an_op_passes_its_tests_in_tritons_interpreter(op: str):
+    assert_passes_interpreted(f"tests/kernels/test_{op}.py", f"tests/kernels/test_{op}_triton.py")
+
+
+def test_an_update_and_a_rollout_run_in_tritons_interpreter():
+    assert_passes_interpreted("tests/reason_rl/test_triton_step.py")

@@ -1,4 +1,4 @@
-"""The native rms_norm and rope: heads read where they lie, bits of the gradients, poisoned outputs, far values, bad arguments."""
+"""The native rms_norm and rope: heads read where they lie, bits of the gradients, poisoned outputs, bad arguments."""
 
 from __future__ import annotations
 
@@ -11,20 +11,11 @@ from kernels.native import ISA, OPS
 from kernels.rms_norm import make_inputs, rms_norm
 from kernels.rope import make_inputs as rope_inputs
 from kernels.rope import rope
-from tests.kernels.compare import THREADS, assert_no_worse_than_plain, same_bits, values_and_gradients
-from tests.kernels.test_rms_norm import plain_norm
+from tests.kernels.compare import THREADS, same_bits, values_and_gradients
 
 pytestmark = pytest.mark.skipif(not ISA, reason="needs the native library")
 F32, BF16 = torch.float32, torch.bfloat16
 norm, turn = partial(rms_norm, impl="native"), partial(rope, impl="native")
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("size", [16, 32, 47, 123, 128, 2048])
-def test_norm_and_gradients_of_many_rows_are_no_worse_than_plain(size: int, dtype: torch.dtype):
-    """More rows than one block of dweight's sum. Over fewer columns the root mean square of dweight's error is a matter of luck."""
-    inputs = make_inputs((300, size), dtype)
-    assert_no_worse_than_plain(norm, plain_norm, plain_norm, [inputs["x"], inputs["weight"]])
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -43,15 +34,6 @@ def test_heads_read_where_they_lie_have_the_bits_of_a_copy_and_so_have_their_gra
             grads = torch.autograd.grad((norm(leaf, weight), turn(leaf, cos, sin)), (leaf, weight), (upstream, upstream))
             results.append(grads)
         assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_any_leading_shape_is_a_batch_of_rows():
-    inputs = make_inputs((2, 3, 4, 5, 24), F32)
-    flat = norm(inputs["x"].reshape(-1, 24), inputs["weight"])
-    assert same_bits(norm(**inputs), flat.view(2, 3, 4, 5, 24))
-    assert same_bits(norm(inputs["x"][0, 0, 0, 0], inputs["weight"]), flat[0])
-    assert same_bits(norm(inputs["x"].transpose(0, 3), inputs["weight"]).transpose(0, 3), flat.view(2, 3, 4, 5, 24))
-    assert norm(torch.zeros(0, 3, 8), torch.ones(8)).shape == (0, 3, 8)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -80,13 +62,6 @@ def test_the_ops_write_every_element(dtype: torch.dtype):
     assert dx.isfinite().all() and dweight.isfinite().all()
     OPS.rms_norm_bwd(x[:0].clone(), dweight.fill_(torch.nan), x[:0], x[:0], weight, 1e-6)
     assert (dweight == 0).all()
-
-
-def test_far_values_follow_the_reference_and_a_broken_row_breaks_no_other():
-    x = torch.tensor([[1e18, -1e18, 1.0], [1e-30, 1e-30, -1e-30], [1e20, 0.0, 0.0], [torch.nan, 1.0, 1.0], [3.0, 4.0, 5.0]])
-    got, want = (rms_norm(x, torch.ones(3), impl=impl) for impl in ("native", "reference"))
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=0, equal_nan=True)  # a few roundings
-    assert got[3].isnan().all() and got[:3].isfinite().all()
 
 
 def test_norm_and_rope_compile_whole():

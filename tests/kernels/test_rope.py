@@ -8,7 +8,7 @@ import torch
 from kernels.rms_norm import make_inputs as norm_inputs
 from kernels.rms_norm import rms_norm
 from kernels.rope import OP, make_inputs, rope
-from tests.kernels.compare import NUM_ROWS, assert_no_worse_than_plain, assert_rows_keep_their_bits
+from tests.kernels.compare import NUM_ROWS, assert_no_worse_than_plain, assert_rows_keep_their_bits, same_bits
 from tests.kernels.implementations import each_implementation
 
 implementation = each_implementation(OP)
@@ -67,6 +67,12 @@ def test_rope_turns_pairs_and_leaves_position_zero_alone():
     cos, sin = torch.tensor([[1.0, 1.0], [0.0, -1.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     # row 1: the first pair by 90 degrees, the second by 180
     assert rope(x, cos, sin).tolist() == [[[1.0, 10.0, 2.0, 20.0]], [[-2.0, -10.0, 1.0, -20.0]]]
+
+
+def test_many_rows_in_one_batch():
+    """More than 65,536, which some grids cannot hold."""
+    x, cos, sin = make_inputs(33_000, 2, 2, F32).values()
+    assert same_bits(rope(x, cos, sin)[-3:], rope(x[-3:], cos[-3:], sin[-3:]))
 
 
 def test_results_keep_the_inputs_dtype():

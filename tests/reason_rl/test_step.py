@@ -358,3 +358,16 @@ def test_the_balance_loss_evens_out_the_experts():
     packs = pack_documents(DOCUMENTS, 10**6)
     values = [supervised_update(model, optimizer, packs, WORLD, lr_factor=1.0, balance_coef=1.0)["balance"] for _ in range(20)]
     assert values[0] > 1.0 and values[-1] < values[0]
+
+
+def test_the_z_loss_keeps_the_routers_logits_small_where_it_is_asked_for():
+    packs, sizes = pack_documents(DOCUMENTS, 10**6), {}
+    for coef in (0.0, 1.0):
+        model = tiny_model(MOE)
+        optimizer = Optimizer(model, OptimConfig(lr=3e-3))
+        for _ in range(20):
+            supervised_update(model, optimizer, packs, WORLD, lr_factor=1.0, z_loss_coef=coef)
+        router = token_logprobs(model, packs[0], with_stats=True)[2]
+        assert router is not None
+        sizes[coef] = float(router.z_loss.detach()) / packs[0].num_tokens
+    assert sizes[1.0] < 0.5 * sizes[0.0]
