@@ -1,7 +1,8 @@
 """How hard each problem is for a model: pass rates that `python -m reason_rl.eval` has measured, to filter and order problems by.
 
-A row of the file is one evaluated problem: problem_id (or the prompt), num_samples, num_right; rows of one problem add up. A group
-of completions that are all right or all wrong teaches nothing, so problems that a model always or never solves cost time alone.
+A row of the file is one evaluated problem: problem_id (or the prompt), num_right of num_samples, or of num_graded where some could
+not be graded; rows of one problem add up, and one without a graded sample says nothing. A group of completions that are all right
+or all wrong teaches nothing, so problems that a model always or never solves cost time alone.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ def read_pass_rates(path: str) -> PassRates:
     if not Path(path).is_file():
         raise ConfigError(f"task.pass_rates names no file: {path!r}")
     counts: dict[int | str, tuple[int, int]] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            key, right, samples = _read_row(line, f"{path}:{number}")
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        key, right, samples = _read_row(line, f"{path}:{number}")
+        if samples:
             before = counts.get(key, (0, 0))
             counts[key] = (before[0] + right, before[1] + samples)
     return PassRates(path, counts)
@@ -50,9 +53,10 @@ def _read_row(line: str, where: str) -> tuple[int | str, int, int]:
         raise ConfigError(f"{where}: not valid JSON: {error}") from error
     fields = row if isinstance(row, dict) else {}
     key = fields.get("problem_id", fields.get("prompt"))
-    right, samples = fields.get("num_right"), fields.get("num_samples")
-    if isinstance(key, int | str) and isinstance(right, int) and isinstance(samples, int) and 0 <= right <= samples > 0:
-        return key, right, samples
+    right, drawn = fields.get("num_right"), fields.get("num_samples")
+    graded = fields.get("num_graded", drawn)
+    if isinstance(key, int | str) and all(isinstance(n, int) for n in (right, graded, drawn)) and 0 <= right <= graded <= drawn > 0:
+        return key, right, graded
     raise ConfigError(f"{where}: a row has problem_id (a number) or prompt (text), num_samples from 1 up and num_right among them, "
                       f"got {line[:120]}")
 

@@ -22,6 +22,7 @@ from reason_rl.data import (
     rl_problems,
 )
 from reason_rl.data.dataset import Dataset
+from reason_rl.data.difficulty import read_pass_rates
 from reason_rl.reward import check_rewards
 from reason_rl.reward.gold import verifier_of
 from reason_rl.reward.math import grade_math
@@ -317,6 +318,16 @@ def test_rows_without_a_problem_id_go_by_their_prompt_and_rows_of_one_problem_ad
     path = write(forty / "rates.jsonl", [*rows, *[{**row, "num_right": 0} for row in rows[:10]]])
     dataset = load_dataset(config_of(forty, pass_rates=str(path), min_pass_rate=0.25, max_pass_rate=0.4), TOKENIZER)
     assert [p.prompt for p in dataset.rl] == [p["prompt"] for p in sums(10)]
+
+
+def test_a_pass_rate_is_of_the_samples_that_could_be_graded(forty: Path) -> None:
+    """And a prompt may hold what Unicode calls a line's end."""
+    rows = [{"problem_id": 1, "num_right": 2, "num_samples": 4, "num_graded": 2},
+            {"prompt": "a\u2028b", "num_right": 1, "num_samples": 4},
+            {"problem_id": 2, "num_right": 0, "num_samples": 4, "num_graded": 0}]
+    path = forty / "rates.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert read_pass_rates(str(path)).counts == {1: (2, 2), "a\u2028b": (1, 4)}
 
 
 def test_a_problem_without_a_pass_rate_is_a_bad_row(forty: Path) -> None:
