@@ -1,4 +1,5 @@
 """A test file over every implementation of its op that can run: `implementation = each_implementation(OP)` at the top of it.
+Of several ops, the first's implementations, and the others by the same names.
 
 "auto" then means the one in turn, in the dtypes it is for. impl="torch" is left out: it promises no bits. What runs on a GPU alone
 gets the same tests, marked `gpu`: the op's tensors go there and its results come back, the tests stay on the CPU.
@@ -21,8 +22,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CUDA_ONLY = ("triton", "cuda")
 
 
-def each_implementation(op: Op) -> Any:
-    named = {i.name: i for i in op.implementations if i.is_automatic or i.name in CUDA_ONLY}
+def each_implementation(*ops: Op) -> Any:
+    all_named = [{i.name: i for i in op.implementations if i.is_automatic or i.name in CUDA_ONLY} for op in ops]
+    named = all_named[0]
     able = {} if IS_INTERPRETED else {
         name: i for name, i in named.items() if name not in CUDA_ONLY and not i.refuses(CPU, torch.float32)}
     if IS_INTERPRETED and "triton" in named:
@@ -33,11 +35,13 @@ def each_implementation(op: Op) -> Any:
     @pytest.fixture(params=params, autouse=True)
     def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         choose, (name, *on_cuda) = Op.choose, request.param.split(maxsplit=1)
-        meant = replace(named[name], run=there_and_back(named[name].run)) if on_cuda else named[name]
+        meant = {op.name: replace(these[name], run=there_and_back(these[name].run)) if on_cuda else these[name]
+                 for op, these in zip(ops, all_named, strict=True)}
 
         def choose_this(self: Op, like: torch.Tensor, impl: str = "auto") -> Implementation:
-            if self is op and impl == "auto" and not meant.refuses(CUDA if on_cuda else like.device, like.dtype):
-                return meant
+            chosen = meant.get(self.name)
+            if chosen and impl == "auto" and not chosen.refuses(CUDA if on_cuda else like.device, like.dtype):
+                return chosen
             return choose(self, like, impl)
 
         monkeypatch.setattr(Op, "choose", choose_this)
@@ -50,7 +54,7 @@ def there_and_back(run: Callable[..., Any]) -> Callable[..., Any]:
     """`run` on the GPU, for tensors on the CPU: autograd follows both ways."""
 
     def move(value: Any, device: torch.device) -> Any:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) or hasattr(value, "to"):
             return value.to(device)
         if isinstance(value, dict):
             return {key: move(item, device) for key, item in value.items()}
