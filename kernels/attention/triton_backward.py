@@ -23,7 +23,7 @@ from kernels.attention.triton_forward import NEVER, log2_scale, row_offsets, sta
 from kernels.triton_ops import IS_INTERPRETED
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["tiles", "num_tokens"])
 def attention_bwd_query_kernel(
     dq, delta, dout, out, stats, q, k, v, tiles, num_tokens, scale, dq_scale,
     K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr,
@@ -72,7 +72,7 @@ def attention_bwd_query_kernel(
     tl.store(dq + row_start + at_row, (sums * dq_scale).to(dq.dtype.element_ty), mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_parts"])
+@triton.jit(do_not_specialize=["parts", "wholes", "readers", "num_tokens", "num_parts"])
 def attention_bwd_key_kernel(
     dk, dv, part_sums, dout, stats, delta, q, k, v, parts, wholes, readers, num_tokens, num_parts, scale, dk_scale,
     K: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
@@ -134,7 +134,7 @@ def attention_bwd_key_kernel(
         tl.store(dv + first_key + at_key, value_sums.to(dv.dtype.element_ty), mask=key_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["merges"])
 def attention_bwd_merge_kernel(
     dk, dv, part_sums, merges, K: tl.constexpr, C: tl.constexpr, STRIP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):

@@ -65,7 +65,7 @@ def stat_offset(token, first, kv_head, num_tokens, R: tl.constexpr):
     return (kv_head.to(tl.int64) * num_tokens + token) * R + first
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["tiles", "num_tokens"])  # tables stand anywhere in a buffer: one kernel, however they are aligned
 def attention_fwd_kernel(
     out, stats, q, k, v, tiles, num_tokens, scale,
     K: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
@@ -109,7 +109,7 @@ def attention_fwd_kernel(
     tl.store(at_stat + 1, total, mask=is_row)
 
 
-@triton.jit(do_not_specialize=["num_blocks", "width"])
+@triton.jit(do_not_specialize=["table", "lens", "prefix_index", "order", "starts", "num_blocks", "width"])
 def paged_attention_fwd_kernel(
     out, prefix_sums, prefix_stats, q, k_cache, v_cache, table, lens, prefix_index, order, starts, num_blocks, width, scale,
     IS_PREFIX: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr,

@@ -89,6 +89,22 @@ def test_more_tokens_than_two_bytes_count_are_cut_in_bounded_parts():
     assert len(many.parts) >= 3 * 8  # the prompt's three tiles of keys
 
 
+@pytest.mark.gpu
+def test_a_segment_of_65_537_tokens_is_averaged_right():
+    """Equal scores: a token's result is the mean of the values so far, and a key's gradient of what comes after it."""
+    num_tokens = 65_537
+    q, k = (torch.zeros(num_tokens, heads, 64, device="cuda", dtype=BF16) for heads in (4, 1))
+    v = torch.arange(num_tokens, device="cuda").remainder(7).view(-1, 1, 1).expand(-1, 1, 64).to(BF16).requires_grad_()
+    segments = torch.tensor([[0, num_tokens, 0, 0]], dtype=torch.int32)
+    out = attention(q, k, v, segments, impl="triton")
+    count = torch.arange(1, num_tokens + 1, device="cuda", dtype=torch.float64)
+    want = v.detach()[:, 0, 0].double().cumsum(0) / count
+    torch.testing.assert_close(out[:, 2, 5].double(), want, rtol=2**-7, atol=1e-3)  # one bf16 rounding
+    out.sum().backward()
+    want = 4 * (1 / count).flip(0).cumsum(0).flip(0)
+    torch.testing.assert_close(v.grad[:, 0, 5].double(), want, rtol=2**-7, atol=1e-3)  # type: ignore[index]
+
+
 def test_the_tables_of_a_pack_are_made_once():
     plan = plan_segments(torch.tensor(pack([(6, [3, 4])]), dtype=torch.int32), 13)
     assert plan.tables(2, 2, 32, F32, CPU) is plan.tables(2, 2, 32, F32, CPU)

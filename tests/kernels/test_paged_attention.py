@@ -132,6 +132,33 @@ def test_a_group_of_any_size_decodes_as_each_of_it_alone(prompt: int, group_size
         assert same_bits(cache.attend([queries[::-1][row]]), together[row : row + 1]), row
 
 
+@pytest.mark.skipif(IS_INTERPRETED, reason="a thousand tiles, one after another")
+def test_many_thousands_of_keys_are_one_row():
+    """65,537 own keys: equal scores, so that the result is the mean of the values."""
+    num_keys = 65_537
+    num_blocks = -(-num_keys // 16)
+    values = torch.arange(num_blocks * 16 * 2, dtype=F32).view(1, num_blocks, 16, 2).remainder(7)
+    table, one = torch.arange(num_blocks)[None], torch.tensor([0])
+    pages = plan_pages(prefix_table=table[:, :1], prefix_lens=one, prefix_index=one, own_table=table, own_lens=one + num_keys,
+                       num_kv_heads=1, num_blocks=num_blocks)
+    out = paged_attention(torch.zeros(1, 1, 2), torch.ones_like(values), values, pages)
+    want = values.view(-1, 2)[:num_keys].double().mean(0)
+    # some thousand sums of tiles in f32: 6e-5 at the very worst, a thirtieth of it in the mean
+    torch.testing.assert_close(out.flatten().double(), want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.gpu
+def test_blocks_past_two_to_the_31_numbers_are_found():
+    num_blocks = 2**31 // (BLOCK_SIZE * 128) + 2
+    cache = torch.zeros(1, num_blocks, BLOCK_SIZE, 128, dtype=torch.bfloat16, device="cuda")  # 4 GiB
+    cache[0, -1] = torch.arange(128, device="cuda")
+    own, one = torch.tensor([[num_blocks - 1]], device="cuda"), torch.ones(1, dtype=torch.int64, device="cuda")
+    pages = plan_pages(prefix_table=own - own, prefix_lens=one - 1, prefix_index=one - 1, own_table=own, own_lens=3 * one,
+                       num_kv_heads=1, num_blocks=num_blocks)
+    out = paged_attention(torch.zeros(1, 4, 128, dtype=torch.bfloat16, device="cuda"), cache, cache, pages, impl="triton")
+    assert torch.equal(out, cache[0, -1, :1].expand(4, -1)[None])
+
+
 def test_paged_attention_of_no_rows_is_empty():
     cache, none = torch.zeros(2, 3, BLOCK_SIZE, 8), torch.zeros(0, dtype=torch.int64)
     pages = plan_pages(prefix_table=none[:, None], prefix_lens=none, prefix_index=none, own_table=none[:, None], own_lens=none,
