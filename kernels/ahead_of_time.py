@@ -72,8 +72,8 @@ def compiles_of(op: str) -> list[Compile]:
     return found
 
 
-def compile_for(what: Compile, capability: int) -> Resources:
-    """`what`, compiled for compute capability 80, 90 or 100 as its launcher would."""
+def build_for(what: Compile, capability: int) -> tuple[Any, str]:
+    """`what`, compiled for compute capability 80, 90 or 100 as its launcher would -> what Triton made, and ptxas's words."""
     os.environ |= {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
     import triton
     from triton.backends.compiler import GPUTarget
@@ -88,7 +88,13 @@ def compile_for(what: Compile, capability: int) -> Resources:
     source = ASTSource(what.kernel, signature, constexprs=constants, attrs=attributes)
     with contextlib.redirect_stdout(io.StringIO()) as log:  # where Triton prints what ptxas says
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
-    ptx, said = compiled.asm["ptx"], log.getvalue()
+    return compiled, log.getvalue()
+
+
+def compile_for(what: Compile, capability: int) -> Resources:
+    """What `what` takes there."""
+    compiled, said = build_for(what, capability)
+    ptx = compiled.asm["ptx"]
     registers, spills = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
     if registers is None:
         raise RuntimeError(f"no word of registers in what ptxas said of {what.name}: {said[:400]!r}")

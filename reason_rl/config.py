@@ -179,6 +179,9 @@ class EngineConfig:
     decoder: Literal["auto", "native", "ops"] = "auto"
     """"native": several tokens a call, the whole model in it. "ops": one token a call, op by op through the model. Both draw the
     same tokens. "auto": native where it can be."""
+    cuda_graph_batch: int = 0
+    """On CUDA, decode steps of up to this many sequences are captured as CUDA graphs, each padded to a power of two: the same
+    tokens. 0 captures none."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ NOT_NEGATIVE = (
     "model.num_dense_layers", "model.dense_size", "pretrain.z_loss_coef",
     "pretrain.steps", "pretrain.balance_coef", "pretrain.expert_bias_rate", "rl.steps", "rl.dynamic_sampling",
     "rl.max_logprob_gap", "eval.every", "eval.pass_at_k", "engine.num_blocks", "reward.overlong_buffer", "run.seed",
+    "engine.cuda_graph_batch",
     "task.max_prompt_tokens",
     "sampling.temperature", "sampling.top_k", "loss.constant_length", "optim.clip_norm", "optim.weight_decay",
     "optim.warmup_steps", "pretrain_optim.clip_norm", "pretrain_optim.weight_decay", "pretrain_optim.warmup_steps",

@@ -10,17 +10,29 @@ each row's own keys follow on blocks of its own.
 Scores, softmax and sums are f32 (f64 for f64 inputs); the result is rounded once to q's dtype. Keys are summed in tiles of fixed
 size, prefix first, so that both forms give a token the same bits. Saved for backward: q, k, v, the result and two f32 a row (its
 highest score, its denominator), from which the weights are computed again; the reference saves the weights. dk and dv of a shared
-prefix are summed over its readers in their order, in f32. The native kernels take even head dims up to 256; "auto" gives the
-others to the reference. `paged_attention` has no gradient.
-Flops per query-key pair and head: 4 * C, and 10 * C backward. Siblings: plan.py, pages.py, reference.py and native.py here,
-csrc/attention/, tests/kernels/test_attention{,_native}.py.
+prefix are summed over its readers in their order, in f32. The kernels take even head dims up to 256; "auto" gives the others to
+the reference. On a GPU the weights and their gradients are rounded to bf16 before a matrix product where q is bf16, as in
+FlashAttention-2 (arXiv:2307.08691), whose online softmax this is. `paged_attention` has no gradient. impl="flash_attn" is that
+library's kernel, for segments without a prefix: only by name, since its bits depend on the batch.
+
+Flops per query-key pair and head: 4 * C, and 10 * C backward (14 * C on a GPU, triton_backward.py). Siblings: plan.py, pages.py,
+tiles.py, reference.py, function.py and triton_{kernel,forward,backward}.py here, csrc/attention/,
+tests/kernels/test_attention{,_tiles, _native}.py, test_paged_attention.py.
 """
 
 from __future__ import annotations
 
 import torch
 
-from kernels.attention.native import attention_native, paged_attention_native
+from kernels import triton_ops
+from kernels.attention.function import (
+    attention_flash,
+    attention_native,
+    attention_triton,
+    flash_why_not,
+    paged_attention_native,
+    paged_attention_triton,
+)
 from kernels.attention.pages import Pages, plan_pages
 from kernels.attention.plan import BLOCK_SIZE, SegmentPlan, plan_segments
 from kernels.attention.reference import attention_reference, make_inputs, paged_attention_reference
@@ -30,20 +42,30 @@ from kernels.native import DTYPES, cpu_why_not
 
 __all__ = ["BLOCK_SIZE", "Pages", "SegmentPlan", "attention", "make_inputs", "paged_attention", "plan_pages", "plan_segments"]
 
+TABLES = "Tensor tiles, Tensor parts, Tensor wholes, Tensor readers, Tensor merges"
+triton_ops.register("attention", {
+    "attention_fwd": f"(Tensor(a!) out, Tensor(b!) stats, Tensor q, Tensor k, Tensor v, {TABLES}, float scale) -> ()",
+    "attention_bwd": "(Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor dout, Tensor out, Tensor stats, Tensor q, Tensor k, "
+                     f"Tensor v, {TABLES}, float scale) -> ()",
+    "paged_attention": "(Tensor(a!) out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor prefix_table, Tensor prefix_lens, "
+                       "Tensor prefix_index, Tensor own_table, Tensor own_lens, Tensor order, Tensor starts, float scale) -> ()"})
 OP = Op("attention", (
     Implementation("native", attention_native, cpu_why_not, DTYPES),
-    Implementation("reference", attention_reference)))
+    Implementation("triton", attention_triton, triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("reference", attention_reference),
+    Implementation("flash_attn", attention_flash, flash_why_not, (torch.bfloat16, torch.float16), is_automatic=False)))
 PAGED_OP = Op("paged_attention", (
     Implementation("native", paged_attention_native, cpu_why_not, DTYPES),
+    Implementation("triton", paged_attention_triton, triton_ops.why_not, triton_ops.DTYPES),
     Implementation("reference", paged_attention_reference)))
 
 
-MAX_NATIVE_HEAD_DIM = 256
+MAX_HEAD_DIM = 256
 
 
 def _choose(op: Op, q: torch.Tensor, impl: str) -> Implementation:
-    """By name, what was named; by itself, the reference where the native kernel would refuse q's head dim."""
-    is_odd = q.shape[2] % 2 == 1 or not 2 <= q.shape[2] <= MAX_NATIVE_HEAD_DIM
+    """By name, what was named; by itself, the reference where the kernels would refuse q's head dim."""
+    is_odd = q.shape[2] % 2 == 1 or not 2 <= q.shape[2] <= MAX_HEAD_DIM
     return op.choose(q, "reference" if is_odd and impl == "auto" else impl)
 
 

@@ -36,6 +36,10 @@ class Pages:
     num_kv_heads: int
     num_blocks: int
 
+    def to(self, device: torch.device) -> Pages:
+        return Pages(self.prefix_table.to(device), self.prefix_lens.to(device), self.prefix_index.to(device),
+                     self.own_table.to(device), self.own_lens.to(device), self.num_kv_heads, self.num_blocks)
+
     @property
     def num_rows(self) -> int:
         return self.own_table.shape[0]
@@ -45,18 +49,27 @@ class Pages:
         return self.prefix_table.shape[0]
 
     @cached_property
+    def order(self) -> torch.Tensor:
+        """i64[R]: the rows, sorted by prefix."""
+        return torch.sort(self.prefix_index, stable=True).indices
+
+    @cached_property
+    def starts(self) -> torch.Tensor:
+        """i64[B + 1]: where the rows of each prefix start in `order`. Like that, without a word from the device."""
+        prefixes = torch.arange(self.num_prefixes + 1, device=self.prefix_index.device)
+        return torch.searchsorted(self.prefix_index.index_select(0, self.order), prefixes)
+
+    @cached_property
     def group_size(self) -> int:
         """Most rows of one prefix, G."""
-        return int(torch.bincount(self.prefix_index, minlength=self.num_prefixes).max()) if self.num_rows else 0
+        return int(self.starts.diff().max()) if self.num_rows else 0
 
     @cached_property
     def slots(self) -> torch.Tensor:
         """i64[R]: row r's place among the num_prefixes * G slots."""
-        index = self.prefix_index
-        order = torch.sort(index, stable=True).indices
-        counts = torch.bincount(index, minlength=self.num_prefixes)
-        rank = torch.arange(self.num_rows, device=order.device) - (counts.cumsum(0) - counts).index_select(0, index[order])
-        return torch.empty_like(order).index_copy_(0, order, index[order] * self.group_size + rank)
+        prefix = self.prefix_index.index_select(0, self.order)
+        rank = torch.arange(self.num_rows, device=prefix.device) - self.starts.index_select(0, prefix)
+        return torch.empty_like(prefix).index_copy_(0, self.order, prefix * self.group_size + rank)
 
     @cached_property
     def prefix(self) -> KeySet:

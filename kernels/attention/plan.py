@@ -7,11 +7,13 @@ fresh block. So training and decoding sum over the same keys in the same order, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 
+from kernels.attention import tiles
 from kernels.checks import describe
 
 BLOCK_SIZE = 16
@@ -42,6 +44,22 @@ class SegmentPlan:
     segments: torch.Tensor
     """i32[S, 4] on the CPU, checked: all that the native kernel needs."""
     device: torch.device
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def tables(self, repeat: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> tiles.Tables:
+        """For the GPU's kernels: made at the first layer, on `device` from then on."""
+        key = (repeat, num_kv_heads, head_dim, dtype, device)
+        if key not in self._made:
+            self._made[key] = tiles.move(tiles.make_tables(self.segments, repeat, num_kv_heads, head_dim, dtype), device)
+        made: tiles.Tables = self._made[key]
+        return made
+
+    def cu_seqlens(self, device: torch.device) -> torch.Tensor:
+        """For flash-attn: i32[S + 1], where each segment starts and the last ends."""
+        if device not in self._made:
+            self._made[device] = torch.cat((self.segments[:, 0], torch.tensor([self.num_tokens], dtype=torch.int32))).to(device)
+        made: torch.Tensor = self._made[device]
+        return made
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:

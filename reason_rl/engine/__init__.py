@@ -4,6 +4,7 @@
     scheduler.py   which sequences run: admission by free blocks, preemption by recompute
     cache.py       the paged KV cache, and how attention reads and writes it
     decoder.py     the next tokens of all running sequences: op by op, or in one native call
+    graphs.py      such a step captured as a CUDA graph
     engine.py      the loop: admit, prefill, decode, sample, record
 
 From the same weights a completion depends on (run_seed, step, problem, sample) alone, not on the batch, the order, preemption

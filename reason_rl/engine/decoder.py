@@ -7,7 +7,9 @@ Both give a sequence the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +20,8 @@ from kernels.decode import DecodeBatch, DecodeModel, LayerWeights, cpu_why_not, 
 from kernels.native import DTYPES
 from kernels.sample import sample
 from reason_rl.engine.cache import DecodeAttend, KVCache
-from reason_rl.engine.scheduler import Prompt, Sequence
+from reason_rl.engine.graphs import StepGraphs
+from reason_rl.engine.scheduler import Prompt, Sequence, num_blocks_for
 from reason_rl.model.transformer import MLP, Block, RouteTape, Transformer
 from reason_rl.types import SamplingParams
 
@@ -36,7 +39,9 @@ class Drawn(NamedTuple):
 def one_each(tokens: torch.Tensor, logprobs: torch.Tensor, kept_logmass: torch.Tensor, routes: torch.Tensor | None = None) -> Drawn:
     """[R] each, routes i32[R, L, k] -> one token for each of R sequences."""
     drawn, logprob, kept_mass = ([[value] for value in column.tolist()] for column in (tokens, logprobs, kept_logmass))
-    kept: list[list[torch.Tensor]] = [[]] * len(tokens) if routes is None else [[row[None]] for row in routes.cpu().unbind(0)]
+    kept: list[list[torch.Tensor]] = [[]] * len(tokens)
+    if routes is not None:  # copied: a graph writes them again
+        kept = [[row[None]] for row in routes.to("cpu", copy=True).unbind(0)]
     return Drawn(drawn, logprob, kept_mass, kept)
 
 
@@ -97,27 +102,38 @@ def block_table(blocks: SequenceOf[list[int]]) -> np.ndarray:
 
 
 class OpDecoder:
-    """One token a call, op by op."""
+    """One token a call, op by op; by a CUDA graph where `graphs` takes the batch."""
 
     horizon = 1
 
-    def __init__(self, model: Transformer, cache: KVCache, with_routes: bool) -> None:
-        self.model, self.cache, self.with_routes = model, cache, with_routes
+    def __init__(self, model: Transformer, cache: KVCache, with_routes: bool, graphs: StepGraphs | None = None) -> None:
+        self.model, self.cache, self.with_routes, self.graphs = model, cache, with_routes, graphs
 
     def decode(self, running: SequenceOf[Sequence], limits: SequenceOf[int], sampling: SamplingParams) -> Drawn:
-        places, device = layout(running), self.cache.keys.device
-        tensors = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in places.items()}
-        newest = torch.tensor([s.token_ids[-1] for s in running], device=device)
-        keys, own = torch.tensor([s.key for s in running], device=device), tensors["own_lens"]
-        pages = plan_pages(**tensors, num_kv_heads=self.cache.keys.shape[1], num_blocks=self.cache.keys.shape[2])
-        block = tensors["own_table"].gather(1, (own - 1)[:, None] // BLOCK_SIZE)[:, 0]
+        device = self.cache.keys.device
+        arrays = layout(running) | {
+            "newest": np.array([s.token_ids[-1] for s in running], dtype=np.int64),
+            "noise_keys": np.array([s.key for s in running], dtype=np.int64)}
+        if self.graphs is not None and len(running) <= self.graphs.most:
+            key = (self.with_routes, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+            step = partial(self._step, sampling=sampling)
+            return one_each(*self.graphs.run(step, key, arrays, num_blocks_for(sampling.max_tokens), device))
+        tensors = {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+        return one_each(*self._step(tensors, sampling))
+
+    def _step(self, inputs: Mapping[str, torch.Tensor], sampling: SamplingParams) -> tuple[torch.Tensor, ...]:
+        """-> tokens, logprobs, kept_logmass [R], and routes i32[R, L, k] where they are kept. Nothing here waits for a GPU."""
+        tables = {name: inputs[name] for name in ("prefix_table", "prefix_lens", "prefix_index", "own_table", "own_lens")}
+        own = inputs["own_lens"]
+        pages = plan_pages(**tables, num_kv_heads=self.cache.keys.shape[1], num_blocks=self.cache.keys.shape[2])
+        block = inputs["own_table"].gather(1, (own - 1)[:, None] // BLOCK_SIZE)[:, 0]
         attend = DecodeAttend(self.cache, block * BLOCK_SIZE + (own - 1) % BLOCK_SIZE, pages)
-        positions = tensors["prefix_lens"].index_select(0, tensors["prefix_index"]) + own - 1
+        positions = inputs["prefix_lens"].index_select(0, inputs["prefix_index"]) + own - 1
         tape = RouteTape() if self.with_routes else None
-        hidden = self.model(newest, positions, attend, tape=tape).hidden
-        drawn = sample(hidden, self.model.head_weight, keys, own, temperature=sampling.temperature,
+        hidden = self.model(inputs["newest"], positions, attend, tape=tape).hidden
+        drawn = sample(hidden, self.model.head_weight, inputs["noise_keys"], own, temperature=sampling.temperature,
                        top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
-        return one_each(*drawn, None if tape is None else tape.routes())
+        return drawn if tape is None else (*drawn, tape.routes())
 
 
 class NativeDecoder:

@@ -23,6 +23,7 @@ from reason_rl.config import EngineConfig
 from reason_rl.engine.blocks import BlockPool
 from reason_rl.engine.cache import KVCache, PrefillAttend, bytes_per_block
 from reason_rl.engine.decoder import Decoder, Drawn, NativeDecoder, OpDecoder, one_each, picks_native
+from reason_rl.engine.graphs import StepGraphs
 from reason_rl.engine.scheduler import Prompt, Scheduler, Sequence, num_blocks_for
 from reason_rl.model.transformer import RouteTape, Transformer
 from reason_rl.types import Completion, FinishReason, Group, Problem, SamplingParams
@@ -69,6 +70,7 @@ class Engine:
         self.device = model.embedding.weight.device
         self.num_preemptions = 0
         self._cache: KVCache | None = None
+        self.graphs = StepGraphs(config.cuda_graph_batch) if config.cuda_graph_batch and self.device.type == "cuda" else None
 
     @torch.no_grad()
     def generate(
@@ -116,6 +118,8 @@ class Engine:
         cache = self._cache
         if cache is None or cache.keys.shape[2] < num_blocks or cache.keys.dtype != dtype or cache.is_native != is_native:
             cache = self._cache = None  # before the new one is made, so that there are never two
+            if self.graphs is not None:
+                self.graphs.forget()
             self._cache = KVCache(self.model.config, num_blocks, dtype, self.device, is_native)
         return BlockPool(num_blocks)
 
@@ -131,8 +135,9 @@ class Engine:
     def _decoder(self, with_routes: bool) -> Decoder:
         """Made anew for every rollout: it may hold the weights in a layout of its own."""
         assert self._cache is not None
-        kind = NativeDecoder if self._cache.is_native else OpDecoder
-        return kind(self.model, self._cache, with_routes)
+        if self._cache.is_native:
+            return NativeDecoder(self.model, self._cache, with_routes)
+        return OpDecoder(self.model, self._cache, with_routes, self.graphs)
 
     def _prefill(self, admitted: list[Sequence], with_routes: bool) -> None:
         """Compute the keys of new prompts, and of the tokens that preempted sequences had; in passes of bounded size."""

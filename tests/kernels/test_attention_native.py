@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.attention import attention, make_inputs, paged_attention, plan_pages, plan_segments
+from kernels.attention import attention, make_inputs, paged_attention, plan_pages
 from kernels.native import OPS, cpu_why_not
 from tests.kernels.compare import THREADS, assert_no_worse_than_plain, same_bits, values_and_gradients
 
@@ -111,13 +111,6 @@ def test_scores_of_ten_thousand_have_finite_gradients():
     assert all(x.isfinite().all() for x in values_and_gradients(native, inputs))
 
 
-def test_views_are_as_good_as_copies():
-    q, k, v, segments = arguments(FAMILY, (4, 2, 16), F32)
-    joined = torch.cat((q, k, v), dim=1)
-    parts = joined.split((4, 2, 2), dim=1)
-    assert same_bits(native(*parts, segments), native(q, k, v, segments))
-
-
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_every_element_is_written(dtype: torch.dtype):
     q, k, v, segments = arguments(NESTED, (4, 2, 18), dtype)
@@ -126,27 +119,6 @@ def test_every_element_is_written(dtype: torch.dtype):
     OPS.attention_fwd(out, stats, q, k, v, segments, 0.3)
     OPS.attention_bwd(dq, dk, dv, torch.ones_like(q), out, stats, q, k, v, segments, 0.3)
     assert all(x.isfinite().all() for x in (out, stats, dq, dk, dv))
-
-
-def test_many_thousands_of_keys_are_one_row():
-    """65,537 own keys: equal scores, so that the result is the mean of the values."""
-    num_keys = 65_537
-    num_blocks = -(-num_keys // 16)
-    values = torch.arange(num_blocks * 16 * 2, dtype=F32).view(1, num_blocks, 16, 2).remainder(7)
-    table, one = torch.arange(num_blocks)[None], torch.tensor([0])
-    pages = plan_pages(prefix_table=table[:, :1], prefix_lens=one, prefix_index=one, own_table=table, own_lens=one + num_keys,
-                       num_kv_heads=1, num_blocks=num_blocks)
-    out = paged_attention(torch.zeros(1, 1, 2), torch.ones_like(values), values, pages, impl="native")
-    want = values.view(-1, 2)[:num_keys].double().mean(0)
-    torch.testing.assert_close(out.flatten().double(), want, rtol=1e-5, atol=0)  # 513 sums of tiles in f32: 3e-5 at the very worst
-
-
-def test_compiled_without_a_graph_break():
-    q, k, v, segments = arguments(FAMILY, (4, 2, 16), F32)
-    plan = plan_segments(segments, len(q))
-    step = torch.compile(lambda q, k, v: native(q * 2, k, v, plan), fullgraph=True, backend="aot_eager")
-    want = values_and_gradients(lambda q, k, v: native(q * 2, k, v, plan), [q, k, v])
-    assert all(map(same_bits, values_and_gradients(step, [q, k, v]), want))
 
 
 # --- straight to the op: an error that names the argument, before anything is read or written ------------------------------

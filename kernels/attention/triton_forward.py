@@ -1,0 +1,219 @@
+"""Attention on a GPU, forward: over a pack of segments, and over a paged cache. The gradients stand in triton_backward.py.
+
+Both take `attend`, which adds one tile of keys to what some query rows have summed so far: the prefix's tiles first, then the own
+ones, each part in tiles of BLOCK_N counted from its own start. A masked key has weight 0 exactly, and a tile that a row does not
+see changes none of its bits. So a row's bits follow from its own keys: packed, decoded, in any company. Keys are not split over
+programs: training would have to keep the sums of two parts in registers to merge in the same way. What that costs: a long prompt
+with few groups decodes on only as many multiprocessors as it has kv heads and tiles of rows.
+
+A row is one head of one token. The R = H / K heads that share keys stand side by side, so that a tile of rows fills the matrix
+units also where a sequence has one token. Bytes of a packed forward: q and out once; k and v once for each BLOCK_M rows that see
+them, out of L2: 128 FLOPs a byte at BLOCK_M 128. Decode reads a group's prompt once for BLOCK_M / R of its sequences, own keys
+once, and passes what a prompt came to (C + 2 numbers a row, f32) through memory. C 128 in bf16 on sm_90: 213 registers of 256
+threads and 128 KB, so one program a multiprocessor, its two warpgroups 64 rows each; decode up to 254 of 128 threads and 80 KB, so
+two.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.attention.plan import BLOCK_SIZE
+from kernels.attention.tiles import forward_config, paged_config
+from kernels.triton_ops import IS_INTERPRETED
+
+PAGE = tl.constexpr(BLOCK_SIZE)
+NEVER = tl.constexpr(2**31 - 1)
+"""The place of a key that no row sees."""
+LOWEST = tl.constexpr(-1e30)
+"""A row's highest score before its first key; finite, so that no difference is NaN."""
+
+
+@triton.jit
+def attend(q, k, v, places, limits, top, total, sums, scale):
+    """One tile of keys k, v [N, C] for the rows q [M, C]: row m sees key n where places[n] <= limits[m]. Scores count in log2.
+
+    Every sum is spelled out as tl.fma or tl.dot, so that no two kernels round it at other points.
+    """
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = tl.where(places[None, :] <= limits[:, None], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    weights = tl.exp2(tl.fma(scores, scale, -new_top[:, None]))
+    shrink = tl.exp2(top - new_top)
+    total = tl.fma(total, shrink, tl.sum(weights, 1))
+    sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")
+    return new_top, total, sums
+
+
+@triton.jit
+def row_offsets(token, first, m, kv_head, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Row `first` + m of a segment from `token` on, in q [T, H, C]: a start in 64 bits, since T * H * C may pass 2^31, and steps
+    [M] from there. Row r is head r % R of kv head `kv_head`, r // R tokens on."""
+    skip = first // R
+    start = ((token.to(tl.int64) + skip) * K + kv_head) * (R * C)
+    return start, (((first + m) // R - skip) * K * R + (first + m) % R) * C
+
+
+@triton.jit
+def stat_offset(token, first, kv_head, num_tokens, R: tl.constexpr):
+    """The same row `first` in [K, T, R]; the rows of a segment follow each other."""
+    return (kv_head.to(tl.int64) * num_tokens + token) * R + first
+
+
+@triton.jit(do_not_specialize=["tiles", "num_tokens"])  # tables stand anywhere in a buffer: one kernel, however they are aligned
+def attention_fwd_kernel(
+    out, stats, q, k, v, tiles, num_tokens, scale,
+    K: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr,
+):
+    """A tile of rows of one segment and kv head; tiles i32[N, 5]: start, length, prefix_start, prefix_length, first row."""
+    tile, kv_head = tiles + tl.program_id(0) * 5, tl.program_id(1)
+    start, length, prefix_start, prefix_length = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
+    first_row = tl.load(tile + 4)
+    m, n, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
+    is_row = first_row + m < length * R
+    row_mask = is_row[:, None] & (c[None, :] < C)
+    row_start, row_steps = row_offsets(start, first_row, m, kv_head, K, R, C)
+    at_row = row_steps[:, None] + c[None, :]
+    rows = tl.load(q + row_start + at_row, mask=row_mask, other=0.0)
+    if UPCAST:  # the interpreter cannot multiply bf16
+        rows = rows.to(tl.float32)
+    limits = (first_row + m) // R
+    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    at_key = n[:, None] * (K * C) + c[None, :]
+    num_prefix = tl.cdiv(prefix_length, BLOCK_N)
+    num_own = tl.cdiv(tl.minimum((first_row + BLOCK_M - 1) // R + 1, length), BLOCK_N)
+    for step in range(num_prefix + num_own):
+        is_own = step >= num_prefix
+        first = tl.where(is_own, step - num_prefix, step) * BLOCK_N
+        is_key = n < tl.where(is_own, length, prefix_length) - first
+        places = tl.where(is_key, tl.where(is_own, first + n, 0), NEVER)
+        token = tl.where(is_own, start, prefix_start).to(tl.int64) + first
+        key_start, key_mask = (token * K + kv_head) * C, is_key[:, None] & (c[None, :] < C)
+        keys = tl.load(k + key_start + at_key, mask=key_mask, other=0.0)
+        values = tl.load(v + key_start + at_key, mask=key_mask, other=0.0)
+        if UPCAST:
+            keys, values = keys.to(tl.float32), values.to(tl.float32)
+        top, total, sums = attend(rows, keys, values, places, limits, top, total, sums, scale)
+    result = (sums + 0.0) / total[:, None]  # + 0: a -0 becomes the +0 that it is after a tile that adds nothing
+    tl.store(out + row_start + at_row, result.to(out.dtype.element_ty), mask=row_mask)
+    at_stat = stats + stat_offset(start, first_row, kv_head, num_tokens, R) * 2 + m * 2
+    tl.store(at_stat, top, mask=is_row)
+    tl.store(at_stat + 1, total, mask=is_row)
+
+
+@triton.jit(do_not_specialize=["table", "lens", "prefix_index", "order", "starts", "num_blocks", "width"])
+def paged_attention_fwd_kernel(
+    out, prefix_sums, prefix_stats, q, k_cache, v_cache, table, lens, prefix_index, order, starts, num_blocks, width, scale,
+    IS_PREFIX: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr,
+):
+    """One kv head. IS_PREFIX: the rows of some tokens that share a prefix, over its keys; what they come to goes to prefix_sums
+    f32[T, H, C] and prefix_stats f32[T, H, 2]. Else the rows of one token, from there on over its own keys.
+
+    order i64[T] sorts the tokens by prefix; those of prefix b stand at starts[b]..starts[b + 1] in it. There, every
+    (BLOCK_M // R)-th token has a program with work: so no list of tiles, nor its length, has to come from the host.
+    """
+    number, kv_head = tl.program_id(0), tl.program_id(1)
+    m, n, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
+    if IS_PREFIX:
+        reader = tl.load(prefix_index + tl.load(order + number))
+        if (number - tl.load(starts + reader)) % (BLOCK_M // R) != 0:
+            return
+        place = number + m // R
+        is_row = (m < BLOCK_M // R * R) & (place < tl.load(starts + reader + 1))
+        token = tl.load(order + place, mask=is_row, other=0)
+    else:
+        reader = number.to(tl.int64)
+        is_row = m < R
+        token = reader + tl.zeros((BLOCK_M,), tl.int64)
+    row = token * (K * R) + kv_head * R + m % R
+    row_mask = is_row[:, None] & (c[None, :] < C)
+    at_row = row[:, None] * C + c[None, :]
+    rows = tl.load(q + at_row, mask=row_mask, other=0.0)
+    if UPCAST:
+        rows = rows.to(tl.float32)
+    if IS_PREFIX:
+        top = tl.full((BLOCK_M,), LOWEST, tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        sums = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    else:
+        top = tl.load(prefix_stats + row * 2, mask=is_row, other=LOWEST)
+        total = tl.load(prefix_stats + row * 2 + 1, mask=is_row, other=1.0)
+        sums = tl.load(prefix_sums + at_row, mask=row_mask, other=0.0)
+    length = tl.load(lens + reader)
+    limits = tl.zeros((BLOCK_M,), tl.int32)
+    at_key = (n % PAGE)[:, None] * C + c[None, :]
+    for first in range(0, length, BLOCK_N):
+        is_key = first + n < length
+        places = tl.where(is_key, 0, NEVER)
+        block = tl.load(table + reader * width + (first + n) // PAGE, mask=is_key, other=0)
+        key_start, key_mask = (kv_head.to(tl.int64) * num_blocks + block) * (PAGE * C), is_key[:, None] & (c[None, :] < C)
+        keys = tl.load(k_cache + key_start[:, None] + at_key, mask=key_mask, other=0.0)
+        values = tl.load(v_cache + key_start[:, None] + at_key, mask=key_mask, other=0.0)
+        if UPCAST:
+            keys, values = keys.to(tl.float32), values.to(tl.float32)
+        top, total, sums = attend(rows, keys, values, places, limits, top, total, sums, scale)
+    if IS_PREFIX:
+        tl.store(prefix_sums + at_row, sums, mask=row_mask)
+        tl.store(prefix_stats + row * 2, top, mask=is_row)
+        tl.store(prefix_stats + row * 2 + 1, total, mask=is_row)
+    else:
+        result = (sums + 0.0) / total[:, None]
+        tl.store(out + at_row, result.to(out.dtype.element_ty), mask=row_mask)
+
+
+def log2_scale(scale: float) -> float:
+    """Of scores that count in log2. Above 0, so that a masked score stays -inf: at 1e-18 all weights are as equal as at 0."""
+    return max(scale / math.log(2.0), 1e-18)
+
+
+def attention_fwd(
+    out: torch.Tensor, stats: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: torch.Tensor,
+    parts: torch.Tensor, wholes: torch.Tensor, readers: torch.Tensor, merges: torch.Tensor, scale: float,
+) -> None:
+    """stats f32[K, T, H / K, 2]: a row's highest score in log2, and the sum of 2^(score - highest)."""
+    if not len(tiles):
+        return
+    if scale < 0:
+        q, scale = -q, -scale
+    (num_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
+    attention_fwd_kernel[len(tiles), num_kv_heads](
+        out, stats, q, k, v, tiles, num_tokens, log2_scale(scale), K=num_kv_heads, R=num_heads // num_kv_heads, C=head_dim,
+        **forward_config(head_dim, q.dtype), UPCAST=IS_INTERPRETED)
+
+
+def paged_attention(
+    out: torch.Tensor, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, prefix_table: torch.Tensor,
+    prefix_lens: torch.Tensor, prefix_index: torch.Tensor, own_table: torch.Tensor, own_lens: torch.Tensor, order: torch.Tensor,
+    starts: torch.Tensor, scale: float,
+) -> None:
+    if not len(q):
+        return
+    if scale < 0:
+        q, scale = -q, -scale
+    (num_rows, num_heads, head_dim), (num_kv_heads, num_blocks) = q.shape, k_cache.shape[:2]
+    sums = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    stats = torch.empty(num_rows, num_heads, 2, dtype=torch.float32, device=q.device)
+    repeat = num_heads // num_kv_heads
+    config = paged_config(head_dim, q.dtype, repeat, capability(q.device))
+    for is_prefix, table, lens in ((True, prefix_table, prefix_lens), (False, own_table, own_lens)):
+        paged_attention_fwd_kernel[num_rows, num_kv_heads](
+            out, sums, stats, q, k_cache, v_cache, table, lens, prefix_index, order, starts, num_blocks, table.shape[1],
+            log2_scale(scale), IS_PREFIX=is_prefix, K=num_kv_heads, R=repeat, C=head_dim, **config, UPCAST=IS_INTERPRETED)
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """90 for sm_90; 0 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
