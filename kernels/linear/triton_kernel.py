@@ -7,8 +7,8 @@
 A program makes one tile of the result and walks the inner dimension in steps of BLOCK_K, first to last, without atomics. Tile sizes
 follow from the weight's sizes and the dtype, never from the number of rows, and a tile has at least 64 rows whatever their number
 (on sm_90 fewer would compile to another instruction, with another order of sums): so a row's bits do not depend on its batch.
-Only wgrad, whose sum runs over the rows, is cut along them where the weight alone has too few tiles to fill a GPU: into f32 parts by
-the sizes alone, summed in order.
+Only wgrad, whose sum runs over the rows, is cut along them where the weight alone has too few tiles to fill a GPU: into f32 parts,
+by the sizes alone, summed in order.
 
 Flops 2MNK each. A 128 x 256 tile reads 24 KB for each 2.1 MFLOP of a step, 85 flops a byte of L2, and keeps 128 sums a thread in
 registers, so one program of 8 warps an SM; its 4 stages are 192 KB of shared memory. Row tiles go in groups of GROUP_M, which
@@ -43,16 +43,15 @@ def grouped_tile(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def product_tile(
-    a, b, m, n, M, N, first, last, stride_am, stride_ak, stride_bk, stride_bn,
+    total, a, b, m, n, M, N, first, last, stride_am, stride_ak, stride_bk, stride_bn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    """f32[BLOCK_M, BLOCK_N] = a[m, first:last] @ b[first:last, n], 0 where m or n (both i64) leave the matrix; summed in order.
+    """f32[BLOCK_M, BLOCK_N] = total + a[m, first:last] @ b[first:last, n], summed in order; m and n are i64 and may leave it.
     EVEN_K: last - first is a multiple of BLOCK_K."""
     k = first + tl.arange(0, BLOCK_K).to(tl.int64)
     a_tile = a + m[:, None] * stride_am + k[None, :] * stride_ak
     b_tile = b + k[:, None] * stride_bk + n[None, :] * stride_bn
     is_row, is_column = m[:, None] < M, n[None, :] < N
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, last, BLOCK_K):
         if EVEN_K:
             x = tl.load(a_tile, mask=is_row, other=0.0)
@@ -69,24 +68,40 @@ def product_tile(
     return total
 
 
+@triton.jit
+def halves(x):
+    """[M, N] -> its left and its right half."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def add_and_store(c, addend, total, m, row, first, M, N):
+    column = tl.arange(0, total.shape[1])
+    place = (row + first)[:, None] + column[None, :]
+    inside = (m[:, None] < M) & (column[None, :] < N - first)
+    tl.store(c + place, (total + tl.load(addend + place, mask=inside, other=0.0)).to(c.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
     a, b, c, addend, M, N, K, cut, stride_am, stride_ak, stride_bk, stride_bn, stride_cm,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr, HAS_ADDEND: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    """c[i] [M, N] = a [M, K] @ b [K, N] (+ addend) over the i-th `cut` of K, each by its strides; in f32, rounded once to c's dtype."""
+    """c[i] [M, N] = a [M, K] @ b [K, N] (+ addend) over the i-th `cut` of K, by their strides; in f32, rounded once to c's."""
     tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # 64 bits: M * K may pass 2^31
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.program_id(1)
-    total = product_tile(a, b, m, n, M, N, part * cut, tl.minimum(part * cut + cut, K), stride_am, stride_ak, stride_bk, stride_bn,
-                         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST)
-    place = (part.to(tl.int64) * M + m[:, None]) * stride_cm + n[None, :]
-    inside = (m[:, None] < M) & (n[None, :] < N)
-    if HAS_ADDEND:
-        total += tl.load(addend + place, mask=inside, other=0.0)
-    tl.store(c + place, total.to(c.dtype.element_ty), mask=inside)
+    total = product_tile(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), a, b, m, n, M, N, part * cut, tl.minimum(part * cut + cut, K),
+                         stride_am, stride_ak, stride_bk, stride_bn, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST)
+    row = (part.to(tl.int64) * M + m) * stride_cm
+    if HAS_ADDEND:  # the tile in parts, so that the addend needs few registers
+        left, right = halves(total)
+        add_and_store(c, addend, left, m, row, tile_n * BLOCK_N, M, N)
+        add_and_store(c, addend, right, m, row, tile_n * BLOCK_N + BLOCK_N // 2, M, N)
+    else:
+        tl.store(c + row[:, None] + n[None, :], total.to(c.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
 
 def config(dtype: torch.dtype, columns: int, inner: int) -> dict[str, int]:
@@ -152,15 +167,21 @@ def compiles() -> list[Compile]:
                 ("linear_fwd", ("stride_ak", "stride_bk"), n, k, dtype), ("linear_dgrad", ("stride_ak", "stride_bn"), k, n, dtype),
                 ("linear_wgrad", ("stride_am", "stride_bn"), k, n, torch.float32),
             ):
-                chosen = config(dtype, columns, inner)
-                # wgrad's inner size is the number of rows, which is what it is.
-                options = chosen | {"EVEN_K": name != "linear_wgrad" and inner % chosen["BLOCK_K"] == 0,
-                                    "HAS_ADDEND": False, "UPCAST": False}
-                arguments: dict[str, Any] = {"a": pointer(dtype), "b": pointer(dtype), "c": pointer(out), "addend": pointer(out)}
-                arguments |= dict.fromkeys(("M", "N", "K", "cut"), "i32")
-                arguments |= dict.fromkeys(("stride_am", "stride_ak", "stride_bk", "stride_bn", "stride_cm"), "i32")
-                arguments |= dict.fromkeys(ones, 1)
-                form = f"{name} {chosen['BLOCK_M']}x{chosen['BLOCK_N']}{' even' if options['EVEN_K'] else ''}"
-                found[f"{form} {dtype}"] = Compile(form, dtype, gemm_kernel, arguments, options, is_matrix_product=True,
-                                                    may_spill=dtype == torch.bfloat16)  # some bytes on sm_80 and sm_100
+                for has_addend in (False, True)[: 1 + (name != "linear_fwd" and n >= 1024)]:
+                    what = form(name, dtype, config(dtype, columns, inner), inner, ones, out, has_addend)
+                    found[f"{what.name} {dtype}"] = what
     return list(found.values())
+
+
+def form(
+    name: str, dtype: torch.dtype, chosen: dict[str, int], inner: int, ones: tuple[str, ...], out: torch.dtype, has_addend: bool
+) -> Compile:
+    # wgrad's inner size is the number of rows, which is what it is.
+    options = chosen | {"EVEN_K": name != "linear_wgrad" and inner % chosen["BLOCK_K"] == 0, "HAS_ADDEND": has_addend,
+                        "UPCAST": False}
+    arguments: dict[str, Any] = {"a": pointer(dtype), "b": pointer(dtype), "c": pointer(out), "addend": pointer(torch.float32)}
+    arguments |= dict.fromkeys(("M", "N", "K", "cut"), "i32")
+    arguments |= dict.fromkeys(("stride_am", "stride_ak", "stride_bk", "stride_bn", "stride_cm"), "i32")
+    name += f" {chosen['BLOCK_M']}x{chosen['BLOCK_N']}{' even' if options['EVEN_K'] else ''}{' addend' if has_addend else ''}"
+    return Compile(name, dtype, gemm_kernel, arguments | dict.fromkeys(ones, 1), options, is_matrix_product=True,
+                   may_spill=dtype == torch.bfloat16)  # some bytes on sm_80 and sm_100

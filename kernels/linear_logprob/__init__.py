@@ -9,8 +9,8 @@ hidden's dtype, or an f32 master that is rounded to it where it is used; dhidden
 summed in f32.
 
 Saved for backward: hidden, weight, target_ids, and 12N bytes (largest logit, log of the sum, entropy): the backward computes the
-logits again, a chunk of the vocabulary at a time, and rounds their gradient to hidden's dtype for its two products. By Triton in bf16
-also softmax(z), 2NV bytes, where it fits SOFTMAX_BYTES (function.py); by the reference z and softmax(z), 8NV bytes.
+logits again, a chunk of the vocabulary at a time, and rounds their gradient to hidden's dtype for its two products. By Triton in
+bf16 also softmax(z), 2NV bytes, where it fits SOFTMAX_BYTES (function.py); by the reference z and softmax(z), 8NV bytes.
 Flops: 2NDV forward, 6NDV backward, 4NDV with the softmax at hand. By Triton a row whose target is no token gets a logprob of NaN,
 since a device cannot raise; natively that is an error. impl="torch" is the reference with torch's own GEMM as it is, fast and bound
 to the batch.
@@ -34,8 +34,9 @@ __all__ = ["OP", "linear_logprob", "make_inputs"]
 triton_ops.register("linear_logprob", {
     "linear_logprob_fwd": "(Tensor(a!) logprob, Tensor(b!) entropy, Tensor(c!) stats, Tensor(d!) softmax, Tensor(e!) tops, "
                           "Tensor hidden, Tensor weight, Tensor target_ids, float temperature) -> ()",
-    "linear_logprob_bwd": "(Tensor(a!) dhidden, Tensor(b!) dweight, Tensor dlogprob, Tensor dentropy, Tensor hidden, Tensor weight, "
-                          "Tensor target_ids, Tensor stats, Tensor entropy, Tensor softmax, Tensor tops, float temperature) -> ()"})
+    "linear_logprob_bwd": "(Tensor(a!) dhidden, Tensor(b!) dweight, Tensor dlogprob, Tensor dentropy, Tensor hidden, "
+                          "Tensor weight, Tensor target_ids, Tensor stats, Tensor entropy, Tensor softmax, Tensor tops, "
+                          "float temperature) -> ()"})
 OP = Op("linear_logprob", (
     Implementation("native", linear_logprob_by(OPS), cpu_why_not, DTYPES),
     Implementation("triton", linear_logprob_by(triton_ops.OPS, kept_softmax), triton_ops.why_not, triton_ops.DTYPES),

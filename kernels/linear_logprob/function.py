@@ -1,7 +1,7 @@
 """`linear_logprob` as an autograd.Function over two ops that write their results: forward, and the two gradients of it.
 
-The native ops (csrc/linear_logprob) compute the logits anew in the backward pass. Triton's may keep softmax(z) instead, in bf16, and
-spare it the third product: 6NDV flops in all instead of 8NDV, where all of it fits SOFTMAX_BYTES.
+The native ops (csrc/linear_logprob) compute the logits anew in the backward pass. Triton's may keep softmax(z) instead, in bf16,
+and spare it the third product: 6NDV flops in all instead of 8NDV, where all of it fits SOFTMAX_BYTES.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 SOFTMAX_BYTES = 2 << 30
-"""The memory budget of a kept softmax, bf16[N, V]; a larger one is computed again. What the forward returns is the same to the bit."""
+"""The memory budget of a kept softmax, bf16[N, V]; a larger one is computed again. The forward's results have the same bits."""
 SOFTMAX_TILE = 256
 """Tokens of the vocabulary that share a row's largest logit in a kept softmax: a tile of the Triton kernel's."""
 
