@@ -58,7 +58,7 @@ def grpo_loss(
         surrogate   clip        -min(ratio A, clip(ratio) A); with dual_clip c, where A < 0: at most -c A
                                 PPO arXiv:1707.06347 eq. 7, GRPO arXiv:2402.03300 eq. 3, DAPO arXiv:2503.14476 eq. 8,
                                 GSPO arXiv:2507.18071 eq. 5 and 7, dual clip arXiv:1912.09729; two-sided clip,
-                                arXiv:2505.07291 section 3.4, is dual clip with c = its delta above 1 + clip_high
+                                arXiv:2505.07291, is dual clip with c = its delta above 1 + clip_high
                     cispo       -stop_gradient(clip(ratio)) A logprob           MiniMax-M1 arXiv:2506.13585 eq. 4 and 5
                     reinforce   -A logprob                                      RLOO arXiv:2402.14740
         kl          k1 -d, k2 d^2 / 2, k3 exp(d) - 1 - d, with d = ref_logprob - logprob (Schulman 2020): a plain loss
@@ -75,8 +75,8 @@ def grpo_loss(
 
     Arguments: logprobs, old_logprobs, advantages and the optional rollout_logprobs, ref_logprobs, entropy f32[N] (or
     all f64[N]), in nats; sequence_index i32|i64[N], ascending in 0..num_sequences-1 (its values are checked on the CPU
-    only: elsewhere the check would wait for the device, and the Triton kernel makes the loss NaN); total_loss_tokens, total_sequences: over all microbatches and
-    all ranks.
+    only: elsewhere the check would wait for the device, and the Triton kernel makes the loss NaN); total_loss_tokens,
+    total_sequences: over all microbatches and all ranks.
     Returns: loss f32[], and detached metrics, f32[] each, for `merge_metrics` and `finish_metrics` (see metrics.py).
     Raises ValueError on shapes, dtypes, and inputs that `spec` needs and did not get.
     Differentiable in logprobs and entropy; all else is constant. Computed in the dtype of logprobs. Log ratios above 20
