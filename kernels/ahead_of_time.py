@@ -30,7 +30,7 @@ ASYNC_COPY = r"cp\.async"
 
 def pointer(dtype: torch.dtype) -> str:
     """A tensor argument, in Triton's words."""
-    return "*" + {"f32": "fp32", "f16": "fp16"}.get(SHORT[dtype], SHORT[dtype])
+    return "*" + {"f32": "fp32", "f16": "fp16", "f64": "fp64"}.get(SHORT[dtype], SHORT[dtype])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """group_advantage: how much better than its group each completion did (step 4: rewards in, advantages out).
 
-Siblings: `kernels/group_advantage/reference.py` (the specification), `tests/kernels/test_group_advantage.py`;
-a kernel would live in `csrc/group_advantage/`, its timing in `bench/group_advantage.py`.
+Siblings: `kernels/group_advantage/reference.py` (the specification), `triton_kernel.py` beside it,
+`tests/kernels/test_group_advantage.py`.
 Left out: who takes part in the update (`reason_rl/rl/advantages.py`), and anything per token.
 """
 
@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
+from kernels import triton_ops
 from kernels.checks import check
 from kernels.dispatch import Implementation, Op
 from kernels.group_advantage.reference import group_advantage_reference, make_inputs
@@ -20,7 +21,20 @@ __all__ = ["OP", "AdvantageKind", "group_advantage", "make_inputs"]
 AdvantageKind = Literal["std", "mean", "leave_one_out", "batch_std"]
 FLOATS = (torch.float32, torch.float64)
 
-OP = Op("group_advantage", (Implementation("reference", group_advantage_reference),))
+triton_ops.register("group_advantage", {
+    "group_advantage": "(Tensor(a!) advantages, Tensor(b!) has_signal, Tensor rewards, Tensor mask, str kind, float eps) -> ()"})
+
+
+def group_advantage_triton(rewards: torch.Tensor, mask: torch.Tensor, kind: str, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    advantages = torch.empty_like(rewards, memory_format=torch.contiguous_format)
+    has_signal = torch.empty(mask.shape[0], dtype=torch.bool, device=mask.device)
+    triton_ops.OPS.group_advantage(advantages, has_signal, rewards.contiguous(), mask.contiguous(), kind, eps)
+    return advantages, has_signal
+
+
+OP = Op("group_advantage", (
+    Implementation("triton", group_advantage_triton, triton_ops.why_not, FLOATS),
+    Implementation("reference", group_advantage_reference)))
 
 
 def group_advantage(

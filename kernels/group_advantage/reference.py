@@ -14,7 +14,7 @@ def group_advantage_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """rewards f32|f64[B, G], mask bool[B, G] -> (advantages like rewards, has_signal bool[B])"""
     r = rewards.double().where(mask, 0.0)  # `where`, not a product: a masked reward may be NaN
-    n = mask.sum(1, keepdim=True)  # [B, 1]
+    n = mask.sum(1, keepdim=True).double()  # [B, 1]; the quotient of two integers would be an f32
     highest = r.masked_fill(~mask, -torch.inf).amax(1)
     lowest = r.masked_fill(~mask, torch.inf).amin(1)
     has_signal = highest > lowest  # [B]; false where n is 0 (-inf > inf) or 1

@@ -2,7 +2,8 @@
 
 Siblings: `kernels/grpo_loss/spec.py` (the choices), `kernels/grpo_loss/reference.py` (the specification),
 `kernels/grpo_loss/metrics.py` (merging and finishing the metrics), `tests/kernels/test_grpo_loss.py`; each algorithm is
-held to its paper in `tests/reason_rl/test_algorithms.py`. The native kernel: `kernels/grpo_loss/native.py`, `csrc/grpo_loss/`.
+held to its paper in `tests/reason_rl/test_algorithms.py`. The kernels: `kernels/grpo_loss/function.py` and behind it
+`triton_kernel.py` there and `csrc/grpo_loss/`.
 Left out: logprobs and entropy from hidden states (`kernels/linear_logprob`), advantages (`kernels/group_advantage`).
 """
 
@@ -10,18 +11,24 @@ from __future__ import annotations
 
 import torch
 
+from kernels import triton_ops
 from kernels.checks import check
 from kernels.dispatch import Implementation, Op
+from kernels.grpo_loss.function import grpo_loss_by
 from kernels.grpo_loss.metrics import finish_metrics, merge_metrics
-from kernels.grpo_loss.native import grpo_loss_native
 from kernels.grpo_loss.reference import grpo_loss_reference, make_inputs
 from kernels.grpo_loss.spec import LossSpec
-from kernels.native import cpu_why_not
+from kernels.native import OPS, cpu_why_not
 
 __all__ = ["OP", "LossSpec", "finish_metrics", "grpo_loss", "make_inputs", "merge_metrics"]
 
+triton_ops.register("grpo_loss", {
+    "grpo_loss": "(Tensor(a!) loss, Tensor(b!) metrics, Tensor(c!) dlogprobs, Tensor(d!) dentropy, Tensor logprobs, "
+                 "Tensor old_logprobs, Tensor advantages, Tensor sequence_index, Tensor? rollout_logprobs, Tensor? ref_logprobs, "
+                 "Tensor? entropy, int[] choices, int[] counts, float[] numbers) -> ()"})
 OP = Op("grpo_loss", (
-    Implementation("native", grpo_loss_native, cpu_why_not, (torch.float32,)),
+    Implementation("native", grpo_loss_by(OPS), cpu_why_not, (torch.float32,)),
+    Implementation("triton", grpo_loss_by(triton_ops.OPS), triton_ops.why_not, (torch.float32,)),
     Implementation("reference", grpo_loss_reference)))
 
 
@@ -50,7 +57,8 @@ def grpo_loss(
 
         surrogate   clip        -min(ratio A, clip(ratio) A); with dual_clip c, where A < 0: at most -c A
                                 PPO arXiv:1707.06347 eq. 7, GRPO arXiv:2402.03300 eq. 3, DAPO arXiv:2503.14476 eq. 8,
-                                GSPO arXiv:2507.18071 eq. 5 and 7, dual clip arXiv:1912.09729
+                                GSPO arXiv:2507.18071 eq. 5 and 7, dual clip arXiv:1912.09729; two-sided clip,
+                                arXiv:2505.07291, is dual clip with c = its delta above 1 + clip_high
                     cispo       -stop_gradient(clip(ratio)) A logprob           MiniMax-M1 arXiv:2506.13585 eq. 4 and 5
                     reinforce   -A logprob                                      RLOO arXiv:2402.14740
         kl          k1 -d, k2 d^2 / 2, k3 exp(d) - 1 - d, with d = ref_logprob - logprob (Schulman 2020): a plain loss
@@ -67,8 +75,8 @@ def grpo_loss(
 
     Arguments: logprobs, old_logprobs, advantages and the optional rollout_logprobs, ref_logprobs, entropy f32[N] (or
     all f64[N]), in nats; sequence_index i32|i64[N], ascending in 0..num_sequences-1 (its values are checked on the CPU
-    only: elsewhere the check would wait for the device); total_loss_tokens, total_sequences: over all microbatches and
-    all ranks.
+    only: elsewhere the check would wait for the device, and the Triton kernel makes the loss NaN); total_loss_tokens,
+    total_sequences: over all microbatches and all ranks.
     Returns: loss f32[], and detached metrics, f32[] each, for `merge_metrics` and `finish_metrics` (see metrics.py).
     Raises ValueError on shapes, dtypes, and inputs that `spec` needs and did not get.
     Differentiable in logprobs and entropy; all else is constant. Computed in the dtype of logprobs. Log ratios above 20

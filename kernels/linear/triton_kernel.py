@@ -4,9 +4,15 @@
     dgrad  dx [M, K] = dy   [M, N] @ weight   [N, K]
     wgrad  dw [N, K] = dy^T [N, M] @ x        [M, K]
 
-A program makes one tile of the result and walks the inner dimension in steps of BLOCK_K, first to last: no split, no atomics. Tile
-sizes follow from the inner size and the dtype, never from the number of rows, and a tile has at least 64 rows whatever their number
+A program makes one tile of the result and walks the inner dimension in steps of BLOCK_K, first to last, without atomics. Tile sizes
+follow from the weight's sizes and the dtype, never from the number of rows, and a tile has at least 64 rows whatever their number
 (on sm_90 fewer would compile to another instruction, with another order of sums): so a row's bits do not depend on its batch.
+Only wgrad, whose sum runs over the rows, is cut along them where the weight alone has too few tiles to fill a GPU: into f32 parts,
+by the sizes alone, summed in order.
+
+Flops 2MNK each. A 128 x 256 tile reads 24 KB for each 2.1 MFLOP of a step, 85 flops a byte of L2, and keeps 128 sums a thread in
+registers, so one program of 8 warps an SM; its 4 stages are 192 KB of shared memory. Row tiles go in groups of GROUP_M, which
+share weight tiles in L2. Narrow weights get narrow tiles: more programs, and few columns that are thrown away.
 """
 
 from __future__ import annotations
@@ -20,79 +26,162 @@ import triton.language as tl
 from kernels.ahead_of_time import Compile, pointer
 from kernels.triton_ops import DTYPES, IS_INTERPRETED
 
-GROUP_M = 8
-"""Row tiles that share a column of weight tiles while it is in L2."""
+PROGRAMS = 256
+"""What wgrad cuts its rows for: about two for each SM of a large GPU."""
+MIN_ROWS = 512
+"""Rows of a cut at least, so that its part pays for being written and summed."""
+
+
+@triton.jit
+def grouped_tile(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """-> the program's (row tile, column tile): columns run within groups of GROUP_M row tiles, which share them in L2."""
+    group = program // (GROUP_M * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    within = program % (GROUP_M * tiles_n)
+    return group * GROUP_M + within % height, within // height
+
+
+@triton.jit
+def product_tile(
+    total, a, b, m, n, M, N, first, last, stride_am, stride_ak, stride_bk, stride_bn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr,
+):
+    """f32[BLOCK_M, BLOCK_N] = total + a[m, first:last] @ b[first:last, n], summed in order; m and n are i64 and may leave it.
+    EVEN_K: last - first is a multiple of BLOCK_K."""
+    k = first + tl.arange(0, BLOCK_K).to(tl.int64)
+    a_tile = a + m[:, None] * stride_am + k[None, :] * stride_ak
+    b_tile = b + k[:, None] * stride_bk + n[None, :] * stride_bn
+    is_row, is_column = m[:, None] < M, n[None, :] < N
+    for start in range(first, last, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(a_tile, mask=is_row, other=0.0)
+            y = tl.load(b_tile, mask=is_column, other=0.0)
+        else:
+            left = tl.arange(0, BLOCK_K) < last - start
+            x = tl.load(a_tile, mask=is_row & left[None, :], other=0.0)
+            y = tl.load(b_tile, mask=is_column & left[:, None], other=0.0)
+        if UPCAST:  # the interpreter cannot multiply bf16
+            x, y = x.to(tl.float32), y.to(tl.float32)
+        total = tl.dot(x, y, total, input_precision="ieee")
+        a_tile += BLOCK_K * stride_ak
+        b_tile += BLOCK_K * stride_bk
+    return total
+
+
+@triton.jit
+def halves(x):
+    """[M, N] -> its left and its right half."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def add_and_store(c, addend, total, m, row, first, M, N):
+    column = tl.arange(0, total.shape[1])
+    place = (row + first)[:, None] + column[None, :]
+    inside = (m[:, None] < M) & (column[None, :] < N - first)
+    tl.store(c + place, (total + tl.load(addend + place, mask=inside, other=0.0)).to(c.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
-    a, b, c, M, N, K, stride_am, stride_ak, stride_bk, stride_bn, stride_cm,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, UPCAST: tl.constexpr,
+    a, b, c, addend, M, N, K, cut, stride_am, stride_ak, stride_bk, stride_bn, stride_cm,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr, HAS_ADDEND: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    """c [M, N] = a [M, K] @ b [K, N], each by its strides; summed in f32, rounded once to c's dtype."""
-    tile = tl.program_id(0)
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    group = tile // (GROUP_M * tiles_n)
-    first_m = group * GROUP_M
-    height = tl.minimum(tiles_m - first_m, GROUP_M)
-    tile_m = first_m + tile % (GROUP_M * tiles_n) % height
-    tile_n = tile % (GROUP_M * tiles_n) // height
+    """c[i] [M, N] = a [M, K] @ b [K, N] (+ addend) over the i-th `cut` of K, by their strides; in f32, rounded once to c's."""
+    tile_m, tile_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # 64 bits: M * K may pass 2^31
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    a_rows = a + m[:, None] * stride_am
-    b_columns = b + n[None, :] * stride_bn
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K).to(tl.int64)
-        a_tile = tl.load(a_rows + k[None, :] * stride_ak, mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)
-        b_tile = tl.load(b_columns + k[:, None] * stride_bk, mask=(n[None, :] < N) & (k[:, None] < K), other=0.0)
-        if UPCAST:  # the interpreter cannot multiply bf16
-            a_tile, b_tile = a_tile.to(tl.float32), b_tile.to(tl.float32)
-        total = tl.dot(a_tile, b_tile, total, input_precision="ieee")
-    tl.store(c + m[:, None] * stride_cm + n[None, :], total.to(c.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+    part = tl.program_id(1)
+    total = product_tile(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), a, b, m, n, M, N, part * cut, tl.minimum(part * cut + cut, K),
+                         stride_am, stride_ak, stride_bk, stride_bn, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, UPCAST)
+    row = (part.to(tl.int64) * M + m) * stride_cm
+    if HAS_ADDEND:  # the tile in parts, so that the addend needs few registers
+        left, right = halves(total)
+        add_and_store(c, addend, left, m, row, tile_n * BLOCK_N, M, N)
+        add_and_store(c, addend, right, m, row, tile_n * BLOCK_N + BLOCK_N // 2, M, N)
+    else:
+        tl.store(c + row[:, None] + n[None, :], total.to(c.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
 
-def config(dtype: torch.dtype) -> dict[str, int]:
-    """Tile and launch of one product, by the operands' dtype alone."""
+def config(dtype: torch.dtype, columns: int, inner: int) -> dict[str, int]:
+    """Tile and launch of a product with so many columns, each a sum of `inner` terms: by the weight's sizes alone."""
     if dtype == torch.bfloat16:
-        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": GROUP_M, "num_warps": 8, "num_stages": 4}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": GROUP_M, "num_warps": 4, "num_stages": 3}
+        if columns >= 2048 and inner >= 1024:
+            block_n, num_warps = 256, 8
+        else:
+            block_n, num_warps = (128, 8) if columns >= 512 else (64, 4)
+        return {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": num_warps, "num_stages": 4}
+    if columns > 32:
+        block_n, num_warps = (128, 8) if columns > 64 else (64, 4)
+        return {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": 16, "GROUP_M": 8, "num_warps": num_warps, "num_stages": 3}
+    return {"BLOCK_M": 64, "BLOCK_N": 32 if columns > 16 else 16, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 4, "num_stages": 3}
 
 
-def gemm(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """c [M, N] contiguous = a [M, K] @ b [K, N], views of any strides, of one dtype."""
+def gemm(
+    c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, chosen: dict[str, int], addend: torch.Tensor | None = None, cut: int = 0
+) -> None:
+    """c [M, N] = a [M, K] @ b [K, N] (+ addend, f32 laid out as c): views of any strides, of one dtype. With a cut of K, a multiple
+    of BLOCK_K, c is [ceil(K / cut), M, N]."""
     (m, k), n = a.shape, b.shape[1]
     if not m or not n:
         return
-    chosen = config(a.dtype)
-    grid = (triton.cdiv(m, chosen["BLOCK_M"]) * triton.cdiv(n, chosen["BLOCK_N"]),)
-    gemm_kernel[grid](a, b, c, m, n, k, *a.stride(), *b.stride(), c.stride(0), **chosen, UPCAST=IS_INTERPRETED)
+    grid = (triton.cdiv(m, chosen["BLOCK_M"]) * triton.cdiv(n, chosen["BLOCK_N"]), triton.cdiv(k, cut) if cut else 1)
+    gemm_kernel[grid](
+        a, b, c, c if addend is None else addend, m, n, k, cut or k, *a.stride(), *b.stride(), c.stride(-2), **chosen,
+        EVEN_K=k % chosen["BLOCK_K"] == 0, HAS_ADDEND=addend is not None, UPCAST=IS_INTERPRETED)
 
 
 def linear_fwd(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    gemm(y, x, weight.to(x.dtype).T)
+    gemm(y, x, weight.to(x.dtype).T, config(x.dtype, *weight.shape))
 
 
-def linear_dgrad(dx: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor) -> None:
-    gemm(dx, dy, weight.to(dy.dtype))
+def linear_dgrad(dx: torch.Tensor, dy: torch.Tensor, weight: torch.Tensor, addend: torch.Tensor | None = None) -> None:
+    gemm(dx, dy, weight.to(dy.dtype), config(dy.dtype, *weight.shape[::-1]), addend)
 
 
-def linear_wgrad(dweight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
-    gemm(dweight, dy.T, x)
+def linear_wgrad(dweight: torch.Tensor, dy: torch.Tensor, x: torch.Tensor, addend: torch.Tensor | None = None) -> None:
+    (num_rows, n), k = dy.shape, x.shape[1]
+    chosen = config(dy.dtype, k, n)
+    tiles = triton.cdiv(n, chosen["BLOCK_M"]) * triton.cdiv(k, chosen["BLOCK_N"])
+    num_parts = min(PROGRAMS // max(tiles, 1), num_rows // MIN_ROWS)
+    if num_parts < 2:
+        return gemm(dweight, dy.T, x, chosen, addend)
+    cut = triton.cdiv(triton.cdiv(num_rows, num_parts), chosen["BLOCK_K"]) * chosen["BLOCK_K"]
+    parts = dweight.new_empty(triton.cdiv(num_rows, cut), n, k)
+    gemm(parts, dy.T, x, chosen, cut=cut)
+    dweight.copy_(parts.sum(0) if addend is None else addend + parts.sum(0))
+
+
+# (N, K) of weights whose forms are compiled: the default model's router, qkv and experts, then wide ones.
+SIZES = ((8, 128), (64, 128), (192, 128), (128, 96), (1024, 2048), (4096, 4096))
 
 
 def compiles() -> list[Compile]:
     """The kernel in each form that the launchers use it."""
-    found = []
+    found: dict[str, Compile] = {}
     for dtype in DTYPES:
-        # By launcher: which strides are 1, and the result's dtype.
-        for name, ones, out in (
-            ("linear_fwd", ("stride_ak", "stride_bk"), dtype), ("linear_dgrad", ("stride_ak", "stride_bn"), dtype),
-            ("linear_wgrad", ("stride_am", "stride_bn"), torch.float32),
-        ):
-            strides = dict.fromkeys(("stride_am", "stride_ak", "stride_bk", "stride_bn", "stride_cm"), "i32")
-            arguments: dict[str, Any] = {
-                "a": pointer(dtype), "b": pointer(dtype), "c": pointer(out), "M": "i32", "N": "i32", "K": "i32", **strides}
-            arguments |= dict.fromkeys(ones, 1)
-            found.append(Compile(name, dtype, gemm_kernel, arguments, config(dtype) | {"UPCAST": False}, is_matrix_product=True))
-    return found
+        for n, k in SIZES:
+            # By launcher: which strides are 1, columns and inner size, and the result's dtype.
+            for name, ones, columns, inner, out in (
+                ("linear_fwd", ("stride_ak", "stride_bk"), n, k, dtype), ("linear_dgrad", ("stride_ak", "stride_bn"), k, n, dtype),
+                ("linear_wgrad", ("stride_am", "stride_bn"), k, n, torch.float32),
+            ):
+                for has_addend in (False, True)[: 1 + (name != "linear_fwd" and n >= 1024)]:
+                    what = form(name, dtype, config(dtype, columns, inner), inner, ones, out, has_addend)
+                    found[f"{what.name} {dtype}"] = what
+    return list(found.values())
+
+
+def form(
+    name: str, dtype: torch.dtype, chosen: dict[str, int], inner: int, ones: tuple[str, ...], out: torch.dtype, has_addend: bool
+) -> Compile:
+    # wgrad's inner size is the number of rows, which is what it is.
+    options = chosen | {"EVEN_K": name != "linear_wgrad" and inner % chosen["BLOCK_K"] == 0, "HAS_ADDEND": has_addend,
+                        "UPCAST": False}
+    arguments: dict[str, Any] = {"a": pointer(dtype), "b": pointer(dtype), "c": pointer(out), "addend": pointer(torch.float32)}
+    arguments |= dict.fromkeys(("M", "N", "K", "cut"), "i32")
+    arguments |= dict.fromkeys(("stride_am", "stride_ak", "stride_bk", "stride_bn", "stride_cm"), "i32")
+    name += f" {chosen['BLOCK_M']}x{chosen['BLOCK_N']}{' even' if options['EVEN_K'] else ''}{' addend' if has_addend else ''}"
+    return Compile(name, dtype, gemm_kernel, arguments | dict.fromkeys(ones, 1), options, is_matrix_product=True,
+                   may_spill=dtype == torch.bfloat16)  # some bytes on sm_80 and sm_100

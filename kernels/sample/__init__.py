@@ -6,28 +6,35 @@
     kept_logmass = log sum of softmax(z) over the kept v; the truncated policy's logprob is logprob - kept_logmass
 
 The noise is counter-based (philox.py): keyed by (keys[r], positions[r], v), so that a row draws the same token in any
-batch. temperature = 0 is greedy (ties by index), with the logprob at temperature 1. NaN or infinite logits raise.
+batch. temperature = 0 is greedy (ties by index), with the logprob at temperature 1. NaN or infinite logits raise; but Triton on a
+GPU does not wait to see them: such a row's token is -1, and whoever reads the tokens calls `check_tokens`.
 Flops: 2RDV; bytes: VD * itemsize for small R. Not differentiable.
-The native kernel takes the likeliest tokens off a heap, and the noise in f32 with a known error first: the f64 logs are left to the
-few tokens that can still win. Its token can differ from the reference's where their logits differ in a last bit.
-Siblings: reference.py, philox.py and native.py here, csrc/sample/, tests/kernels/test_sample.py.
+The native kernel takes the likeliest tokens off a heap, Triton's finds where they end in histograms; both take the noise in f32,
+with a known error, first: the f64 logs are left to the few tokens that can still win. Their token can differ from the reference's
+where logits differ in a last bit, or where two scores do.
+Siblings: reference.py, philox.py, function.py and triton_*.py here, csrc/sample/, tests/kernels/test_sample.py.
 """
 
 from __future__ import annotations
 
 import torch
 
+from kernels import triton_ops
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
-from kernels.native import DTYPES, cpu_why_not, cuda_why_not
+from kernels.native import DTYPES, OPS, cpu_why_not, cuda_why_not
 from kernels.sample.cuda import sample_cuda
-from kernels.sample.native import sample_native
+from kernels.sample.function import check_tokens, sample_by
 from kernels.sample.reference import make_inputs, sample_reference
 
-__all__ = ["make_inputs", "sample"]
+__all__ = ["check_tokens", "make_inputs", "sample"]
 
+triton_ops.register("sample", {
+    "sample": "(Tensor(a!) token, Tensor(b!) logprob, Tensor(c!) kept_logmass, Tensor hidden, Tensor weight, Tensor keys, "
+              "Tensor positions, float temperature, int top_k, float top_p, float min_p) -> ()"})
 OP = Op("sample", (
-    Implementation("native", sample_native, cpu_why_not, DTYPES),
+    Implementation("native", sample_by(OPS), cpu_why_not, DTYPES),
+    Implementation("triton", sample_by(triton_ops.OPS), triton_ops.why_not, triton_ops.DTYPES),
     Implementation("cuda", sample_cuda, cuda_why_not, DTYPES, is_automatic=False),
     Implementation("reference", sample_reference)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from kernels.native import OPS
+from kernels.sample.function import BROKEN
 
 CHUNK_BYTES = 1 << 28
 
@@ -37,6 +38,5 @@ def sample_cuda(
                 token[chunk], logprob[chunk], kept_logmass[chunk], is_broken[chunk], logits_of(hidden[chunk], weight),
                 keys[chunk], positions[chunk], temperature, top_k, top_p, min_p, stream)
     if is_broken.any():
-        raise ValueError(f"sample: the logits of row {int(is_broken.nonzero()[0])} hold NaN or inf; "
-                         "the weights or the hidden states are broken")
+        raise ValueError(BROKEN.format(int(is_broken.nonzero()[0])))
     return token, logprob, kept_logmass

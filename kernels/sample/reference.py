@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels.linear_logprob.reference import row_sum, scaled_logits
+from kernels.sample.function import BROKEN
 from kernels.sample.philox import gumbel
 
 
@@ -35,8 +36,7 @@ def sample_reference(
     logits, log_sum = scaled_logits(hidden, weight, temperature or 1.0)
     finite = torch.isfinite(logits).all(-1)
     if not finite.all():
-        row = int((~finite).nonzero()[0])
-        raise ValueError(f"sample: the logits of row {row} hold NaN or inf; the weights or the hidden states are broken")
+        raise ValueError(BROKEN.format(int((~finite).nonzero()[0])))
     kept_logmass = torch.zeros_like(log_sum)
     scores = logits
     if temperature and (top_k or top_p < 1 or min_p > 0):

@@ -18,7 +18,7 @@ import torch
 from kernels.attention import BLOCK_SIZE, plan_pages
 from kernels.decode import DecodeBatch, DecodeModel, LayerWeights, cpu_why_not, decode, pack_layer, pack_weight
 from kernels.native import DTYPES
-from kernels.sample import sample
+from kernels.sample import check_tokens, sample
 from reason_rl.engine.cache import DecodeAttend, KVCache
 from reason_rl.engine.graphs import StepGraphs
 from reason_rl.engine.scheduler import Prompt, Sequence, num_blocks_for
@@ -39,6 +39,7 @@ class Drawn(NamedTuple):
 def one_each(tokens: torch.Tensor, logprobs: torch.Tensor, kept_logmass: torch.Tensor, routes: torch.Tensor | None = None) -> Drawn:
     """[R] each, routes i32[R, L, k] -> one token for each of R sequences."""
     drawn, logprob, kept_mass = ([[value] for value in column.tolist()] for column in (tokens, logprobs, kept_logmass))
+    check_tokens([token for [token] in drawn])
     kept: list[list[torch.Tensor]] = [[]] * len(tokens)
     if routes is not None:  # copied: a graph writes them again
         kept = [[row[None]] for row in routes.to("cpu", copy=True).unbind(0)]

@@ -1,4 +1,4 @@
-"""Logits that make `sample`'s cut hard, and what the reference says of them: shared by the host's and the GPU's tests."""
+"""Inputs of `sample` whose logits are exact, logits that make its cut hard, and what the reference says of these."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ def make_logits(kind: str, num_rows: int, vocab: int, seed: int = 0) -> torch.Te
     if kind == "steps":  # a rising row: the likeliest tokens come last
         return torch.arange(vocab).float().expand(num_rows, vocab) * (20 / vocab)
     return noise * 3
+
+
+def exact_inputs(num_rows: int, hidden_size: int, vocab_size: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Eighths and quarters, whose products and sums are exact in any order: every implementation has the same logits."""
+    generator = torch.Generator().manual_seed(num_rows + vocab_size)
+    hidden = torch.randint(-8, 9, (num_rows, hidden_size), generator=generator) / 8
+    weight = torch.randint(-8, 9, (vocab_size, hidden_size), generator=generator) / 4
+    keys = torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=generator)
+    positions = torch.randint(0, 2**40, (num_rows,), generator=generator)
+    return {"hidden": hidden.to(dtype), "weight": weight.to(dtype), "keys": keys, "positions": positions}
 
 
 def make_noise(num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,11 @@ import pytest
 import torch
 
 from kernels.group_advantage import OP, group_advantage, make_inputs
+from kernels.triton_ops import IS_INTERPRETED
+from tests.kernels.compare import same_bits
+from tests.kernels.implementations import each_implementation
+
+implementation = each_implementation(OP)
 
 KINDS = ["std", "mean", "leave_one_out", "batch_std"]
 EPS = 1e-6
@@ -102,13 +107,50 @@ def test_groups_do_not_see_each_other(kind: str) -> None:
     inputs = make_inputs()["graded_in_part"]
     whole, _ = group_advantage(**inputs, kind=kind)
     alone = [group_advantage(inputs["rewards"][b : b + 1], inputs["mask"][b : b + 1], kind=kind)[0] for b in range(32)]
-    assert torch.equal(whole, torch.cat(alone))
+    assert same_bits(whole, torch.cat(alone))
 
 
 def test_std_is_the_sample_standard_deviation() -> None:
     advantages, _ = group_advantage(torch.tensor([[0.0, 1.0]]), kind="std")
     # The sample std of (0, 1) is sqrt(1/2), the population's 1/2; eps = 1e-6 moves the fifth decimal of neither.
     assert math.isclose(advantages[0, 1].item(), 0.5 / math.sqrt(0.5), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(3, 1), (1030, 1), (600, 2), (47, 123), (3, 1025), (2, 5000), (1, 66_000)], ids=str)
+def test_any_number_and_size_of_groups(shape: tuple[int, int], kind: str) -> None:
+    """More groups than one program takes, and groups too large for one, beside the reference; rewards far from zero."""
+    generator = torch.Generator().manual_seed(1)
+    rewards, mask = 1000 + torch.randn(shape, generator=generator), torch.rand(shape, generator=generator) < 0.9
+    got = group_advantage(rewards, mask, kind)
+    want = group_advantage(rewards.double(), mask, kind, impl="reference")
+    assert torch.equal(got[1], want[1])
+    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-7, atol=1e-9)  # f64 within, rounded once to f32
+    assert all(same_bits(a, b) for a, b in zip(got, group_advantage(rewards, mask, kind), strict=True))
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="as many programs as the interpreter takes minutes for")
+def test_a_batch_of_more_groups_than_programs_has_one_std() -> None:
+    rewards = torch.randn(300_000, 2, generator=torch.Generator().manual_seed(1)) + 5
+    got, _ = group_advantage(rewards, kind="batch_std")
+    want, _ = group_advantage(rewards.double(), kind="batch_std", impl="reference")
+    torch.testing.assert_close(got.double(), want, rtol=1e-7, atol=1e-9)
+
+
+def test_no_groups_give_no_advantages() -> None:
+    for kind in KINDS:
+        advantages, has_signal = group_advantage(torch.zeros(0, 4), kind=kind)
+        assert advantages.shape == (0, 4) and has_signal.shape == (0,)
+
+
+def test_it_compiles_whole(implementation: str) -> None:
+    """Behind the checks of the public op, which look for rewards that are no numbers."""
+    if implementation == "reference":
+        pytest.skip("plain torch")
+    run = OP.choose(torch.empty(0)).run
+    compiled = torch.compile(lambda rewards, mask: run(rewards, mask, "batch_std", EPS), fullgraph=True, backend="aot_eager")
+    inputs = make_inputs()["odd_group"].values()
+    assert all(same_bits(a, b) for a, b in zip(compiled(*inputs), run(*inputs, "batch_std", EPS), strict=True))
 
 
 def test_float64_rewards_give_float64_advantages() -> None:

@@ -1,28 +1,28 @@
 """grpo_loss: every combination of options against plain loops in float64; splitting, masks, extremes, metrics, errors.
 
-The loops here restate the op's formula token by token, with the sequence ratio differentiated through its mean; the
-papers' own formulas are transcribed in tests/reason_rl/test_algorithms.py.
+Tests of formulas run in float64, so by the reference; those of the last part hold each implementation in float32 to it.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
 import torch
 
 from kernels.grpo_loss import OP, LossSpec, finish_metrics, grpo_loss, make_inputs, merge_metrics
+from kernels.triton_ops import IS_INTERPRETED
+from tests.kernels.compare import same_bits, values_and_gradients
 from tests.kernels.implementations import each_implementation
+from tests.kernels.loss_cases import PER_TOKEN, by_hand, rows_of, small, take, tokens, uneven
 
 implementation = each_implementation(OP)
 
 F64_NOISE = {"rtol": 1e-12, "atol": 1e-14}  # the same f64 sums in another order: some hundred roundings of 1e-16
-PER_TOKEN = ("logprobs", "old_logprobs", "advantages", "rollout_logprobs", "ref_logprobs", "entropy")
-
-
-def uneven(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    return make_inputs(dtype=dtype)["uneven"]
+# exp of a log ratio of order 1 carries a few f32 roundings (6e-8); an advantage and a weight some more.
+F32_NOISE = {"rtol": 3e-6, "atol": 3e-7}
 
 
 def run(
@@ -34,67 +34,6 @@ def run(
     dlogprobs, dentropy = torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True)
     none = torch.zeros_like(logprobs)
     return loss.detach(), none if dlogprobs is None else dlogprobs, none if dentropy is None else dentropy, metrics
-
-
-def rows_of(inputs: dict[str, Any], sequence: int) -> list[int]:
-    return [n for n, s in enumerate(inputs["sequence_index"].tolist()) if s == sequence]
-
-
-def by_hand(inputs: dict[str, Any], spec: LossSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss as loops over sequences and tokens on f64 scalars, and its gradient in the logprobs."""
-    leaf = inputs["logprobs"].double().clone().requires_grad_()
-    lp = list(leaf.unbind())
-    old, rollout, ref, advantage, entropy = (
-        inputs[k].double().tolist()
-        for k in ("old_logprobs", "rollout_logprobs", "ref_logprobs", "advantages", "entropy"))
-    zero = torch.zeros((), dtype=torch.float64)
-    total = leaf.sum() * 0
-    for sequence in range(inputs["num_sequences"]):
-        rows = rows_of(inputs, sequence)
-        for n in rows:
-            peers = rows if spec.ratio == "sequence" else [n]
-            ratio = torch.exp(sum(((lp[m] - old[m]) for m in peers), zero) / len(peers))
-            w = float(torch.exp(sum((zero + old[m] - rollout[m] for m in peers), zero) / len(peers)))
-            a = advantage[n]
-            clipped = min(max(ratio, zero + 1 - spec.clip_low), zero + 1 + spec.clip_high)
-            if spec.surrogate == "reinforce":
-                objective = a * lp[n]
-            elif spec.surrogate == "cispo":
-                objective = clipped.item() * a * lp[n]
-            else:
-                objective = min(ratio * a, clipped * a)
-                if spec.dual_clip and a < 0:
-                    objective = max(objective, zero + spec.dual_clip * a)
-            if spec.importance == "tis":
-                objective = objective * min(w, spec.importance_high)
-            elif spec.importance == "icepop":
-                objective = objective * (w if spec.importance_low <= w <= spec.importance_high else 0.0)
-            d = ref[n] - lp[n]
-            kl = {"k1": -d, "k2": d * d / 2, "k3": torch.exp(d) - 1 - d}[spec.kl_estimator]
-            token_loss = -objective + spec.kl_coef * kl - spec.entropy_coef * entropy[n]
-            denominator = {
-                "token": inputs["total_loss_tokens"],
-                "sequence": len(rows) * inputs["total_sequences"],
-                "constant": inputs["total_sequences"] * spec.constant_length,
-            }[spec.normalizer]
-            total = total + token_loss / denominator
-    return total.detach(), torch.autograd.grad(total, leaf)[0]
-
-
-def small() -> dict[str, Any]:
-    """Few tokens, chosen so that every clip and mask binds somewhere and not everywhere."""
-    f64 = torch.float64
-    old = torch.tensor([-1.0, -0.5, -2.0, -0.2, -1.5, -0.7, -0.1, -3.0], dtype=f64)
-    index = torch.tensor([0, 0, 0, 1, 3, 3, 3, 4], dtype=torch.int32)  # sequence 2 has no tokens
-    return {
-        "old_logprobs": old,
-        "logprobs": old + torch.tensor([0.5, 0.4, -0.6, -0.1, 0.9, 1.3, 0.8, -0.9], dtype=f64),
-        "rollout_logprobs": old - torch.tensor([0.1, 0.9, -0.2, 0.0, -0.8, 0.3, -1.2, 1.0], dtype=f64),
-        "ref_logprobs": old + torch.tensor([0.3, -0.3, 0.2, 0.6, -0.5, 0.1, 0.05, 0.7], dtype=f64),
-        "entropy": torch.linspace(0.1, 1.5, 8, dtype=f64),
-        "advantages": torch.tensor([1.3, -0.7, 9.0, -1.1, -0.4], dtype=f64).index_select(0, index),
-        "sequence_index": index, "num_sequences": 5, "total_loss_tokens": 20, "total_sequences": 7,
-    }
 
 
 @pytest.mark.parametrize("normalizer", ["token", "sequence", "constant"])
@@ -133,26 +72,6 @@ def test_the_gradient_is_the_slope_of_the_loss(ratio: Any, kl: Any) -> None:
         assert torch.autograd.gradcheck(loss_of, leaves, eps=1e-6, atol=1e-8, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["one_token", "uneven", "step"])
-def test_float32_agrees_with_float64(name: str) -> None:
-    spec = LossSpec(kl_coef=0.1, entropy_coef=0.01, importance="tis", normalizer="sequence")
-    single = make_inputs(dtype=torch.float32)[name]
-    double = {key: value.double() if key in PER_TOKEN else value for key, value in single.items()}
-    loss32, grad32, *_ = run(single, spec)
-    loss64, grad64, *_ = run(double, spec)
-    # exp of a log ratio of order 1 carries a few f32 roundings (6e-8) of both; sums of N such terms average them out.
-    torch.testing.assert_close(loss32.double(), loss64, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(grad32.double(), grad64, rtol=1e-5, atol=1e-7)
-
-
-def take(inputs: dict[str, Any], sequences: range) -> dict[str, Any]:
-    """The microbatch of some sequences, with the totals of the whole batch."""
-    rows = torch.tensor([n for s in sequences for n in rows_of(inputs, s)], dtype=torch.int64)
-    part = {**inputs, **{key: inputs[key].index_select(0, rows) for key in PER_TOKEN}}
-    part["sequence_index"] = inputs["sequence_index"].index_select(0, rows) - sequences.start
-    return {**part, "num_sequences": len(sequences)}
-
-
 @pytest.mark.parametrize("normalizer", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_microbatches_add_up_to_the_whole_batch(ratio: Any, normalizer: Any) -> None:
@@ -187,15 +106,6 @@ def test_on_policy_the_ratio_is_exactly_one_and_all_surrogates_have_one_gradient
         finished = finish_metrics(metrics)
         assert finished["ess"] == 1 and finished["approx_kl"] == 0 and finished["logprob_gap_max"] == 0
         assert finished["clip_low_fraction"] == finished["clip_high_fraction"] == 0
-
-
-def tokens(**columns: list[float]) -> dict[str, Any]:
-    """One sequence per token, f64; what is not given is 0 (entropy, reference) or old_logprobs (rollout)."""
-    n = len(columns["logprobs"])
-    given = {key: torch.tensor(value, dtype=torch.float64) for key, value in columns.items()}
-    old = given.setdefault("old_logprobs", torch.zeros(n, dtype=torch.float64))
-    return {"rollout_logprobs": old, "ref_logprobs": torch.zeros_like(old), "entropy": torch.zeros_like(old), **given,
-            "sequence_index": torch.arange(n), "num_sequences": n, "total_loss_tokens": n, "total_sequences": n}
 
 
 def test_clipped_tokens_get_zero_gradient_and_are_counted() -> None:
@@ -319,3 +229,128 @@ def test_merging_refuses_what_it_cannot_merge() -> None:
 def test_wrong_inputs_raise_and_say_what_came(changes: dict[str, Any], spec: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         grpo_loss(**{**uneven(), **changes}, spec=LossSpec(**spec))
+
+
+# --- each implementation in float32, beside the reference in float64 -------------------------------------------------------
+
+def results(inputs: dict[str, Any], spec: LossSpec, impl: str = "auto") -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """[loss, dlogprobs, dentropy] for an upstream gradient of 3, metrics."""
+    leaves = {name: inputs[name].clone().requires_grad_() for name in ("logprobs", "entropy") if inputs.get(name) is not None}
+    loss, metrics = grpo_loss(**{**inputs, **leaves}, spec=spec, impl=impl)
+    grads = torch.autograd.grad(loss * 3, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return [loss.detach(), *grads], metrics
+
+
+def assert_agree(inputs: dict[str, Any], spec: LossSpec) -> None:
+    got, measured = results(inputs, spec)
+    wide = {name: value.double() if name in PER_TOKEN and value is not None else value for name, value in inputs.items()}
+    want, expected = results(wide, spec, "reference")
+    assert measured.keys() == expected.keys()
+    for a, b in zip([*got, *measured.values()], [*want, *(expected[name] for name in measured)], strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, **F32_NOISE, equal_nan=True, msg=lambda m: f"{spec}: {m}")
+
+
+@pytest.mark.parametrize("normalizer", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("surrogate", ["clip", "cispo", "reinforce"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_every_combination_is_the_references(ratio: Any, surrogate: Any, normalizer: Any) -> None:
+    inputs = make_inputs()["uneven"]
+    combinations = itertools.product(
+        ("none", "tis", "icepop"), (None, "k1", "k2", "k3"), (0.0, 1.5), (0.0, 0.01))
+    for number, (importance, kl, dual_clip, entropy_coef) in enumerate(combinations):
+        if IS_INTERPRETED and number % 4 != number // 4 % 4:  # 50 ms each: the last two choices, which take no other code, in turn
+            continue
+        assert_agree(inputs, LossSpec(
+            ratio=ratio, surrogate=surrogate, normalizer=normalizer, dual_clip=dual_clip, importance=importance,  # type: ignore[arg-type]
+            importance_low=0.97, importance_high=1.02, kl_coef=0.1 if kl else 0.0, kl_estimator=kl or "k3",  # type: ignore[arg-type]
+            entropy_coef=entropy_coef, constant_length=5))
+
+
+@pytest.mark.parametrize("name", ["one_token", "uneven", "empty", "step"])
+def test_what_is_not_given_is_not_measured(name: str) -> None:
+    inputs = make_inputs()[name]
+    for absent in itertools.product((False, True), repeat=3):
+        left_out = {key: None for key, is_out in zip(PER_TOKEN[3:], absent, strict=True) if is_out}
+        assert_agree({**inputs, **left_out}, LossSpec())
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("lengths", [[3000, 0, 1025, 1, 47], [70_000, 3], [0, 0, 1, 0]], ids=str)
+def test_long_sequences_empty_ones_and_wide_indices(ratio: Any, lengths: list[int]) -> None:
+    index = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    generator = torch.Generator().manual_seed(1)
+    columns = {name: -torch.rand(len(index), generator=generator) for name in PER_TOKEN}
+    inputs = {**columns, "sequence_index": index, "num_sequences": len(lengths), "total_loss_tokens": 80_000, "total_sequences": 9}
+    spec = LossSpec(ratio=ratio, normalizer="sequence", kl_coef=0.1, importance="tis", entropy_coef=0.1)
+    assert_agree(inputs, spec)
+    if len(index) > 65_536:  # once is enough of a test that the interpreter takes seconds for
+        return
+    again = [results({**inputs, "sequence_index": index.to(dtype)}, spec)[0] for dtype in (torch.int32, torch.int64)]
+    assert all(same_bits(a, b) for a, b in zip(*again, strict=True))
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_a_sequences_gradients_have_the_same_bits_wherever_it_stands(ratio: Any) -> None:
+    inputs = uneven(torch.float32)
+    spec = LossSpec(ratio=ratio, normalizer="sequence", kl_coef=0.1, importance="icepop", entropy_coef=0.1)
+    _, *whole = results(inputs, spec)[0]
+    for cut in (range(1), range(3, 4), range(3, 6), range(5, 6)):
+        rows = torch.tensor([n for s in cut for n in rows_of(inputs, s)])
+        _, *alone = results(take(inputs, cut), spec)[0]
+        assert all(same_bits(a, b.index_select(0, rows)) for a, b in zip(alone, whole, strict=True))
+
+
+def test_two_runs_have_the_same_bits() -> None:
+    inputs = make_inputs()["uneven" if IS_INTERPRETED else "step"]
+    spec = LossSpec(ratio="sequence", kl_coef=0.1, entropy_coef=0.1, importance="icepop")
+    runs = [[*values, *metrics.values()] for values, metrics in (results(inputs, spec), results(inputs, spec))]
+    assert all(same_bits(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_far_log_ratios_are_capped_as_the_references_are() -> None:
+    inputs = {name: value[:4].clone() if name in PER_TOKEN else value for name, value in make_inputs()["uneven"].items()}
+    inputs |= {"sequence_index": torch.arange(4), "num_sequences": 4}
+    inputs["logprobs"] = torch.tensor([-300.0, 300.0, -19.0, 21.0])
+    for surrogate, kl in itertools.product(("clip", "cispo", "reinforce"), ("k1", "k2", "k3")):
+        spec = LossSpec(surrogate=surrogate, kl_coef=0.1, kl_estimator=kl)  # type: ignore[arg-type]
+        (got, measured), (want, expected) = results(inputs, spec), results(inputs, spec, "reference")
+        for a, b in zip([*got, *measured.values()], [*want, *(expected[name] for name in measured)], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # both in f32: exp of 20 magnifies its argument's rounding
+
+
+def test_a_broken_logprob_shows_in_loss_gradient_and_metrics(implementation: str) -> None:
+    inputs = make_inputs()["uneven"]
+    inputs["logprobs"][9] = math.nan
+    (loss, grad, _), metrics = results(inputs, LossSpec())
+    assert loss.isnan()
+    if implementation != "reference":  # torch's clamp lets no gradient through to a NaN
+        assert int(grad.isnan().sum()) == 1 and grad[9].isnan()
+    assert all(metrics[name].isnan() for name in ("approx_kl_sum", "w_sum", "ratio_max", "ratio_min", "logprob_gap_max"))
+
+
+def test_a_sequence_index_out_of_range_shows_where_it_is_not_checked(implementation: str) -> None:
+    """On a GPU the public op cannot look without waiting: nothing may be read out of bounds then, and the loss is no number."""
+    if implementation != "triton":
+        pytest.skip("checked in advance")
+    inputs, run = make_inputs()["uneven"], OP.choose(torch.empty(0)).run
+    for bad in (-1, 6, 2**31 - 1):
+        inputs["sequence_index"][33 if bad > 0 else 0] = bad
+        loss, _ = run(**inputs, spec=LossSpec(normalizer="sequence"))
+        assert loss.isnan()
+
+
+def test_it_compiles_whole(implementation: str) -> None:
+    """Behind the checks of the public op, which read sequence_index."""
+    if implementation == "reference":
+        pytest.skip("plain torch")
+    inputs, spec, run = make_inputs()["uneven"], LossSpec(entropy_coef=0.1), OP.choose(torch.empty(0)).run
+
+    def loss_of(logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = run(**{**inputs, "logprobs": logprobs, "entropy": entropy}, spec=spec)[0]
+        return loss
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    pair = [inputs["logprobs"], inputs["entropy"]]
+    eager = values_and_gradients(loss_of, pair)
+    assert all(same_bits(a, b) for a, b in zip(values_and_gradients(compiled, pair), eager, strict=True))

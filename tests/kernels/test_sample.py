@@ -8,15 +8,19 @@ import pytest
 import torch
 
 from kernels.linear_logprob import linear_logprob
-from kernels.sample import OP, make_inputs, sample
+from kernels.sample import OP, check_tokens, make_inputs, sample
 from kernels.sample.philox import gumbel, philox, uniform
 from kernels.sample.reference import truncation_mask
-from tests.kernels.compare import NUM_ROWS, assert_rows_keep_their_bits, same_bits
-from tests.kernels.implementations import each_implementation
+from kernels.triton_ops import IS_INTERPRETED
+from tests.kernels.compare import NUM_ROWS, ROWS, assert_rows_keep_their_bits, same_bits
+from tests.kernels.implementations import CPU, CUDA, CUDA_ONLY, each_implementation
+from tests.kernels.sample_cases import KINDS, assert_drawn_alike, exact_inputs, make_logits, make_noise, reference
 
 implementation = each_implementation(OP)
 
 F32, BF16 = torch.float32, torch.bfloat16
+MANY = 500 if IS_INTERPRETED else 40_000
+"""Draws for a statistic: the interpreter takes a second for them."""
 
 # philox4x32-10 of the Random123 distribution's kat_vectors: counter (4 words), key (2 words), result.
 KNOWN_ANSWERS = [
@@ -94,9 +98,9 @@ def test_gumbel_noise_has_its_mean_and_variance():
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_tokens_follow_the_softmax(temperature: float):
     logits = torch.tensor([2.0, 0.0, 1.0, -1.0, 1.5, 0.3, -0.5])
-    token, logprob, kept = from_logits(logits, 40_000, temperature=temperature)
+    token, logprob, kept = from_logits(logits, MANY, temperature=temperature)
     probability = torch.softmax(logits.double() / temperature, dim=0)
-    expected = 40_000 * probability
+    expected = MANY * probability
     assert float(((torch.bincount(token, minlength=7) - expected) ** 2 / expected).sum()) < chi_square_bound(6)
     torch.testing.assert_close(logprob.double(), probability.log()[token], rtol=0, atol=1e-6)  # f32 of numbers up to 4
     assert (kept == 0).all()
@@ -104,12 +108,12 @@ def test_tokens_follow_the_softmax(temperature: float):
 
 def test_tokens_of_one_key_follow_the_softmax_over_its_positions():
     logits = torch.tensor([0.5, 0.0, 1.0, -1.0])
-    positions = torch.arange(20_000)
-    token, _, _ = sample(torch.ones(20_000, 1), logits[:, None], torch.full_like(positions, 123456789), positions)
-    expected = 20_000 * torch.softmax(logits.double(), dim=0)
+    positions = torch.arange(MANY)
+    token, _, _ = sample(torch.ones(MANY, 1), logits[:, None], torch.full_like(positions, 123456789), positions)
+    expected = MANY * torch.softmax(logits.double(), dim=0)
     assert float(((torch.bincount(token, minlength=4) - expected) ** 2 / expected).sum()) < chi_square_bound(3)
     pairs = torch.bincount(token[:-1] * 4 + token[1:], minlength=16)  # neighbours are independent
-    expected = 19_999 * torch.outer(expected, expected).flatten() / 20_000**2
+    expected = (MANY - 1) * torch.outer(expected, expected).flatten() / MANY**2
     assert float(((pairs - expected) ** 2 / expected).sum()) < chi_square_bound(15)
 
 
@@ -148,6 +152,7 @@ def test_equal_tokens_are_cut_by_index():
     assert truncation_mask(even, 0, 1.0, 1.0).all()
 
 
+@pytest.mark.skipif(IS_INTERPRETED, reason="ten thousand rows of five programs; that tokens are the reference's is tested below")
 @pytest.mark.parametrize("options", TRUNCATIONS, ids=str)
 def test_truncated_draws_follow_the_renormalised_softmax_and_record_the_kept_mass(options: dict[str, float]):
     logits = torch.tensor([2.0, 0.0, 1.0, -1.0, 1.5, 0.3, -0.5])
@@ -172,28 +177,112 @@ def test_temperature_zero_is_greedy_with_ties_by_index_and_the_logprob_at_temper
     torch.testing.assert_close(logprob, torch.log_softmax(logits, dim=0)[1].expand(50), rtol=0, atol=5e-7)  # 2 ulp of 1
 
 
+# --- beside the reference ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("options", [
+    {}, {"temperature": 0.0}, {"temperature": 0.5}, {"top_k": 1}, {"top_k": 7}, {"top_p": 0.83}, {"min_p": 0.03},
+    {"temperature": 2.0, "top_k": 40, "top_p": 0.91, "min_p": 0.001}], ids=str)
+@pytest.mark.parametrize("vocab_size", [1, 3, 43, 64, 123, 1100])
+def test_tokens_are_those_of_the_reference(vocab_size: int, options: dict[str, float], dtype: torch.dtype):
+    if IS_INTERPRETED and (vocab_size != 1100 if dtype == BF16 else vocab_size in (43, 64, 123) and len(options) == 1):
+        pytest.skip("as the others, for the interpreter: bf16 is upcast, and each has one tile")
+    num_rows = 200 if not IS_INTERPRETED else 3 if options.keys() & {"top_k", "top_p", "min_p"} else 20
+    inputs = exact_inputs(num_rows, 7, vocab_size, dtype)
+    got, want = sample(**inputs, **options), sample(**inputs, **options, impl="reference")  # type: ignore[arg-type]
+    assert torch.equal(got[0], want[0])
+    for a, b in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)  # f32 sums in another order, values up to 10
+    assert ((got[2] == 0) == (want[2] == 0)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hard_cuts_are_the_references(kind: str):
+    """Ties, one likely token, masses down to 0."""
+    for options in ({"top_k": 5}, {"top_k": 300, "top_p": 0.9}, {"top_p": 1e-9}, {"top_p": 0.97, "min_p": 1e-6}):
+        logits = make_logits(kind, 1 if IS_INTERPRETED else 20, 1300)
+        keys, positions = make_noise(len(logits))
+        got = sample(torch.eye(len(logits)), logits.T.contiguous(), keys, positions, **options)  # type: ignore[arg-type]
+        assert_drawn_alike(got, reference(logits, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5000, "top_p": 0.5}], ids=str)
+def test_a_vocabulary_of_151936_is_drawn_from_to_its_last_token(options: dict[str, float]):
+    """Many chunks of several tiles, a last tile that is not full, and in one row the last token by far the likeliest."""
+    # In the interpreter a tile takes 40 ms, and more where noise is drawn behind it.
+    vocab_size = 40_000 if IS_INTERPRETED and not options else 151_936
+    inputs = exact_inputs(1 if IS_INTERPRETED else 50, 2, vocab_size, BF16)
+    inputs["weight"][-1] = torch.tensor([30.0, -30.0])
+    inputs["hidden"][0] = torch.tensor([1.0, -1.0])
+    got, want = sample(**inputs, **options), sample(**inputs, **options, impl="reference")  # type: ignore[arg-type]
+    assert torch.equal(got[0], want[0]) and got[0][0] == vocab_size - 1
+    for a, b in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+def test_logits_of_ten_thousand_draw_as_their_differences_do():
+    """Exact in f32 beside the shift; the noise must not drown in it."""
+    near, (keys, positions) = torch.tensor([0.0, 0.5, -1.0, 2.0, 1.5]), make_noise(60)
+    weight = torch.stack((near, torch.ones(5)), dim=1)
+    tokens = [sample(torch.tensor([[1.0, far]]).expand(60, 2), weight, keys, positions)[0] for far in (0.0, 1e4, -1e4)]
+    assert torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[0], tokens[2]) and len(tokens[0].unique()) > 2
+
+
+def test_the_kernels_noise_is_that_of_the_reference(implementation: str):
+    if implementation != "triton":
+        pytest.skip("of the Triton kernels")
+    from kernels.sample.triton_noise import NOISE_ERROR
+    from tests.kernels.noise_kernel import noise_kernel, words_kernel
+
+    device = CPU if IS_INTERPRETED else CUDA
+    keys, positions = (x.to(device) for x in make_noise(64))
+    words = torch.empty(64, 4, dtype=torch.int64, device=device)
+    words_kernel[(1,)](words, keys, positions, BLOCK=64)
+    assert torch.equal(words, philox(keys, (torch.arange(64, device=device), positions)))
+    step = 2**16 - 1 if IS_INTERPRETED else 255
+    words = torch.cat([torch.arange(0, 2**32, step), torch.arange(2**31 - 2**15, 2**31 + 2**15), 2**32 - 1 - torch.arange(2**15)])
+    words = words[: len(words) // 4096 * 4096].to(device)
+    near, exact = (torch.empty(len(words), device=device) for _ in range(2))
+    noise_kernel[(len(words) // 4096,)](near, exact, words, BLOCK=4096)
+    want = -torch.log(-torch.log((words.double() + 0.5) * 2.0**-32))
+    assert float((exact - want).abs().max()) <= 1e-6, "half a unit in the last place of 16 to 23"
+    assert float((near - want).abs().max()) <= NOISE_ERROR.value
+
+
 # --- bits ----------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("hidden_size", "vocab_size", "options", "dtype"), [
     (128, 43, {}, F32), (128, 43, {}, BF16), (16, 130, {"temperature": 0.7, "top_p": 0.9}, F32),
     (16, 9, {"temperature": 0.0}, F32), (16, 17, {"top_k": 5, "min_p": 0.05}, F32)])
-def test_a_row_draws_the_same_in_any_batch(hidden_size: int, vocab_size: int, options: dict[str, float], dtype: torch.dtype):
-    inputs = make_inputs(NUM_ROWS, hidden_size, vocab_size, dtype)
+def test_a_row_draws_the_same_in_any_batch(
+    hidden_size: int, vocab_size: int, options: dict[str, float], dtype: torch.dtype, implementation: str
+):
+    if implementation == "cuda":
+        pytest.skip("by torch's GEMM")
+    num_rows, counts = NUM_ROWS, ROWS
+    if IS_INTERPRETED:  # two tiles of rows; with a cut five programs a row
+        num_rows, counts = (4, (1,)) if len(options) > 1 else (140, (129,))
+    inputs = make_inputs(num_rows, hidden_size, vocab_size, dtype)
 
     def rows(start: int, end: int) -> tuple[torch.Tensor, ...]:
         cut = {name: inputs[name][start:end] for name in ("hidden", "keys", "positions")}
         return sample(weight=inputs["weight"], **cut, **options)  # type: ignore[arg-type]
 
-    assert_rows_keep_their_bits(rows)
+    assert_rows_keep_their_bits(rows, num_rows, counts)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"temperature": 1.3, "top_k": 4}], ids=str)
 def test_the_logprob_has_the_bits_of_linear_logprob(options: dict[str, float], dtype: torch.dtype, implementation: str):
-    inputs = make_inputs(70, 32, 43, dtype)
-    token, logprob, _ = sample(**inputs, **options)  # type: ignore[arg-type]
-    again, _ = linear_logprob(inputs["hidden"], inputs["weight"], token, options.get("temperature", 1.0), implementation)
-    assert same_bits(logprob, again)
+    if implementation == "cuda":
+        pytest.skip("by torch's GEMM")
+    device = CUDA if implementation in CUDA_ONLY and not IS_INTERPRETED else CPU
+    for vocab_size in (43, 2500):
+        inputs = make_inputs(3 if IS_INTERPRETED else 70, 32, vocab_size, dtype)
+        token, logprob, _ = sample(**inputs, **options)  # type: ignore[arg-type]
+        hidden, weight, token = (x.to(device) for x in (inputs["hidden"], inputs["weight"], token))
+        again, _ = linear_logprob(hidden, weight, token, options.get("temperature", 1.0), implementation)
+        assert same_bits(logprob, again.to(CPU))
 
 
 def test_order_of_the_rows_does_not_matter():
@@ -212,21 +301,59 @@ def test_no_rows_give_no_tokens():
         assert token.shape == logprob.shape == kept.shape == (0,) and token.dtype == torch.int64
 
 
+def test_many_rows_are_drawn_a_few_at_a_time(implementation: str, monkeypatch: pytest.MonkeyPatch):
+    if implementation != "triton":
+        pytest.skip("has no scratch")
+    inputs = make_inputs(7, 4, 100, F32)
+    for options in ({}, {"top_p": 0.9}):
+        whole = sample(**inputs, **options)
+        monkeypatch.setattr("kernels.sample.triton_kernel.CHUNK_BYTES", 3 * 4 * 128)  # two tiles of 64 tokens, three rows
+        assert all(same_bits(a, b) for a, b in zip(whole, sample(**inputs, **options), strict=True))
+        monkeypatch.undo()
+
+
+def test_it_compiles_whole(implementation: str):
+    if implementation == "reference":
+        pytest.skip("looks at its logits")
+    inputs, run = make_inputs(9, 8, 12, F32), OP.choose(torch.empty(0)).run
+    compiled = torch.compile(
+        lambda hidden: run(hidden, inputs["weight"], inputs["keys"], inputs["positions"], 1.0, 0, 1.0, 0.0),
+        fullgraph=True, backend="aot_eager")
+    assert all(same_bits(a, b) for a, b in zip(compiled(inputs["hidden"]), sample(**inputs), strict=True))
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
 def test_broken_logits_raise_and_name_the_row(bad: float, temperature: float):
     inputs = make_inputs(5, 4, 6, F32)
     inputs["hidden"][3, 2] = bad
-    with pytest.raises(ValueError, match="the logits of row 3 hold NaN or inf"):
-        sample(**inputs, temperature=temperature)
+    for options in ({}, {"top_k": 3}):
+        with pytest.raises(ValueError, match="the logits of row 3 hold NaN or inf"):
+            check_tokens(sample(**inputs, temperature=temperature, **options)[0].tolist())  # type: ignore[arg-type]
 
 
 def test_one_logit_of_minus_infinity_is_broken_too():
     inputs = make_inputs(2, 4, 6, F32)
     inputs["weight"][5] = torch.tensor([-3e38, 0.0, 0.0, 0.0])
     inputs["hidden"][:, 0] = torch.tensor([0.5, 10.0])
-    with pytest.raises(ValueError, match="the logits of row 1 hold NaN or inf"):
-        sample(**inputs)
+    for options in ({}, {"top_k": 3}):
+        with pytest.raises(ValueError, match="the logits of row 1 hold NaN or inf"):
+            check_tokens(sample(**inputs, **options)[0].tolist())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 3}, {"min_p": 0.1}], ids=str)
+def test_a_broken_row_breaks_no_other_where_it_is_not_waited_for(
+    options: dict[str, float], implementation: str, monkeypatch: pytest.MonkeyPatch
+):
+    if implementation != "triton":
+        pytest.skip("raises at once")
+    monkeypatch.setattr("kernels.sample.triton_kernel.check_tokens", lambda tokens: None)  # what the CPU, interpreting, does
+    inputs = make_inputs(5, 4, 6, F32)
+    want = sample(**inputs, **options)  # type: ignore[arg-type]
+    inputs["hidden"][3, 2] = math.nan
+    got = sample(**inputs, **options)  # type: ignore[arg-type]
+    others = torch.tensor([0, 1, 2, 4])
+    assert got[0][3] == -1 and all(same_bits(a[others], b[others]) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("options", [

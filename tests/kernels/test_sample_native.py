@@ -1,4 +1,4 @@
-"""The native sample beside the reference on logits that both have exactly: the same noise, the same cuts, the same tokens."""
+"""What is the native sample's own: scores that its quick noise cannot tell apart, its threads, and the checks of the op beneath."""
 
 from __future__ import annotations
 
@@ -17,30 +17,6 @@ from tests.kernels.compare import THREADS, assert_rows_keep_their_bits, same_bit
 pytestmark = pytest.mark.skipif(not ISA, reason="needs the native library")
 F32, BF16 = torch.float32, torch.bfloat16
 native = partial(sample, impl="native")
-OPTIONS = [{}, {"temperature": 0.0}, {"temperature": 0.5}, {"top_k": 1}, {"top_k": 7}, {"top_p": 0.83}, {"min_p": 0.03},
-           {"temperature": 2.0, "top_k": 40, "top_p": 0.91, "min_p": 0.001}]
-
-
-def exact_inputs(num_rows: int, hidden_size: int, vocab_size: int, dtype: torch.dtype = F32) -> dict[str, torch.Tensor]:
-    """Eighths and quarters, whose products and sums are exact in any order: both sides have the same logits."""
-    generator = torch.Generator().manual_seed(num_rows + vocab_size)
-    hidden = torch.randint(-8, 9, (num_rows, hidden_size), generator=generator) / 8
-    weight = torch.randint(-8, 9, (vocab_size, hidden_size), generator=generator) / 4
-    keys = torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=generator)
-    positions = torch.randint(0, 2**40, (num_rows,), generator=generator)
-    return {"hidden": hidden.to(dtype), "weight": weight.to(dtype), "keys": keys, "positions": positions}
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("vocab_size", [1, 3, 43, 64, 123, 1100])
-def test_tokens_are_those_of_the_reference(vocab_size: int, options: dict[str, float], dtype: torch.dtype):
-    inputs = exact_inputs(200, 7, vocab_size, dtype)
-    got, want = (sample(**inputs, **options, impl=impl) for impl in ("native", "reference"))  # type: ignore[arg-type]
-    assert torch.equal(got[0], want[0])
-    for a, b in zip(got[1:], want[1:], strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)  # f32 sums in another order, values up to 10
-    assert ((got[2] == 0) == (want[2] == 0)).all()
 
 
 def test_equal_logits_draw_where_the_noise_is_largest_whatever_the_key():
@@ -97,12 +73,6 @@ def test_the_op_writes_every_element():
     token, logprob, kept = torch.full((131,), -7), torch.full((131,), torch.nan), torch.full((131,), torch.nan)
     OPS.sample(token, logprob, kept, *inputs.values(), 1.0, 0, 1.0, 0.0)
     assert (token == 0).all() and (logprob == 0).all() and (kept == 0).all()
-
-
-def test_it_compiles_whole():
-    inputs = make_inputs(9, 8, 12, F32)
-    compiled = torch.compile(lambda hidden: native(**{**inputs, "hidden": hidden}), fullgraph=True, backend="aot_eager")
-    assert all(same_bits(a, b) for a, b in zip(compiled(inputs["hidden"]), native(**inputs), strict=True))
 
 
 def test_bad_arguments_to_the_op_are_named():
