@@ -7,6 +7,7 @@ and held-out problems cannot meet.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Collection, Iterable
 
@@ -92,6 +93,12 @@ def describe_problems(config: Config, tokenizer: Tokenizer) -> tuple[list[str], 
     return [dataset.description + (f". {len(left_out):,} rows are left out:{examples}" if left_out else ".")], left_out
 
 
+def problems_digest(problems: Iterable[Problem]) -> str:
+    """Tells when a file or a template has changed under a run or an evaluation."""
+    told = "/".join(f"{problem.problem_id}:{problem.prompt_ids}:{problem.answer}:{dict(problem.facts)}" for problem in problems)
+    return hashlib.blake2b(told.encode(errors="replace"), digest_size=8).hexdigest()
+
+
 def check_problems(problems: Iterable[Problem], config: Config) -> None:
     """Raises when a prompt and its longest completion would not fit the context."""
     room = config.model.max_positions - config.sampling.max_tokens
@@ -140,4 +147,4 @@ def _distinct(config: Config, tokenizer: Tokenizer, split: Split, rng: random.Ra
 def _problem(task: Task, exercise: Exercise, problem_id: int, template: PromptTemplate, tokenizer: Tokenizer) -> Problem:
     text = template.fill(exercise.prompt, tokenizer)
     return Problem(problem_id=problem_id, task=task.name, prompt=text, prompt_ids=tuple(template.encode([text], tokenizer)[0]),
-                   answer=exercise.answer, facts=exercise.facts, level=exercise.level, completion_prefix=template.completion_prefix)
+                   answer=exercise.answer, facts=exercise.facts, level=exercise.level, completion_prefix=template.prefix_of(text))
