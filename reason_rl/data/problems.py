@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from reason_rl.config import Config, ConfigError, TaskConfig
 from reason_rl.data.dataset import first_heldout, load_dataset, step_problems
@@ -89,8 +89,14 @@ def describe_problems(config: Config, tokenizer: Tokenizer) -> tuple[list[str], 
         return [], ()
     dataset = load_dataset(config, tokenizer)
     left_out = dataset.left_out
-    examples = "".join(f"\n  {row}" for row in left_out[:3]) + ("\n  ..." if len(left_out) > 3 else "")
-    return [dataset.description + (f". {len(left_out):,} rows are left out:{examples}" if left_out else ".")], left_out
+    lines = [dataset.description + (f". {len(left_out):,} rows are left out:{_first(left_out)}" if left_out else ".")]
+    if tokenizer.chat is not None and config.task.template == "plain":
+        lines.append("The checkpoint has a chat template, which task.template = 'plain' leaves unused; 'chat' goes through it.")
+    return lines, left_out
+
+
+def _first(rows: Sequence[str]) -> str:
+    return "".join(f"\n  {row}" for row in rows[:3]) + ("\n  ..." if len(rows) > 3 else "")
 
 
 def problems_digest(problems: Iterable[Problem]) -> str:

@@ -13,6 +13,7 @@ import pytest
 
 from reason_rl.config import Config, ConfigError, ModelConfig, RLConfig, RunConfig, SamplingConfig, TaskConfig, load_config
 from reason_rl.data import (
+    Tokenizer,
     byte_tokenizer,
     check_problems,
     describe_problems,
@@ -28,6 +29,8 @@ from reason_rl.reward import check_rewards
 from reason_rl.reward.gold import verifier_of
 from reason_rl.reward.math import grade_math
 from reason_rl.types import Problem
+from tests.reason_rl.test_chat import CHATML
+from tests.reason_rl.trained import folder_of
 
 TOKENIZER = byte_tokenizer()
 
@@ -386,3 +389,10 @@ def test_the_digest_tells_tests_that_are_not_shown() -> None:
     one = Problem(1, "code", "f?", (1, 2), "", {"tests": ["assert f(1) == 1"]})
     assert problems_digest([one]) == problems_digest([replace(one)])
     assert problems_digest([one]) != problems_digest([replace(one, facts={"tests": ["assert f(1) == 2"]})])
+
+
+def test_a_chat_template_that_is_left_unused_is_said(forty: Path, tmp_path: Path) -> None:
+    chatting = Tokenizer.load(folder_of(tmp_path / "model", chat_template=CHATML))
+    told = {(tokenizer is chatting, template): len(describe_problems(config_of(forty, template=template), tokenizer)[0])
+            for tokenizer, template in ((TOKENIZER, "plain"), (chatting, "plain"), (chatting, "chat"))}
+    assert told == {(False, "plain"): 1, (True, "plain"): 2, (True, "chat"): 1}
