@@ -109,8 +109,9 @@ def main(config: Config) -> int:
                 view.message(f"Saved: {stopped}. {again} goes on from here.")
                 return 130
         if world.is_main:
+            example = '"a2,b*3,c-1,d-8?"' if config.task.name == "program" else f"--template {config.task.template}"
             print(f"Done. The report: {folder.path}/report.html · talk to the model: "
-                  f"python -m reason_rl.generate {folder.path}/checkpoints/final \"a2,b*3,c-1,d-8?\"")
+                  f"python -m reason_rl.generate {folder.path}/checkpoints/final {example}")
         return 0
     finally:
         close_world(world)

@@ -59,7 +59,9 @@ class EvalFolder:
             raise ValueError(f"{path} is damaged: {error}") from error
         differences = [f"{key}: {old.get(key)!r} -> {self.setting.get(key)!r}"
                        for key in dict.fromkeys([*old, *self.setting]) if old.get(key) != self.setting.get(key)]
-        if differences:
+        if differences and not any(part.stat().st_size for part in self.path.glob(f"{Path(ROWS_FILE).stem}*.jsonl")):
+            write_whole(path, json.dumps(self.setting, indent=2) + "\n")  # nothing came of it, a shard was missing perhaps
+        elif differences:
             raise ValueError(f"{self.path} holds an evaluation of another setting; give this one an --out of its own. The "
                              "differences:\n  " + "\n  ".join(differences))
 

@@ -7,7 +7,6 @@ the defaults; the model's shape is always the checkpoint's own, and [sampling] i
 from __future__ import annotations
 
 import argparse
-import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from reason_rl.data import (
     heldout_problems,
     is_file_task,
     load_dataset,
+    problems_digest,
     rl_problems,
 )
 from reason_rl.engine import check_fits
@@ -65,7 +65,7 @@ class Plan:
         sections: dict[str, Any] = {"task": config.task, "reward": config.reward, "sampling": config.sampling}
         return {
             "checkpoint": str(self.checkpoint.resolve()), "weights": fingerprint(self.checkpoint), "split": self.split,
-            "problems": len(self.problems), "prompts": prompts_digest(self.problems), "samples": self.num_samples,
+            "problems": len(self.problems), "prompts": problems_digest(self.problems), "samples": self.num_samples,
             "seed": self.seed, "device": world.device.type,
             "dtype": str(world.dtype).removeprefix("torch."), "exact": config.run.exact,
             **{f"{name}.{key}": value for name, values in sections.items() for key, value in asdict(values).items()}}
@@ -115,12 +115,6 @@ def problems_of(config: Config, tokenizer: Tokenizer, split: str, count: int | N
         raise ValueError(f"--problems {count} were asked for, but --split {split} of task {config.task.name!r} has {len(problems)}")
     random.Random(f"0/{split}").shuffle(problems)
     return problems[:count]
-
-
-def prompts_digest(problems: Sequence[Problem]) -> str:
-    """Tells when a file or a template has changed under an evaluation."""
-    told = "/".join(f"{problem.problem_id}:{problem.prompt_ids}:{problem.answer}" for problem in problems)
-    return hashlib.blake2b(told.encode(errors="replace"), digest_size=8).hexdigest()
 
 
 def parse_ks(text: str | None, num_samples: int) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ def answer(engine: Engine, tokenizer: Tokenizer, console: Console, options: argp
     sampling = SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p,
                               options.max_tokens or min(room, MOST_TOKENS), tokenizer.stop_ids)
     for sample in range(options.samples):
-        show = printer(tokenizer, console, template.completion_prefix)
+        show = printer(tokenizer, console, template.prefix_of(text))
         # One sample at a time, so that tokens stream; the step keeps their draws apart.
         engine.generate([Problem(number, "", text, ids, "")], 1, sampling, step=sample,
                         on_token=lambda problem, index, token, show=show: show(token))  # type: ignore[misc]

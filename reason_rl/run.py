@@ -11,14 +11,14 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 
 from kernels.native import ISA, cpu_why_not
-from reason_rl.config import Config, ConfigError
-from reason_rl.data import Tokenizer, describe_problems, tokenizer_of
+from reason_rl.config import Config, ConfigError, ModelConfig
+from reason_rl.data import Tokenizer, describe_problems, is_file_task, load_dataset, problems_digest, tokenizer_of
 from reason_rl.model.transformer import Transformer, num_active_parameters, num_parameters
 from reason_rl.model.weights import Source, load_model, read_source
 from reason_rl.pretrain import HISTORY_FILE, make_base, pretrain_seconds
@@ -146,9 +146,15 @@ def prepare_run(config: Config, world: World, folder: RunFolder, view: View, sho
     given = load_model(config.model.init_from) if config.model.init_from else None
     for line in check_task(config if given is None else _as_given(config, given, tokenizer), tokenizer):
         view.message(line)
+    for line in [] if given is None else _outvoted(config, given):
+        view.message(line)
     if config.engine.decoder == "native" and cpu_why_not(world.device):
         raise ConfigError(f"engine.decoder='native' cannot run here: {cpu_why_not(world.device)}")
-    log = _begin(config, folder, world) if world.is_main else None
+    problems = _digest(config, tokenizer)
+    if folder.compute.get("problems", problems) != problems:
+        raise ConfigError(f"{folder.path} was begun with other problems than {config.task.path} gives now: a file, the template or "
+                          "the tokenizer has changed. --resume never begins afresh in a new folder")
+    log = _begin(config, folder, world, problems) if world.is_main else None
     if left_out := describe_problems(config, tokenizer)[1] if log is not None else ():
         (folder.path / LEFT_OUT_FILE).write_text("\n".join(left_out) + "\n", encoding="utf-8")
     try:
@@ -209,7 +215,15 @@ def describe_machine(session: Session) -> str:
             f"{num_parameters(model):,} parameters, {num_active_parameters(model):,} of them active for a token.")
 
 
-def _begin(config: Config, folder: RunFolder, world: World) -> RunLog:
+def _digest(config: Config, tokenizer: Tokenizer) -> str:
+    """Of the problems that stand in files; "" of a task that makes its own."""
+    if not is_file_task(config):
+        return ""
+    dataset = load_dataset(config, tokenizer)
+    return problems_digest([*dataset.rl, *dataset.heldout])
+
+
+def _begin(config: Config, folder: RunFolder, world: World, problems: str) -> RunLog:
     """The log first, as it may be refused (a package that is missing); then config.toml makes the folder a run's."""
     was_there = folder.path.exists()
     try:
@@ -218,7 +232,7 @@ def _begin(config: Config, folder: RunFolder, world: World) -> RunLog:
         if not was_there:
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
-    begin_run(folder, config, world)
+    begin_run(folder, config, world, problems)
     return log
 
 
@@ -233,6 +247,15 @@ def _as_given(config: Config, policy: Transformer, tokenizer: Tokenizer) -> Conf
         raise ConfigError(f"{config.model.init_from}: its tokenizer has {tokenizer.vocab_size} tokens, "
                           f"its model only {policy.vocab_size}")
     return replace(config, model=replace(policy.config, init_from=config.model.init_from))
+
+
+def _outvoted(config: Config, policy: Transformer) -> list[str]:
+    """A line on the [model] keys that say something else than the checkpoint, whose shape is its own."""
+    pairs = {field.name: (getattr(config.model, field.name), getattr(policy.config, field.name))
+             for field in fields(ModelConfig) if field.name != "init_from"}
+    outvoted = [f"model.{key} = {asked!r} (it has {there!r})" for key, (asked, there) in pairs.items()
+                if asked not in (there, getattr(ModelConfig(), key))]
+    return [f"The model is {config.model.init_from} as it is, so these play no part: {', '.join(outvoted)}."] if outvoted else []
 
 
 def finish_run(run: Run) -> None:

@@ -36,7 +36,7 @@ class RunFolder:
     resume_from: Path | None
     """The newest step checkpoint of an unfinished run."""
     compute: dict[str, str] = field(default_factory=dict)
-    """What a run that was begun computes in: dtype and kernels."""
+    """What a run that was begun computes in, dtype and kernels, and a digest of the problems of its files."""
 
     @property
     def checkpoints(self) -> Path:
@@ -83,9 +83,9 @@ def as_begun(world: World, folder: RunFolder) -> World:
     return dataclasses.replace(world, dtype=getattr(torch, name)) if name else world
 
 
-def begin_run(folder: RunFolder, config: Config, world: World) -> None:
-    """Write config.toml and what is computed in, once everything that can fail before work starts has been checked: a refused run
-    leaves no trace.
+def begin_run(folder: RunFolder, config: Config, world: World, problems: str) -> None:
+    """Write config.toml, what is computed in and the problems' digest, once everything that can fail before work starts has been
+    checked: a refused run leaves no trace.
 
     It holds the folder's own name and resume = "auto", so that a run begun with `--resume never` can be gone on with too.
     """
@@ -94,7 +94,7 @@ def begin_run(folder: RunFolder, config: Config, world: World) -> None:
         return
     own = dataclasses.replace(config, run=dataclasses.replace(config.run, name=folder.path.name, resume="auto"))
     folder.path.mkdir(parents=True, exist_ok=True)
-    compute = {"dtype": str(world.dtype).removeprefix("torch."), "kernels": ISA or "reference ops"}
+    compute = {"dtype": str(world.dtype).removeprefix("torch."), "kernels": ISA or "reference ops", "problems": problems}
     (folder.path / COMPUTE_FILE).write_text(json.dumps(compute) + "\n")
     partial = folder.path / f".{CONFIG_FILE}.partial"
     partial.write_text(f"# The run as resolved; `torchrun train.py {written}` runs it again.\n\n{dump_config(own)}")

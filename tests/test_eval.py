@@ -235,6 +235,17 @@ def test_a_missing_or_damaged_checkpoint_is_one_line(
     assert code == 1 and err.count("\n") == 1 and err.startswith("eval: ") and "given" in err
 
 
+def test_one_that_failed_before_its_first_row_is_begun_again(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copytree(checkpoint, tmp_path / "given")
+    weights = (tmp_path / "given" / "model.safetensors").rename(tmp_path / "elsewhere")
+    arguments = [str(tmp_path / "given"), "--task=program", "--max-tokens=20", "--problems=2", f"--out={tmp_path / 'e'}"]
+    assert command.main(arguments) == 1 and "it has no model.safetensors" in capsys.readouterr().err
+    weights.rename(tmp_path / "given" / "model.safetensors")
+    assert command.main(arguments) == 0
+    (tmp_path / "given" / "model.safetensors").unlink()  # now there are rows, of other weights
+    assert command.main(arguments) == 1 and "another setting" in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_no_run_wants_to_know_which_problems(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

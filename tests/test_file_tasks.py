@@ -58,6 +58,18 @@ def test_a_run_on_a_file_that_is_stopped_goes_on_to_the_same_bits(given: list[st
     assert fingerprints(tmp_path / "whole") == fingerprints(tmp_path / "parts")
 
 
+def test_a_run_whose_file_has_changed_is_not_gone_on_with(given: list[str], tmp_path: Path, monkeypatch, capsys):
+    stop_after(monkeypatch, 2)
+    assert run_here(tmp_path, *given, "--task.on_bad_row=skip") == 130
+    told = "as it is, so these play no part: model.expert_bias = True (it has False), model.max_positions = 64 (it has 96)."
+    assert told in " ".join(capsys.readouterr().out.split())
+    with (tmp_path / "own.jsonl").open("a", encoding="utf-8") as file:
+        file.write('\n{"problem": "1 + 1?", "result": "2"}\n')
+    never_stop(monkeypatch)
+    with pytest.raises(ValueError, match="was begun with other problems than"):
+        run_here(tmp_path, *given, "--task.on_bad_row=skip")
+
+
 @pytest.mark.parametrize(("more", "message"), [
     ([], r"own\.jsonl:10: it is not valid JSON: .*task\.on_bad_row = 'skip'"),
     (["--model.init_from="], "task 'jsonl' reads its problems from files, so there is no corpus .* give model.init_from"),

@@ -18,6 +18,7 @@ from reason_rl.data.problems import (
     describe_problems,
     heldout_problems,
     is_file_task,
+    problems_digest,
     problems_to_check,
     rl_problems,
     split_of,
@@ -29,4 +30,4 @@ from reason_rl.data.tokenizer import TextStream, Tokenizer, byte_tokenizer, char
 
 __all__ = ["FILE_TASKS", "TASKS", "Document", "TextStream", "Tokenizer", "byte_tokenizer", "char_tokenizer", "check_problems",
            "corpus_documents", "describe_problems", "heldout_problems", "is_file_task", "load_dataset", "load_template",
-           "problems_to_check", "rl_problems", "split_of", "task_of", "tokenizer_of"]
+           "problems_digest", "problems_to_check", "rl_problems", "split_of", "task_of", "tokenizer_of"]

@@ -3,10 +3,10 @@
 A template is a Jinja program from whoever made the checkpoint, so it runs in jinja2's immutable sandbox, set up as Hugging Face
 does: white space around blocks trimmed, break and continue in loops, `tojson` that escapes nothing, `raise_exception`,
 `strftime_now`, `{% generation %}`, and the tokenizer's special tokens by name. What it raises is one clear error, and so are an
-endless loop and an endless text. The day that `strftime_now` tells is given, not the calendar's: a run's prompts follow from its
-config.
+endless loop, a power and an endless text. The day that `strftime_now` tells is given, not the calendar's: a run's prompts follow
+from its config.
 
-Left out: tools, documents, several conversations at once; a bound on memory.
+Left out: tools, documents, several conversations at once; a bound on memory, and on what one line does within filters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 import jinja2
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 MAX_LINES = 1_000_000
 """Lines of the compiled template that one render may take: about a second's work."""
@@ -34,7 +35,7 @@ class ChatTemplate:
     def __init__(self, source: str, special: Mapping[str, str], folder: str = "") -> None:
         """special: {"bos_token": "<s>", ...}. folder: for errors."""
         self._special, self._folder = dict(special), folder
-        environment = ImmutableSandboxedEnvironment(
+        environment = Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
@@ -51,6 +52,15 @@ class ChatTemplate:
             return _bounded(self._template.generate(given))
         except Exception as error:  # whatever a template may raise; all of it means that there is no prompt
             raise ValueError(f"the chat template of {self._folder} fails: {type(error).__name__}: {error}") from error
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Without powers: one of them may take hours within a single line, where nothing counts."""
+
+    intercepted_binops = frozenset(("**",))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        raise SecurityError(f"{operator} has no place in a chat template")
 
 
 class Generation(Extension):

@@ -99,7 +99,7 @@ class _Reader:
                 continue
             yield where, exercise, Problem(
                 problem_id_of(self.config.name, exercise.prompt), self.config.name, text, tuple(prompt_ids), exercise.answer,
-                exercise.facts, exercise.level, template.completion_prefix)
+                exercise.facts, exercise.level, template.prefix_of(text))
 
 
 def load_dataset(config: Config, tokenizer: Tokenizer) -> Dataset:

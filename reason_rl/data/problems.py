@@ -7,8 +7,9 @@ and held-out problems cannot meet.
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from reason_rl.config import Config, ConfigError, TaskConfig
 from reason_rl.data.dataset import first_heldout, load_dataset, step_problems
@@ -88,8 +89,20 @@ def describe_problems(config: Config, tokenizer: Tokenizer) -> tuple[list[str], 
         return [], ()
     dataset = load_dataset(config, tokenizer)
     left_out = dataset.left_out
-    examples = "".join(f"\n  {row}" for row in left_out[:3]) + ("\n  ..." if len(left_out) > 3 else "")
-    return [dataset.description + (f". {len(left_out):,} rows are left out:{examples}" if left_out else ".")], left_out
+    lines = [dataset.description + (f". {len(left_out):,} rows are left out:{_first(left_out)}" if left_out else ".")]
+    if tokenizer.chat is not None and config.task.template == "plain":
+        lines.append("The checkpoint has a chat template, which task.template = 'plain' leaves unused; 'chat' goes through it.")
+    return lines, left_out
+
+
+def _first(rows: Sequence[str]) -> str:
+    return "".join(f"\n  {row}" for row in rows[:3]) + ("\n  ..." if len(rows) > 3 else "")
+
+
+def problems_digest(problems: Iterable[Problem]) -> str:
+    """Tells when a file or a template has changed under a run or an evaluation."""
+    told = "/".join(f"{problem.problem_id}:{problem.prompt_ids}:{problem.answer}:{dict(problem.facts)}" for problem in problems)
+    return hashlib.blake2b(told.encode(errors="replace"), digest_size=8).hexdigest()
 
 
 def check_problems(problems: Iterable[Problem], config: Config) -> None:
@@ -140,4 +153,4 @@ def _distinct(config: Config, tokenizer: Tokenizer, split: Split, rng: random.Ra
 def _problem(task: Task, exercise: Exercise, problem_id: int, template: PromptTemplate, tokenizer: Tokenizer) -> Problem:
     text = template.fill(exercise.prompt, tokenizer)
     return Problem(problem_id=problem_id, task=task.name, prompt=text, prompt_ids=tuple(template.encode([text], tokenizer)[0]),
-                   answer=exercise.answer, facts=exercise.facts, level=exercise.level, completion_prefix=template.completion_prefix)
+                   answer=exercise.answer, facts=exercise.facts, level=exercise.level, completion_prefix=template.prefix_of(text))

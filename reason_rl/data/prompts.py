@@ -3,7 +3,8 @@
     use_chat_template = false    # true: prompt and examples go through the checkpoint's chat template, as turns of a chat
     system = ""                  # stands first; the system's message of a chat
     prompt = "{problem}"         # the text around the problem
-    completion_prefix = ""       # what the completion begins with, such as "<think>": ends the prompt, and is graded with the rest
+    completion_prefix = ""       # what the completion begins with, such as "<think>": ends the prompt, and is graded with the rest;
+                                 # a <think> that a chat template ends with is one without being named
     day = 2024-07-26             # what a chat template takes for today, so that prompts do not change with the calendar
     [variables]                  # switches of the chat template's own
     enable_thinking = true
@@ -45,8 +46,16 @@ class PromptTemplate:
     def fill(self, problem: str, tokenizer: Tokenizer) -> str:
         """The prompt's text."""
         text = self._chat(problem, tokenizer) if self.use_chat_template else self._raw(problem)
+        prefix = self.completion_prefix.strip()
         # A chat template may have opened the thought itself.
-        return text if text.rstrip().endswith(self.completion_prefix) else text + self.completion_prefix
+        is_there = self.use_chat_template and prefix and text.rstrip().endswith(prefix)
+        return text if is_there else text + self.completion_prefix
+
+    def prefix_of(self, text: str) -> str:
+        """What of the filled prompt counts as the completion's beginning. Where the chat template opens the thought, that too: the
+        completion could not have a whole one else."""
+        is_open = self.use_chat_template and text.rstrip().endswith("<think>")
+        return self.completion_prefix or ("<think>" if is_open else "")
 
     def encode(self, texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
         """The tokens of such texts: what opens a sequence is written by the chat template, else put there by the tokenizer."""

@@ -13,6 +13,7 @@ import pytest
 
 from reason_rl.config import Config, ConfigError, ModelConfig, RLConfig, RunConfig, SamplingConfig, TaskConfig, load_config
 from reason_rl.data import (
+    Tokenizer,
     byte_tokenizer,
     check_problems,
     describe_problems,
@@ -23,10 +24,13 @@ from reason_rl.data import (
 )
 from reason_rl.data.dataset import Dataset
 from reason_rl.data.difficulty import read_pass_rates
+from reason_rl.data.problems import problems_digest
 from reason_rl.reward import check_rewards
 from reason_rl.reward.gold import verifier_of
 from reason_rl.reward.math import grade_math
 from reason_rl.types import Problem
+from tests.reason_rl.test_chat import CHATML
+from tests.reason_rl.trained import folder_of
 
 TOKENIZER = byte_tokenizer()
 
@@ -96,6 +100,9 @@ BAD_ROWS = [
     ("jsonl", {"prompt": "a?"}, "it has no field 'answer'; there are prompt"),
     ("jsonl", {"prompt": ["a?"], "answer": 1}, "its 'prompt' must be text, got ['a?']"),
     ("jsonl", {"prompt": "a?", "answer": True}, "its 'answer' must be text, got True"),
+    ("jsonl", {"prompt": "a?", "answer": float("nan")}, "its 'answer' must be text, got nan"),
+    ("jsonl", {"prompt": "a?", "answer": float("inf")}, "its 'answer' must be text, got inf"),
+    ("jsonl", {"prompt": "a\ud83d?", "answer": "1"}, "its 'prompt' is no text: 'utf-8' codec can't encode character"),
     ("jsonl", {"prompt": " ", "answer": 1}, "its problem is empty"),
     ("jsonl", {"prompt": "a?", "answer": ""}, "its answer is empty"),
     ("jsonl", {"prompt": "a?", "answer": "\\frac{1}{"}, "its answer '\\\\frac{1}{' cannot be read"),
@@ -376,3 +383,16 @@ def test_what_goes_by_pass_rates_needs_their_file(more: dict[str, Any], forty: P
 def test_limits_that_leave_nothing_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"task\.min_pass_rate = 0\.9 is above task\.max_pass_rate = 0\.1"):
         load_config(None, ["--task.min_pass_rate=0.9", "--task.max_pass_rate=0.1"])
+
+
+def test_the_digest_tells_tests_that_are_not_shown() -> None:
+    one = Problem(1, "code", "f?", (1, 2), "", {"tests": ["assert f(1) == 1"]})
+    assert problems_digest([one]) == problems_digest([replace(one)])
+    assert problems_digest([one]) != problems_digest([replace(one, facts={"tests": ["assert f(1) == 2"]})])
+
+
+def test_a_chat_template_that_is_left_unused_is_said(forty: Path, tmp_path: Path) -> None:
+    chatting = Tokenizer.load(folder_of(tmp_path / "model", chat_template=CHATML))
+    told = {(tokenizer is chatting, template): len(describe_problems(config_of(forty, template=template), tokenizer)[0])
+            for tokenizer, template in ((TOKENIZER, "plain"), (chatting, "plain"), (chatting, "chat"))}
+    assert told == {(False, "plain"): 1, (True, "plain"): 2, (True, "chat"): 1}

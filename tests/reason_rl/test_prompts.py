@@ -94,6 +94,17 @@ def test_a_prefix_that_the_chat_template_has_written_is_not_written_again(tmp_pa
     filled = [written(tmp_path, text).fill("1?", Tokenizer.load(folder_of(tmp_path / name, chat_template=source)))
               for name, source in (("opening", opening), ("plain", CHATML))]
     assert [one.rpartition("assistant")[2] for one in filled] == ["\n<think>\n", "\n<think>"]
+    with_break = written(tmp_path, text.replace("<think>", "<think>\\n"))
+    assert with_break.fill("1?", Tokenizer.load(tmp_path / "opening")) == filled[0]
+    assert written(tmp_path, 'prompt = "{problem}"\ncompletion_prefix = "="').fill("1+1=", BYTES) == "1+1=="  # the problem's own
+
+
+def test_a_thought_that_the_chat_template_opens_is_the_completions(tmp_path: Path) -> None:
+    opening = CHATML.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>assistant\\n<think>\\n' }}")
+    config = Config(task=TaskConfig(template="chat"))
+    for name, source, prefix in (("opening", opening, "<think>"), ("plain", CHATML, "")):
+        (problem,) = rl_problems(config, Tokenizer.load(folder_of(tmp_path / name, chat_template=source)), 0, 1)
+        assert problem.completion_prefix == prefix and problem.prompt.endswith(f"assistant\n{prefix and '<think>' + chr(10)}")
 
 
 def test_problems_carry_what_their_prompt_ends_with(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from reason_rl.config import TaskConfig, load_config
-from reason_rl.data import FILE_TASKS, Tokenizer, load_dataset, load_template
+from reason_rl.data import FILE_TASKS, Tokenizer, load_dataset, load_template, problems_to_check
 from reason_rl.data.difficulty import read_pass_rates
 from reason_rl.data.prompts import FOLDER, KINDS
 from tests.reason_rl.test_chat import CHATML
@@ -31,6 +31,8 @@ def test_the_config_and_the_problems_that_the_page_shows_are_read(tmp_path: Path
     both = {problem.answer for problem in (*dataset.rl, *dataset.heldout)}
     assert both == {"42", "\\frac{5}{3}", "x = 3, x = -3", "366"} and not dataset.left_out
     assert all(problem.prompt.endswith("Assistant: <think>") for problem in dataset.rl)
+    num_heldout = max(config.eval.problems, config.eval.final_problems)
+    assert len(problems_to_check(config, Tokenizer.load(tmp_path / "model"), num_heldout)) == 4  # enough for a run as it stands
 
 
 def test_the_template_that_the_page_shows_is_one(tmp_path: Path) -> None:

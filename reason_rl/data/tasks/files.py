@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from reason_rl.config import TaskConfig
@@ -75,7 +76,8 @@ def code(row: Row, config: TaskConfig) -> Exercise:
 
 def jsonl(row: Row, config: TaskConfig) -> Exercise:
     answer = row.get(config.answer_field)
-    given = {**row, config.answer_field: str(answer)} if type(answer) in (int, float) else row
+    is_number = type(answer) is int or (type(answer) is float and isfinite(answer))  # pandas writes NaN for no answer
+    given = {**row, config.answer_field: str(answer)} if is_number else row
     return exercise_of(text_of(given, config.prompt_field), text_of(given, config.answer_field).strip())
 
 
@@ -94,13 +96,21 @@ def texts_of(row: Row, name: str) -> list[str]:
     texts = field_of(row, name)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise RowError(f"its {name!r} must be a list of texts, got {texts!r:.60}")
-    return texts
+    return [_encodable(name, text) for text in texts]
 
 
 def text_of(row: Row, name: str) -> str:
     if not isinstance(field_of(row, name), str):
         raise RowError(f"its {name!r} must be text, got {row[name]!r:.60}")
-    return str(row[name])
+    return _encodable(name, str(row[name]))
+
+
+def _encodable(name: str, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair, which no tokenizer takes
+        raise RowError(f"its {name!r} is no text: {error}") from error
+    return text
 
 
 def exercise_of(prompt: str, answer: str, level: int = 0, key: str = "", facts: Mapping[str, Any] | None = None) -> Exercise:
