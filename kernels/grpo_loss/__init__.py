@@ -85,21 +85,30 @@ def grpo_loss(
     by the reference a handful.
     Moved: 16 N bytes in, 4 N more for each optional input, 4 N out for dlogprobs.
     """
-    check("grpo_loss", "logprobs", logprobs, ("N",), (torch.float32, torch.float64))
-    shape = tuple(logprobs.shape)
+    given = {"old_logprobs": old_logprobs, "advantages": advantages}
     optional = {"rollout_logprobs": rollout_logprobs, "ref_logprobs": ref_logprobs, "entropy": entropy}
-    for name, tensor in {"old_logprobs": old_logprobs, "advantages": advantages, **optional}.items():
-        if tensor is not None or name not in optional:
-            check("grpo_loss", name, tensor, shape, logprobs.dtype, like=logprobs)  # type: ignore[arg-type]
-    check("grpo_loss", "sequence_index", sequence_index, shape, (torch.int32, torch.int64), like=logprobs)
-    _check_needs(spec, optional)
-    _check_counts(sequence_index, num_sequences, total_loss_tokens, total_sequences)
+    check_inputs(logprobs, given, optional, spec, sequence_index, num_sequences, total_loss_tokens, total_sequences)
     loss, metrics = OP.choose(logprobs, impl).run(
         logprobs, old_logprobs=old_logprobs, advantages=advantages, sequence_index=sequence_index,
         num_sequences=num_sequences, spec=spec, total_loss_tokens=total_loss_tokens, total_sequences=total_sequences,
         rollout_logprobs=rollout_logprobs, ref_logprobs=ref_logprobs, entropy=entropy,
     )
     return loss, metrics
+
+
+def check_inputs(
+    logprobs: torch.Tensor, given: dict[str, torch.Tensor], optional: dict[str, torch.Tensor | None], spec: LossSpec,
+    sequence_index: torch.Tensor, num_sequences: int, total_loss_tokens: int, total_sequences: int,
+) -> None:
+    """What `grpo_loss` raises, for `linear_grpo_loss` too, whose logprobs are yet to come."""
+    check("grpo_loss", "logprobs", logprobs, ("N",), (torch.float32, torch.float64))
+    shape = tuple(logprobs.shape)
+    for name, tensor in {**given, **optional}.items():
+        if tensor is not None or name in given:
+            check("grpo_loss", name, tensor, shape, logprobs.dtype, like=logprobs)  # type: ignore[arg-type]
+    check("grpo_loss", "sequence_index", sequence_index, shape, (torch.int32, torch.int64), like=logprobs)
+    _check_needs(spec, optional)
+    _check_counts(sequence_index, num_sequences, total_loss_tokens, total_sequences)
 
 
 def _check_needs(spec: LossSpec, optional: dict[str, torch.Tensor | None]) -> None:

@@ -20,6 +20,26 @@ CHOICES = {
 NUMBERS = ("clip_low", "clip_high", "dual_clip", "kl_coef", "importance_low", "importance_high", "entropy_coef")
 
 
+def choices_of(spec: LossSpec) -> list[int]:
+    return [allowed.index(getattr(spec, name)) for name, allowed in CHOICES.items()]
+
+
+def numbers_of(spec: LossSpec) -> list[float]:
+    return [float(getattr(spec, name)) for name in NUMBERS]
+
+
+def named_metrics(
+    metrics: torch.Tensor, spec: LossSpec, rollout_logprobs: torch.Tensor | None, ref_logprobs: torch.Tensor | None,
+    entropy: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """metrics f32[14] -> those that the inputs give."""
+    absent = {
+        "importance_cut_sum": spec.importance == "none", "kl_sum": ref_logprobs is None,
+        "entropy_sum": entropy is None, "logprob_gap_max": rollout_logprobs is None,
+    }
+    return {name: value for name, value in zip(METRICS, metrics.unbind(), strict=True) if not absent.get(name)}
+
+
 def grpo_loss_by(ops: Any) -> Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """ops: has grpo_loss (torch.ops.reason_rl, torch.ops.reason_rl_triton)."""
 
@@ -33,11 +53,9 @@ def grpo_loss_by(ops: Any) -> Callable[..., tuple[torch.Tensor, dict[str, torch.
                 torch.empty(shape, dtype=torch.float32, device=logprobs.device)
                 for shape in ((), (len(METRICS),), logprobs.shape, logprobs.shape if spec.entropy_coef != 0 else (0,)))
             old, advantages, index, rollout, ref = (None if x is None else x.detach().contiguous() for x in constants)
-            choices = [allowed.index(getattr(spec, name)) for name, allowed in CHOICES.items()]
             ops.grpo_loss(
                 loss, metrics, dlogprobs, dentropy, logprobs.contiguous(), old, advantages, index, rollout, ref,
-                None if entropy is None else entropy.contiguous(), choices, counts,
-                [float(getattr(spec, name)) for name in NUMBERS])
+                None if entropy is None else entropy.contiguous(), choices_of(spec), counts, numbers_of(spec))
             ctx.save_for_backward(dlogprobs, dentropy if spec.entropy_coef != 0 else None)
             ctx.mark_non_differentiable(metrics)
             return loss, metrics
@@ -65,10 +83,6 @@ def grpo_loss_by(ops: Any) -> Callable[..., tuple[torch.Tensor, dict[str, torch.
         loss, metrics = GrpoLoss.apply(
             logprobs, entropy, [old_logprobs, advantages, sequence_index, rollout_logprobs, ref_logprobs], spec,
             [num_sequences, total_loss_tokens, total_sequences, spec.constant_length])
-        absent = {
-            "importance_cut_sum": spec.importance == "none", "kl_sum": ref_logprobs is None,
-            "entropy_sum": entropy is None, "logprob_gap_max": rollout_logprobs is None,
-        }
-        return loss, {name: value for name, value in zip(METRICS, metrics.unbind(), strict=True) if not absent.get(name)}
+        return loss, named_metrics(metrics, spec, rollout_logprobs, ref_logprobs, entropy)
 
     return grpo_loss

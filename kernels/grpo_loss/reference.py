@@ -177,10 +177,11 @@ def make_inputs(device: str | torch.device = "cpu", dtype: torch.dtype = torch.f
         "step": [64] * 128,
         "large": [4096] * 256,
     }
-    return {name: _case(name, counts, torch.device(device), dtype) for name, counts in lengths.items()}
+    return {name: make_case(name, counts, torch.device(device), dtype) for name, counts in lengths.items()}
 
 
-def _case(name: str, lengths: list[int], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def make_case(name: str, lengths: list[int], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Sequences of these lengths; `name` seeds the draws."""
     generator = torch.Generator().manual_seed(sum(name.encode()))
     num_loss_tokens, num_sequences = sum(lengths), len(lengths)
 

@@ -49,10 +49,15 @@ def linear_logprob(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden: float[N, D], weight: float[V, D] of the same dtype or f32, target_ids: i64[N] in [0, V)
     -> (logprob f32[N], entropy f32[N])."""
+    check_inputs(hidden, weight, target_ids, temperature)
+    result: tuple[torch.Tensor, torch.Tensor] = OP.choose(hidden, impl).run(hidden, weight, target_ids, temperature)
+    return result
+
+
+def check_inputs(hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor, temperature: float) -> None:
+    """What `linear_logprob` raises, for `linear_grpo_loss` too."""
     check("linear_logprob", "hidden", hidden, ("N", "D"), FLOATS)
     check("linear_logprob", "weight", weight, ("V", hidden.shape[1]), (hidden.dtype, torch.float32), like=hidden)
     check("linear_logprob", "target_ids", target_ids, (hidden.shape[0],), torch.int64, like=hidden)
     if not temperature > 0:
         raise ValueError(f"linear_logprob: temperature must be above 0, got {temperature}")
-    result: tuple[torch.Tensor, torch.Tensor] = OP.choose(hidden, impl).run(hidden, weight, target_ids, temperature)
-    return result

@@ -1,7 +1,7 @@
 """One optimizer update from microbatches: supervised (pretraining, SFT) or policy gradient (GRPO and its family).
 
-Both run the same forward and the same `linear_logprob`; a loss is always a sum over its tokens divided by one global count,
-over all microbatches and ranks, so that how the batch was cut changes nothing.
+Both run the same forward and the same logprobs (`linear_grpo_loss` folds the loss into `linear_logprob`); a loss is always a sum
+over its tokens divided by one global count, over all microbatches and ranks, so that how the batch was cut changes nothing.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 
 from kernels.attention import attention, plan_segments
-from kernels.grpo_loss import grpo_loss
 from kernels.grpo_loss.metrics import finish_metrics, merge_metrics
 from kernels.grpo_loss.spec import LossSpec
+from kernels.linear_grpo_loss import linear_grpo_loss
 from kernels.linear_logprob import linear_logprob
 from reason_rl.model.transformer import RouterStats, RouteTape, Transformer
 from reason_rl.rl.packing import idle_microbatch
@@ -24,17 +24,24 @@ from reason_rl.trainer.optimizer import Optimizer
 from reason_rl.types import Microbatch
 
 
-def token_logprobs(
-    model: Transformer, microbatch: Microbatch, temperature: float = 1.0, with_stats: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, RouterStats | None]:
-    """-> (logprob f32[N], entropy f32[N], the routers' load): the trainer's forward."""
+def predictor_rows(
+    model: Transformer, microbatch: Microbatch, with_stats: bool = False
+) -> tuple[torch.Tensor, RouterStats | None]:
+    """-> (the hidden states [N, D] that predict the loss tokens, the routers' load): the trainer's forward, but for the head."""
     plan = plan_segments(microbatch.segments, microbatch.num_tokens, microbatch.token_ids.device)
     output = model(
         microbatch.token_ids, microbatch.position_ids, lambda layer, q, k, v: attention(q, k, v, plan), with_stats=with_stats,
         tape=None if microbatch.routes is None else RouteTape(microbatch.routes))
-    rows = output.hidden.index_select(0, microbatch.predictor_index)  # [N, D]
+    return output.hidden.index_select(0, microbatch.predictor_index), output.router
+
+
+def token_logprobs(
+    model: Transformer, microbatch: Microbatch, temperature: float = 1.0, with_stats: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, RouterStats | None]:
+    """-> (logprob f32[N], entropy f32[N], the routers' load)."""
+    rows, router = predictor_rows(model, microbatch, with_stats)
     logprob, entropy = linear_logprob(rows, model.head_weight, microbatch.target_ids, temperature, impl=model.gemm)
-    return logprob, entropy, output.router
+    return logprob, entropy, router
 
 
 @torch.no_grad()
@@ -101,18 +108,19 @@ def policy_update(
     idle = replace(idle_microbatch(microbatches[0]), ref_logprobs=torch.zeros(0) if spec.kl_coef > 0 else None)
     for local in rank_share(microbatches, world, idle):
         microbatch = local.to(world.device)
-        logprob, entropy, _ = token_logprobs(model, microbatch, temperature)
+        rows, _ = predictor_rows(model, microbatch)
         rollout, kept, advantages = microbatch.rollout_logprobs, microbatch.kept_logmass, microbatch.advantages
         assert rollout is not None and kept is not None and advantages is not None, "policy_update needs rollouts, not documents"
-        loss, metrics = grpo_loss(
-            logprob, old_logprobs=rollout if microbatch.old_logprobs is None else microbatch.old_logprobs, advantages=advantages,
+        loss, metrics, logprob = linear_grpo_loss(
+            rows, model.head_weight, microbatch.target_ids, temperature, impl=model.gemm,
+            old_logprobs=rollout if microbatch.old_logprobs is None else microbatch.old_logprobs, advantages=advantages,
             sequence_index=microbatch.sequence_index, num_sequences=microbatch.num_sequences, spec=spec,
             total_loss_tokens=total_tokens, total_sequences=total_sequences,
-            rollout_logprobs=rollout - kept, ref_logprobs=microbatch.ref_logprobs, entropy=entropy)
+            rollout_logprobs=rollout - kept, ref_logprobs=microbatch.ref_logprobs)
         (loss * world.size).backward()
         loss_sum += float(loss.detach())
         if local.num_loss_tokens:
-            gaps.append(float((logprob.detach() - rollout).abs().max()))
+            gaps.append(float((logprob - rollout).abs().max()))
             parts.append({key: value.cpu() for key, value in metrics.items()})
     gathered = world.gather((loss_sum, gaps, parts))
     gap = float(torch.tensor([value for g in gathered for value in g[1]]).max())  # NaN wins, as it must
