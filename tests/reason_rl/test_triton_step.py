@@ -32,10 +32,8 @@ DEVICE = CPU if IS_INTERPRETED else torch.device("cuda")
 pytestmark = [] if IS_INTERPRETED else [pytest.mark.gpu]
 CONFIG = replace(MOE, num_layers=1, num_shared_experts=1)
 MODEL_OPS = {"linear", "rms_norm", "add_rms_norm", "rope", "moe_route", "moe_experts", "swiglu"}
-UPDATE_OPS = MODEL_OPS | {"attention", "linear_logprob", "grpo_loss"}
+UPDATE_OPS = MODEL_OPS | {"attention", "linear_grpo_loss"}
 ROLLOUT_OPS = MODEL_OPS | {"attention", "paged_attention", "sample"}  # prefill and decode
-REFERENCE_ONLY = {"linear_logprob", "grpo_loss", "sample"}
-"""What the interpreter has no kernel of."""
 
 
 @pytest.fixture
@@ -55,7 +53,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 def assert_on_kernels(ran: dict[str, str], ops: set[str]) -> None:
     assert set(ran) == ops
-    assert {name for name, implementation in ran.items() if implementation == "reference"} <= REFERENCE_ONLY
+    assert set(ran.values()) == {"triton"}
 
 
 def test_an_update_runs_on_kernels_and_its_gradients_are_those_of_the_cpus(
