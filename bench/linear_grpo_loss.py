@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from bench.cases import Case, Inputs, Setup, Side
 from bench.peers.ops import liger_grpo
 from bench.suite import main
-from kernels.dispatch import REGISTRY
 from kernels.grpo_loss import LossSpec, grpo_loss
 from kernels.linear_logprob import linear_logprob, make_inputs
 
@@ -75,9 +74,7 @@ def cases(setup: Setup) -> list[Case]:
         shorter = max(1, min(length, MOST_CHECKED // sequences))
         fixed = {"num_sequences": sequences}
         exact = functools.partial(in_two, **fixed, impl="reference")
-        ours: dict[str, Side | str] = {}
-        if "linear_grpo_loss" in REGISTRY:
-            ours = setup.ours("linear_grpo_loss", functools.partial(in_one, **fixed), dtype)
+        ours = setup.ours("linear_grpo_loss", functools.partial(in_one, **fixed), dtype)
         found.append(Case(
             op="linear_grpo_loss", shape=f"N{n} D{d} V{v}", dtype=dtype, wanted=("hidden", "weight"), directions=("full",),
             exact=exact, make=functools.partial(draw, sequences, length, d, v, dtype, setup.device),

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from bench.cases import Case, Inputs, Setup, Side
 from bench.peers.ops import liger_rms_norm
 from bench.suite import main
-from kernels.dispatch import REGISTRY
 from kernels.rms_norm import make_inputs, rms_norm
 from kernels.rms_norm.reference import rms_norm_reference
 
@@ -49,7 +48,7 @@ def sum_case(setup: Setup, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
 
 
 def cases(setup: Setup) -> list[Case]:
-    found = [sum_case(setup, *setup.pick(SHAPES)[0])] if "add_rms_norm" in REGISTRY else []
+    found = [sum_case(setup, *setup.pick(SHAPES)[0])]
     for shape, dtype in setup.pick(SHAPES):
         num_bytes = dtype.itemsize * torch.Size(shape).numel()
         found.append(Case(

@@ -40,7 +40,7 @@ STABLE_TORCH_LIBRARY(reason_rl, m) {
     // A token for each row of hidden [R, D], by Gumbel-max with noise keyed by (keys, positions); logprob, log of the kept mass.
     m.def("sample(Tensor(a!) token, Tensor(b!) logprob, Tensor(c!) kept_logmass, Tensor hidden, Tensor weight, Tensor keys, "
           "Tensor positions, float temperature, int top_k, float top_p, float min_p) -> ()");
-    // loss f32[], its gradients f32[N], and the metrics f32[14]: kernels/grpo_loss/native.py has their names and the order.
+    // loss f32[], its gradients f32[N], and the metrics f32[14]: kernels/grpo_loss/function.py has their names and the order.
     m.def("grpo_loss(Tensor(a!) loss, Tensor(b!) metrics, Tensor(c!) dlogprobs, Tensor(d!) dentropy, Tensor logprobs, "
           "Tensor old_logprobs, Tensor advantages, Tensor sequence_index, Tensor? rollout_logprobs, Tensor? ref_logprobs, "
           "Tensor? entropy, int[] choices, int[] counts, float[] numbers) -> ()");

@@ -30,7 +30,7 @@ struct Columns {  // f32[N] each; null where not given
     float *dlogprobs, *dentropy;
 };
 
-// The metrics in the order of kernels/grpo_loss/native.py; those up to NUM_SUMS add up.
+// The metrics in the order of kernels/grpo_loss/function.py; those up to NUM_SUMS add up.
 enum Metric {
     LOSS, CLIP_LOW, CLIP_HIGH, CLIP_DUAL, CUT, TOKENS, APPROX_KL, W, W_SQUARED, KL, ENTROPY, NUM_SUMS,
     RATIO_MAX = NUM_SUMS, RATIO_MIN, GAP_MAX, NUM_METRICS
