@@ -68,10 +68,10 @@ def test_a_wide_weight_has_the_same_error_and_its_rows_their_bits():
 def test_rows_that_begin_beyond_two_to_the_31_are_found():
     from kernels.linear.triton_kernel import config, gemm
 
-    far = (1 << 31) + 64
-    x, out = (torch.frombuffer(mmap.mmap(-1, 4 * (far + 64)), dtype=F32).as_strided((2, 16), (far, 1)) for _ in range(2))
+    far = (1 << 30) + 64  # fits 32 bits, and twice it does not
+    x, out = (torch.frombuffer(mmap.mmap(-1, 4 * (2 * far + 16)), dtype=F32).as_strided((3, 16), (far, 1)) for _ in range(2))
     weight = torch.randn(16, 16)
-    x[:] = torch.randn(2, 16)
+    x[:] = torch.randn(3, 16)
     gemm(out, x, weight, config(F32, 16, 16))
     torch.testing.assert_close(out, x @ weight)
 

@@ -186,9 +186,12 @@ def test_gradients_have_the_same_bits_in_every_run(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("bad", [-1, 12, 1 << 32])
-def test_a_target_that_is_no_token_shows_as_nan_in_its_row_alone(bad: int, implementation: str):
+def test_a_target_that_is_no_token_shows_as_nan_in_its_row_alone(
+    bad: int, implementation: str, monkeypatch: pytest.MonkeyPatch
+):
     if implementation != "triton":
         pytest.skip("the CPU raises")
+    monkeypatch.setattr(torch, "empty", torch.zeros)  # the poison would be NaN already
     inputs = make_inputs(9, 8, 12, F32)
     clean = linear_logprob(**inputs)
     inputs["target_ids"][5] = bad
@@ -229,6 +232,23 @@ def test_it_compiles_whole():
     pair = [inputs["hidden"], inputs["weight"]]
     eager = values_and_gradients(lambda h, w: linear_logprob(h, w, inputs["target_ids"]), pair)
     assert all(same_bits(a, b) for a, b in zip(values_and_gradients(compiled, pair), eager, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_gpus_memory_stays_below_that_of_the_logits(implementation: str, monkeypatch: pytest.MonkeyPatch):
+    """f32 logits would be 2 GiB. Forward: 1.5 KB a row for the chunks' sums. Backward: dlogits of 128 MiB, and dweight twice."""
+    if implementation != "triton":
+        pytest.skip("the Triton kernels'")
+    hidden, weight, ids = make_inputs(4096, 256, 131_072, BF16, "cuda").values()
+    monkeypatch.setattr(function, "SOFTMAX_BYTES", 0)
+    for is_wanted, limit in ((False, 64 << 20), (True, 640 << 20)):
+        leaves = [x.detach().requires_grad_(is_wanted) for x in (hidden, weight)]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        logprob, entropy = linear_logprob(*leaves, ids)
+        if is_wanted:
+            torch.autograd.grad(logprob.sum() + entropy.sum(), leaves)
+        assert torch.cuda.max_memory_allocated() - before < limit
 
 
 def test_no_rows_give_no_results_and_zero_gradients():
