@@ -232,7 +232,8 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "dynamic": {"factor": 4.0},
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 64},
     "yarn": {"factor": 4.0, ORIGINAL: 64},
-    "yarn, said in full": {"factor": 8.0, ORIGINAL: 32, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False, "mscale": 1.0,
+    # its ramp begins and ends between dimensions, so that cutting its ends would show
+    "yarn, said in full": {"factor": 8.0, ORIGINAL: 128, "beta_fast": 8.0, "beta_slow": 0.05, "truncate": False, "mscale": 1.0,
                            "mscale_all_dim": 0.5},
     "yarn, attention factor": {"factor": 2.0, ORIGINAL: 128, "attention_factor": 0.7},
 }
