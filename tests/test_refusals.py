@@ -16,7 +16,7 @@ from tests.tiny_run import arguments, never_stop, run_apart, run_here, stop_afte
 
 BAD = [
     (["--rl.stepz=3"], "rl.stepz.*did you mean 'rl.steps'"),
-    (["--model.init_from=nowhere"], "no tokenizer.json in nowhere"),
+    (["--model.init_from=nowhere"], "no checkpoint folder at nowhere"),
     (["--task.name=programm"], "unknown task.name 'programm'"),
     (["--task.heldout_share=0"], "heldout.*share is 0.0: raise it"),
     (["--task.rl_share=0"], "rl ones of task 'program'"),

@@ -1,7 +1,7 @@
 """What a Hugging Face folder says of its tokenizer beside tokenizer.json: which tokens end, open and pad a text, and how a chat is
 written.
 
-    generation_config.json    eos_token_id (a number or a list), pad_token_id; config.json has them where that file is missing
+    generation_config.json    eos_token_id (a number or a list), pad_token_id; config.json has what that file leaves out
     tokenizer_config.json     eos_token, bos_token, ... by their text; chat_template
     special_tokens_map.json   the tokens' texts that tokenizer_config.json leaves out
     chat_template.jinja       the chat template, before tokenizer_config.json's; additional_chat_templates/ is not read
@@ -32,8 +32,9 @@ class SideFiles:
 
 
 def read_side_files(folder: Path) -> SideFiles:
-    config, generation = _read_table(folder / "tokenizer_config.json"), _read_table(folder / "generation_config.json")
-    generation = generation or _read_table(folder / "config.json")
+    config = _read_table(folder / "tokenizer_config.json")
+    generation = _read_table(folder / "config.json") | {
+        key: value for key, value in _read_table(folder / "generation_config.json").items() if value is not None}
     named = _read_table(folder / "special_tokens_map.json") | {key: value for key, value in config.items() if value is not None}
     texts = {key: value["content"] if isinstance(value, Mapping) else value
              for key, value in named.items() if key.endswith("_token") and isinstance(value, str | Mapping)}

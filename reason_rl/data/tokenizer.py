@@ -136,6 +136,8 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
         path = Path(folder) / FILE_NAME
+        if not path.parent.is_dir():
+            raise ValueError(f"no checkpoint folder at {folder}")
         if not path.is_file():
             raise ValueError(f"no {FILE_NAME} in {folder}: a checkpoint folder with its tokenizer is expected")
         try:

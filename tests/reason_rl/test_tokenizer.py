@@ -163,12 +163,19 @@ def test_ends_are_read_from_the_models_config_where_there_is_no_other(tmp_path: 
     folder = folder_of(tmp_path, eos_token=None)
     (folder / "config.json").write_text('{"eos_token_id": [3, 2]}')
     assert Tokenizer.load(folder).stop_ids == (3, 2)
+    (folder / "generation_config.json").write_text('{"eos_token_id": null, "temperature": 0.6}')
+    assert Tokenizer.load(folder).stop_ids == (3, 2)
     (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
     assert Tokenizer.load(folder).stop_ids == (2,)
     (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|eot|>"}, "bos_token": "<|begin|>"}')
     assert Tokenizer.load(folder).stop_ids == (3, 2)
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     assert Tokenizer.load(folder).stop_ids == (2,)
+
+
+def test_a_folder_that_is_not_there_is_named_as_such(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no checkpoint folder at .*/nowhere"):
+        Tokenizer.load(tmp_path / "nowhere")
 
 
 def test_raw_prompts_and_texts_are_those_of_transformers(folder: Path) -> None:
