@@ -203,9 +203,8 @@ def cut_compiles() -> list[Compile]:
     f32, found = pointer(torch.float32), []
     sizes: dict[str, Any] = {"R": "i32", "V": "i32", "stride": "i32", "num_chunks": "i32", "top_k": "i64", "top_p": "i64"}
     places = {"counts": "*i32", "masses": "*i64", "state": "*i64", "logits": f32, "partials": f32}
-    for level in (0, LEVELS.value - 1):
-        found.append(Compile(f"sample_digit {level}", torch.float32, sample_digit_kernel, places | sizes,
-                             CONFIG | {"LEVEL": level, "CHUNKS": MAX_CHUNKS}))
+    found.append(Compile("sample_digit", torch.float32, sample_digit_kernel, places | sizes,
+                         CONFIG | {"LEVEL": LEVELS.value - 1, "CHUNKS": MAX_CHUNKS}))
     arguments = {"scores": "*fp64", "tokens": "*i32", "picks": f32, "lowest": f32, "kept": "*i64", **places, "keys": "*i64",
                  "positions": "*i64", **sizes, "log_min_p": "fp32"}
     found.append(Compile("sample_kept", torch.float32, sample_kept_kernel, arguments,

@@ -2,7 +2,7 @@
 
     head    a program takes a tile of rows and a chunk of the vocabulary, as linear_logprob's forward: of each row it keeps the sums
             behind the logprob, by linear_logprob's own functions and tiles, so that both have the same bits; and the winner
-    merge   the chunks of 16 rows: sums and winners, chunks in order, of equal scores the smaller token
+    merge   the chunks of some rows, as linear_logprob merges them: sums and winners, of equal scores the smaller token
 
 A tile of logits fills the registers, and most of its rows are empty in a decode step. So it passes through a scratch of its own, in
 L2: 1 KB a row and chunk, f32[num_chunks, R, BLOCK_N]; the draw reads back the rows there are, DRAWN_ROWS at a time.
@@ -15,22 +15,19 @@ times. A row with NaN or inf among its logits gets the token -1: nothing waits f
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
 
 from kernels.ahead_of_time import Compile, pointer
 from kernels.linear.triton_kernel import grouped_tile
-from kernels.linear_logprob.triton_kernel import MAX_CHUNKS, add_tile, chunks_of, config, logits_tile, merged_chunks
+from kernels.linear_logprob.triton_kernel import MAX_CHUNKS, add_tile, chunks_of, config, logits_tile, merge_config, merged_chunks
 from kernels.sample.function import check_tokens
 from kernels.sample.triton_cut import CutSpec, cut_compiles, cut_spec, draw_kept, new_winners
 from kernels.sample.triton_noise import NOISE_ERROR, gumbel, gumbel_near, philox_words
-from kernels.triton_ops import DTYPES, IS_INTERPRETED
+from kernels.triton_ops import IS_INTERPRETED
 
 CHUNK_BYTES = 1 << 28
-MERGED_ROWS = 16
 MARGIN = tl.constexpr(2 * NOISE_ERROR.value + 4e-6)
 """A token this far below another, by near scores, cannot win: those that can are below 26, and rounded three times by 1e-6."""
 MAX_NOISE = tl.constexpr(23.0)
@@ -188,10 +185,10 @@ def draw_rows(
         MODE="keep" if cut is not None else "draw" if temperature else "greedy", DRAWN_ROWS=DRAWN_ROWS, UPCAST=IS_INTERPRETED)
     if cut is not None:
         winners, kept = draw_kept(logits, vocab_size, partials, keys, positions, cut)
-    num_winners = winners[0].shape[0]
-    sample_merge_kernel[(triton.cdiv(num_rows, MERGED_ROWS),)](
+    num_winners, merged = winners[0].shape[0], merge_config(num_chunks)
+    sample_merge_kernel[(triton.cdiv(num_rows, merged["ROWS"]),)](
         token, logprob, kept_logmass, partials, *winners, kept, num_rows, vocab_size, num_chunks, num_winners,
-        CHUNKS=triton.next_power_of_2(num_chunks), WINNERS=triton.next_power_of_2(num_winners), ROWS=MERGED_ROWS, num_warps=4)
+        WINNERS=triton.next_power_of_2(num_winners), **merged)
 
 
 def sample(
@@ -212,11 +209,12 @@ def sample(
 
 
 def compiles() -> list[Compile]:
-    """Both dtypes at a vocabulary of 151,936, and the default model's head."""
+    """The head at a vocabulary of 151,936, drawn from or kept, and the default model's in f32; what follows it."""
     f32, found = pointer(torch.float32), cut_compiles()
     winners = {"scores": "*fp64", "tokens": "*i32", "picks": f32, "lowest": f32}
-    heads = (("draw", 151_936, 4096), ("draw", 64, 128), ("greedy", 151_936, 4096), ("keep", 151_936, 4096))
-    for dtype, (mode, vocab_size, hidden_size) in itertools.product(DTYPES, heads):
+    for mode, vocab_size, hidden_size, dtype in (
+        ("draw", 151_936, 4096, torch.bfloat16), ("keep", 151_936, 4096, torch.bfloat16), ("draw", 64, 128, torch.float32),
+    ):
         arguments = {"partials": f32, **winners, "logits": f32, "hidden": pointer(dtype), "weight": pointer(dtype), "keys": "*i64",
                      "positions": "*i64", "scale": "fp32", **dict.fromkeys(("R", "V", "D", "num_chunks", "tiles_per_chunk"), "i32")}
         options = config(dtype, vocab_size, hidden_size) | {
@@ -226,5 +224,5 @@ def compiles() -> list[Compile]:
     arguments = {"token": "*i64", "logprob": f32, "kept_logmass": f32, "partials": f32, **winners, "kept": "*i64",
                  **dict.fromkeys(("R", "V", "num_chunks", "num_winners"), "i32")}
     found.append(Compile("sample_merge", torch.float32, sample_merge_kernel, arguments,
-                         {"CHUNKS": MAX_CHUNKS, "WINNERS": MAX_CHUNKS, "ROWS": MERGED_ROWS, "num_warps": 4}))
+                         merge_config(MAX_CHUNKS) | {"WINNERS": MAX_CHUNKS}))
     return found

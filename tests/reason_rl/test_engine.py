@@ -14,7 +14,7 @@ import torch
 from kernels.attention import BLOCK_SIZE
 from reason_rl.engine import engine as engine_module
 from reason_rl.engine.blocks import BlockPool
-from reason_rl.engine.decoder import native_why_not
+from reason_rl.engine.decoder import native_why_not, one_each
 from reason_rl.engine.engine import GIB, noise_key
 from reason_rl.engine.scheduler import Prompt, Scheduler, Sequence, num_blocks_for
 from reason_rl.model.transformer import Transformer
@@ -279,6 +279,14 @@ def test_broken_weights_are_an_error_and_not_a_token():
         model.norm.weight[3] = torch.nan
     with pytest.raises(ValueError, match="NaN or inf"):
         make_engine(model).generate([problem(0, 4)], 2, sampling(), step=0)
+
+
+def test_a_token_that_was_not_drawn_stops_the_engine_where_it_is_read():
+    """On a GPU `sample` does not wait to see broken logits: it gives -1."""
+    tokens, rest = torch.tensor([3, -1, 5]), torch.zeros(3)
+    assert one_each(tokens.abs(), rest, rest).tokens == [[3], [1], [5]]
+    with pytest.raises(ValueError, match="the logits of row 1 hold NaN or inf"):
+        one_each(tokens, rest, rest)
 
 
 def test_a_sequence_needs_no_more_blocks_than_its_tokens():
