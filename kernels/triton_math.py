@@ -30,7 +30,7 @@ def accurate_exp(x):
 
 
 @triton.jit
-def product_tile(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+def grouped_tile(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """-> (tile_m, tile_n) of a program: GROUP_M row tiles share a column of the other operand while it is in L2."""
     group = tile // (GROUP_M * tiles_n)
     first_m = group * GROUP_M

@@ -24,21 +24,13 @@ import triton
 import triton.language as tl
 
 from kernels.ahead_of_time import Compile, pointer
+from kernels.triton_math import grouped_tile, rounded
 from kernels.triton_ops import DTYPES, IS_INTERPRETED
 
 PROGRAMS = 256
 """What wgrad cuts its rows for: about two for each SM of a large GPU."""
 MIN_ROWS = 512
 """Rows of a cut at least, so that its part pays for being written and summed."""
-
-
-@triton.jit
-def grouped_tile(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """-> the program's (row tile, column tile): columns run within groups of GROUP_M row tiles, which share them in L2."""
-    group = program // (GROUP_M * tiles_n)
-    height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    within = program % (GROUP_M * tiles_n)
-    return group * GROUP_M + within % height, within // height
 
 
 @triton.jit
@@ -79,7 +71,7 @@ def add_and_store(c, addend, total, m, row, first, M, N):
     column = tl.arange(0, total.shape[1])
     place = (row + first)[:, None] + column[None, :]
     inside = (m[:, None] < M) & (column[None, :] < N - first)
-    tl.store(c + place, (total + tl.load(addend + place, mask=inside, other=0.0)).to(c.dtype.element_ty), mask=inside)
+    tl.store(c + place, rounded(total + tl.load(addend + place, mask=inside, other=0.0), c.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -101,7 +93,7 @@ def gemm_kernel(
         add_and_store(c, addend, left, m, row, tile_n * BLOCK_N, M, N)
         add_and_store(c, addend, right, m, row, tile_n * BLOCK_N + BLOCK_N // 2, M, N)
     else:
-        tl.store(c + row[:, None] + n[None, :], total.to(c.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+        tl.store(c + row[:, None] + n[None, :], rounded(total, c.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
 
 def config(dtype: torch.dtype, columns: int, inner: int) -> dict[str, int]:

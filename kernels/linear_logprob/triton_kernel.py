@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 
 from kernels.ahead_of_time import Compile, pointer
-from kernels.linear.triton_kernel import grouped_tile, halves, linear_dgrad, linear_wgrad, product_tile
+from kernels.linear.triton_kernel import halves, linear_dgrad, linear_wgrad, product_tile
 from kernels.linear_logprob.function import SOFTMAX_TILE
+from kernels.triton_math import grouped_tile, rounded
 from kernels.triton_ops import IS_INTERPRETED
 
 MAX_CHUNKS = 128
@@ -60,7 +61,7 @@ def exp_sums(z, base, softmax, m, first, N, V, IS_KEPT: tl.constexpr):
     if IS_KEPT:
         column = tl.arange(0, z.shape[1])
         place = softmax + (m * V + first)[:, None] + column[None, :]
-        tl.store(place, e.to(softmax.dtype.element_ty), mask=(m[:, None] < N) & (column[None, :] < V - first))
+        tl.store(place, rounded(e, softmax.dtype.element_ty), mask=(m[:, None] < N) & (column[None, :] < V - first))
     # A logit of -inf has no share: 0, not 0 * inf.
     return tl.sum(e, 1), tl.sum(e * tl.maximum(shifted, LEAST), 1)
 
@@ -170,7 +171,7 @@ def store_dlogits(dlogits, log_p, rows, scale, m, first, N, V, stride):
     slope = -dlogprob[:, None] - (tl.maximum(log_p, -1e4) + entropy[:, None]) * dentropy[:, None]
     dz = tl.exp(log_p) * slope + tl.where(column[None, :] == (target - first)[:, None], dlogprob[:, None], 0.0)
     place = dlogits + (m * stride + first)[:, None] + column[None, :]
-    tl.store(place, (dz * scale).to(dlogits.dtype.element_ty), mask=(m[:, None] < N) & (column[None, :] < V - first))
+    tl.store(place, rounded(dz * scale, dlogits.dtype.element_ty), mask=(m[:, None] < N) & (column[None, :] < V - first))
 
 
 @triton.jit(do_not_specialize=["N", "token"])

@@ -29,7 +29,7 @@ from kernels.moe import triton_plan, triton_route
 from kernels.moe.triton_plan import Plan, make_plan
 from kernels.moe.triton_route import moe_route_bwd, moe_route_fwd
 from kernels.swiglu.triton_kernel import swiglu_gradient, swiglu_value
-from kernels.triton_math import INTERPRETED, product_tile, rounded
+from kernels.triton_math import INTERPRETED, grouped_tile, rounded
 from kernels.triton_ops import DTYPES
 
 __all__ = ["compiles", "moe_experts_bwd", "moe_experts_fwd", "moe_route_bwd", "moe_route_fwd"]
@@ -52,7 +52,7 @@ def gate_up_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     """act [T * k, I] = swiglu(x [T, D] @ weight [E, 2I, D]^T), kept [T * k, 2I] the product; rows are sorted by expert."""
-    tile_m, tile_n = product_tile(tl.program_id(0), num_tiles, tl.cdiv(INNER, BLOCK_N), GROUP_M)
+    tile_m, tile_n = grouped_tile(tl.program_id(0), num_tiles, tl.cdiv(INNER, BLOCK_N), GROUP_M)
     expert = tl.load(tiles + tile_m).to(tl.int64)
     if expert < 0:
         return
@@ -87,7 +87,7 @@ def rows_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     """out [rows, N] = a [rows, K] @ weight[expert] [K, N], by the weight's strides; with CHOICES a row is read by its token."""
-    tile_m, tile_n = product_tile(tl.program_id(0), num_tiles, tl.cdiv(N, BLOCK_N), GROUP_M)
+    tile_m, tile_n = grouped_tile(tl.program_id(0), num_tiles, tl.cdiv(N, BLOCK_N), GROUP_M)
     expert = tl.load(tiles + tile_m).to(tl.int64)
     if expert < 0:
         return
@@ -117,7 +117,7 @@ def wgrad_kernel(
     """dweight [E, M, N] = left^T [M, rows] @ right [rows, N] over an expert's rows; one of the two is read by the row's token."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     expert = tl.program_id(0) // (tiles_m * tiles_n)
-    tile_m, tile_n = product_tile(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
+    tile_m, tile_n = grouped_tile(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
     m, n = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     end = tl.load(bounds + expert + 1)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 
 from kernels.ahead_of_time import Compile, pointer
-from kernels.linear.triton_kernel import grouped_tile
 from kernels.linear_logprob.triton_kernel import MAX_CHUNKS, add_tile, chunks_of, config, logits_tile, merge_config, merged_chunks
 from kernels.sample.function import check_tokens
 from kernels.sample.triton_cut import CutSpec, cut_compiles, cut_spec, draw_kept, new_winners
 from kernels.sample.triton_noise import NOISE_ERROR, gumbel, gumbel_near, philox_words
+from kernels.triton_math import grouped_tile
 from kernels.triton_ops import IS_INTERPRETED
 
 CHUNK_BYTES = 1 << 28
