@@ -47,6 +47,7 @@ def linear_grpo_loss(
         if is_wanted:
             linear_logprob_bwd(dhidden[rows], dweight, dlogprob[rows], dentropy[rows], *of_rows, stats[rows], entropy[rows],
                                softmax, tops, temperature, is_added=first > 0)
+        del softmax, tops  # before the next block's are made: two would be twice SOFTMAX_BYTES
 
 
 def compiles() -> list[Compile]:

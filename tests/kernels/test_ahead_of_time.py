@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from kernels.ahead_of_time import SHARED_LIMIT, compile_for, compiles_of, ops_with_triton
+from kernels.ahead_of_time import SHARED_LIMIT, build_for, compile_for, compiles_of, ops_with_triton
 from kernels.checks import SHORT
 from kernels.triton_ops import IS_INTERPRETED
 
@@ -34,3 +38,46 @@ def test_the_record_lists_the_kernels_that_there_are():
     """`python -m bench.resources --json bench/results/triton_resources.json` writes it."""
     forms = [what for op in ops_with_triton() for what in compiles_of(op)]
     assert set(RECORD) == {f"{what.name} {SHORT[what.dtype]} sm_{capability}" for what in forms for capability in SHARED_LIMIT}
+
+
+class Recorder:
+    """In a kernel's place: what it is launched with by keyword."""
+
+    options: dict[str, Any]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: setattr(self, "options", options)
+
+
+def layouts_of_sums(op: str, name: str, options: dict[str, Any], shape: str) -> set[str]:
+    """How the threads of `op`'s f32 form `name` share the tensors, "128x16xf32" say, that it reduces: the order of the sums."""
+    what = next(what for what in compiles_of(op) if (what.name, what.dtype) == (name, torch.float32))
+    code = build_for(replace(what, options=options), 90)[0].asm["ttgir"]
+    named = dict(re.findall(r"^(#\w+) = (.*)$", code, re.MULTILINE))
+    found = re.findall(rf"\}}\) : \(tensor<{shape}, (#\w+)>\) -> tensor", code)
+    assert found, f"{name} reduces no {shape}"
+    return {named[layout] for layout in found}
+
+
+def test_the_samplers_sums_run_in_the_order_of_the_trainers(monkeypatch: pytest.MonkeyPatch):
+    """Else their logprobs would differ in last bits: the interpreter knows no threads, so it cannot tell."""
+    from kernels.linear_logprob import triton_kernel as trainer
+    from kernels.sample import triton_kernel as sampler
+
+    forms = {"sample_head": ("sample", "sample_draw V64"), "linear_logprob_fwd": ("linear_logprob", "linear_logprob_fwd 128x64"),
+             "sample_merge": ("sample", "sample_merge"), "linear_logprob_merge": ("linear_logprob", "linear_logprob_merge 1x2048")}
+    for num_chunks in (1, 10):
+        used = {name: Recorder() for name in forms}
+        with monkeypatch.context() as patched:
+            for name, recorder in used.items():
+                patched.setattr(sampler if name.startswith("sample") else trainer, f"{name}_kernel", recorder)
+            ids, column, empty = torch.zeros(3, dtype=torch.int64), torch.zeros(3), torch.zeros(0, 0)
+            hidden, weight = torch.zeros(3, 16), torch.zeros(64 * num_chunks, 16)
+            sampler.draw_rows(ids, column, column, hidden, weight, ids, ids, 1.0, None)
+            trainer.linear_logprob_fwd(column, column, column, empty, empty, hidden, weight, ids, 1.0)
+        merged = used["linear_logprob_merge"].options
+        shapes = {"merge": f"{merged['CHUNKS']}x{merged['ROWS']}xf64"} | ({"head": "128x16xf32"} if num_chunks == 1 else {})
+        for part, shape in shapes.items():  # of the head, quarters of a tile
+            names = f"sample_{part}", "linear_logprob_fwd" if part == "head" else "linear_logprob_merge"
+            ours, theirs = (layouts_of_sums(*forms[name], used[name].options, shape) for name in names)
+            assert ours == theirs, (part, num_chunks)

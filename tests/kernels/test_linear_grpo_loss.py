@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,7 +101,17 @@ def test_rows_in_blocks_give_the_same_loss_and_gradients_as_right(
     inputs = case(BF16, [60, 90, 1, 150], 1100)
     whole = linear_grpo_loss(**inputs, temperature=0.8, spec=SPECS[name])
     monkeypatch.setattr(function, "SOFTMAX_BYTES", 2 * 1100 * 128)
+    keep, kept = function.kept_softmax, []
+
+    def keep_one(*args: Any) -> tuple[torch.Tensor, ...]:
+        assert all(softmax() is None for softmax in kept), "the budget is of one block: the last one's softmax must be gone"
+        made = keep(*args)
+        kept.append(weakref.ref(made[0]))
+        return made
+
+    monkeypatch.setattr(function, "kept_softmax", keep_one)
     check_gradients(inputs, SPECS[name])
+    assert len(kept) >= (3 if name != "gspo" else 1)
     loss, metrics, logprobs = linear_grpo_loss(**with_leaves(inputs), temperature=0.8, spec=SPECS[name])
     assert same_bits(loss.detach(), whole[0]) and same_bits(logprobs, whole[2])
     assert all(same_bits(metrics[key], value) for key, value in whole[1].items())
