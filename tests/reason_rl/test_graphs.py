@@ -5,6 +5,8 @@ Here a capture only remembers the function; on a GPU it is a CUDA graph.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,9 +16,10 @@ import torch
 
 from reason_rl.config import EngineConfig, load_config
 from reason_rl.engine import Engine
-from reason_rl.engine.graphs import Outputs, StepGraphs, StepInputs, capture_cuda
+from reason_rl.engine.graphs import Outputs, StepGraphs, StepInputs
 from reason_rl.types import Group
 from tests.reason_rl.tiny import CPU, DENSE, MOE, make_engine, num_different, problem, sampling, tiny_model
+from tests.tiny_run import ROOT
 
 
 def remember(step: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
@@ -115,6 +118,8 @@ def test_cuda_graphs_draw_the_bits_of_eager_steps(config: object, dtype: torch.d
 
 @pytest.mark.gpu
 def test_a_step_that_waits_for_the_gpu_is_refused_in_words():
-    total = torch.zeros(1, device="cuda")
-    with pytest.raises(RuntimeError, match=r"engine\.cuda_graph_batch: a decode step cannot be captured"):
-        capture_cuda(lambda: (total * float(total),))
+    """In a process of its own: where a capture fails, torch stays on the capture's stream."""
+    program = ("import torch; from reason_rl.engine.graphs import capture_cuda; total = torch.zeros(1, device='cuda'); "
+               "capture_cuda(lambda: (total * float(total),))")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0 and "engine.cuda_graph_batch: a decode step cannot be captured" in done.stderr, done.stderr
