@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch
 
 from reason_rl.config import EngineConfig, load_config
 from reason_rl.engine import Engine
-from reason_rl.engine.graphs import Outputs, StepGraphs, StepInputs
+from reason_rl.engine.graphs import Outputs, StepGraphs, StepInputs, capture_cuda
 from reason_rl.types import Group
 from tests.reason_rl.tiny import CPU, DENSE, MOE, make_engine, num_different, problem, sampling, tiny_model
 from tests.tiny_run import ROOT
@@ -101,6 +102,26 @@ def test_the_bound_is_a_key_of_the_config_and_of_cuda_alone():
     with pytest.raises(ValueError, match=r"engine.cuda_graph_batch must be at least 0, got -1"):
         load_config(overrides=["--engine.cuda_graph_batch=-1"])
     assert Engine(tiny_model(MOE), replace(EngineConfig(), cuda_graph_batch=64), 7).graphs is None
+
+
+def test_experts_by_torchs_products_which_wait_for_the_device_are_refused_at_the_start():
+    off = ["--engine.cuda_graph_batch=64", "--run.exact=off"]
+    with pytest.raises(ValueError, match=r"engine.cuda_graph_batch=64 cannot go with run.exact='off' and experts"):
+        load_config(overrides=off)
+    assert load_config(overrides=[*off, "--model.num_experts=1", "--model.num_experts_per_tok=1"]).engine.cuda_graph_batch == 64
+
+
+@pytest.mark.parametrize(("error", "says"), [
+    (torch.OutOfMemoryError("no memory left"), "no memory left"), (RuntimeError("not permitted"), "cannot be captured")], ids=str)
+def test_a_capture_that_runs_out_of_memory_is_not_taken_for_one_that_waits(
+    error: RuntimeError, says: str, monkeypatch: pytest.MonkeyPatch
+):
+    cuda = MagicMock()
+    cuda.graph.return_value.__exit__.return_value = False  # lets an error through
+    monkeypatch.setattr(torch, "cuda", cuda)
+    step = MagicMock(side_effect=[(), error])  # the run beforehand, and the captured one
+    with pytest.raises(type(error), match=says):
+        capture_cuda(step)
 
 
 @pytest.mark.gpu
