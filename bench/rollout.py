@@ -1,11 +1,11 @@
-"""Time the rollout alone: tokens per second of the engine, natively and op by op.
+"""Time the rollout alone: tokens per second of the engine, natively and op by op, on a GPU also by CUDA graphs of whole steps.
 
     python -m bench.rollout                        workload W1 of bench.train_step, each decoder in turn
     python -m bench.rollout --workload W2 --dtype float32 --decoder native --json rollout.json
 
 `percent_of_gemm` is the model's arithmetic (2 FLOPs a weight that a token meets, attention not counted) over the time, beside
 the rate of a large product measured in the same run; on a GPU `percent_of_decode_floor` stands with it (workloads.py). Each decoder
-runs in a process of its own. Both must draw the same tokens with the same logprobs: that is checked.
+runs in a process of its own. All must draw the same tokens with the same logprobs: that is checked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from reason_rl.model.transformer import num_active_parameters
 
 def measure(options: argparse.Namespace) -> Record:
     """Medians over the rounds of one decoder, each a rollout of the same problems."""
-    config = workload_config(options.workload, options.dtype, options.device, decoder=options.decoder)
+    has_graphs = options.decoder == "graphs"
+    config = workload_config(options.workload, options.dtype, options.device, with_graphs=has_graphs,
+                             decoder="ops" if has_graphs else options.decoder)
     session = workload_session(config, options.workload)
     startup_bytes = peak_rss_bytes()
     problems = session.draw_problems(0, config.rl.prompts_per_step, 0, ())
@@ -56,7 +58,8 @@ def measure_each(options: argparse.Namespace) -> list[Record]:
     if reason:
         print(f"native: {reason}")
     rows = []
-    for decoder in ("ops",) if reason else ("native", "ops"):
+    graphs = ("graphs",) if torch.device(options.device).type == "cuda" else ()
+    for decoder in (*(() if reason else ("native",)), "ops", *graphs):
         command = [sys.executable, "-m", "bench.rollout", "--decoder", decoder]
         for name in ("workload", "dtype", "device", "rounds", "warmup"):
             command += [f"--{name}", str(getattr(options, name))]
@@ -74,13 +77,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="W1")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--decoder", choices=["all", "native", "ops"], default="all")
+    parser.add_argument("--decoder", choices=["all", "native", "ops", "graphs"], default="all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     add_json_option(parser)
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.warmup < 0:
         parser.error("--rounds must be at least 1, --warmup at least 0")
+    if options.decoder == "graphs" and torch.device(options.device).type != "cuda":
+        parser.error(f"--decoder graphs captures CUDA graphs: it cannot go with --device {options.device}")
     if options.decoder == "all":
         rows = measure_each(options)
     else:

@@ -36,7 +36,9 @@ PEERS_MODEL = ("--model.num_layers=4", "--model.expert_size=128")
 VOCAB_SIZES = {"1b": 151936}
 
 
-def workload_config(workload: str, dtype: str, device: str, exact: str = "auto", decoder: str = "auto") -> Config:
+def workload_config(
+    workload: str, dtype: str, device: str, exact: str = "auto", decoder: str = "auto", with_graphs: bool = False
+) -> Config:
     num_prompts, prompt_tokens, group_size, new_tokens = WORKLOADS[workload]
     return load_config(None, [
         f"--rl.prompts_per_step={num_prompts}", f"--rl.group_size={group_size}", "--rl.updates_per_step=1",
@@ -44,7 +46,7 @@ def workload_config(workload: str, dtype: str, device: str, exact: str = "auto",
         "--model.expert_bias=false", "--optim.lr=1e-6",
         "--reward.accuracy=0", "--reward.format=0", "--reward.custom=bench.rewards:distinct_characters",
         f"--run.dtype={dtype}", f"--run.device={device}", f"--run.exact={exact}",
-        f"--engine.decoder={decoder}",
+        f"--engine.decoder={decoder}", f"--engine.cuda_graph_batch={num_prompts * group_size if with_graphs else 0}",
         f"--engine.max_num_seqs={num_prompts * group_size}", "--optim.microbatch_tokens=65536",
         *MODELS.get(workload, PEERS_MODEL)])
 

@@ -71,6 +71,9 @@ def check_config(config: Config) -> None:
         raise ConfigError("sampling.temperature must be above 0 for RL: greedy groups hold G equal completions")
     if config.engine.decoder == "native" and config.run.exact == "off":
         raise ConfigError("engine.decoder='native' has its own products: it cannot go with run.exact='off'")
+    if config.engine.cuda_graph_batch and config.run.exact == "off" and model.num_experts > 1:
+        raise ConfigError(f"engine.cuda_graph_batch={config.engine.cuda_graph_batch} cannot go with run.exact='off' and experts: "
+                          "torch's own products wait to hear how many rows each has, and no graph can wait")
     truncates = sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0
     if truncates and loss.importance == "none":
         raise ConfigError("sampling.top_k/top_p/min_p needs loss.importance='tis' or 'icepop': ratios are taken over the "

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import rollout, train_step
+from bench.workloads import workload_config
 
 QUICK = ["--dtype", "float32", "--rounds", "1", "--warmup", "0", "--device", "cpu"]
 
@@ -51,3 +52,13 @@ def test_without_native_kernels_the_reason_is_said(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(rollout, "run_child", fake_rows({"ops": "a"}))
     rollout.main(QUICK)
     assert "native: not built here" in capsys.readouterr().out
+
+
+def test_on_a_gpu_graphs_of_whole_steps_are_timed_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(rollout, "run_child", fake_rows({"ops": "a", "graphs": "a"}))
+    rows = rollout.measure_each(argparse.Namespace(workload="W1", dtype="float32", device="cuda", rounds=1, warmup=0))
+    assert [row["decoder"] for row in rows] == ["ops", "graphs"]
+    assert workload_config("W1", "float32", "cuda", with_graphs=True).engine.cuda_graph_batch == 2 * 3
+    with pytest.raises(SystemExit):
+        rollout.main([*QUICK, "--decoder", "graphs"])
+    assert "cannot go with --device cpu" in capsys.readouterr().err

@@ -59,6 +59,8 @@ def capture_cuda(step: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], Non
     try:
         with torch.cuda.graph(graph):
             outputs = step()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RuntimeError("engine.cuda_graph_batch: a decode step cannot be captured, an op of it waits for the GPU "
                            "(`python -m kernels` lists what runs); engine.cuda_graph_batch=0 goes without") from error

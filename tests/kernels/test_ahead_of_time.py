@@ -81,3 +81,21 @@ def test_the_samplers_sums_run_in_the_order_of_the_trainers(monkeypatch: pytest.
             names = f"sample_{part}", "linear_logprob_fwd" if part == "head" else "linear_logprob_merge"
             ours, theirs = (layouts_of_sums(*forms[name], used[name].options, shape) for name in names)
             assert ours == theirs, (part, num_chunks)
+
+
+def columns_of_a_row(ttgir: str) -> set[tuple[str, ...]]:
+    """How the sums along rows lay a row's columns over threads: what of their layouts counts columns."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.M))
+    reduced = re.findall(r'"tt\.reduce"\(.*?\}\) : \(tensor<\w+, (#\w+)>', ttgir, re.S)
+    assert reduced
+    return {tuple(re.findall(r"instrShape = \[.*?\]|(?<=, )\d+(?=\])|order = \[.*?\]", layouts[name])) for name in reduced}
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(128, torch.bfloat16), (32, torch.bfloat16), (32, torch.float32)], ids=str)
+def test_a_row_is_summed_over_the_same_threads_packed_and_paged(head_dim: int, dtype: torch.dtype):
+    """Else decoding leaves training's bits: on sm_90 their tiles have other heights, and Triton lays each kernel out by itself."""
+    from kernels.attention.triton_kernel import forms
+
+    kernels = [what for what in forms(head_dim, dtype, 4) if "bwd" not in what.name]
+    packed, prefix, own = (columns_of_a_row(build_for(what, 90)[0].asm["ttgir"]) for what in kernels)
+    assert packed == prefix == own and len(packed) == 1

@@ -5,8 +5,11 @@ Here a capture only remembers the function; on a GPU it is a CUDA graph.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from reason_rl.engine import Engine
 from reason_rl.engine.graphs import Outputs, StepGraphs, StepInputs, capture_cuda
 from reason_rl.types import Group
 from tests.reason_rl.tiny import CPU, DENSE, MOE, make_engine, num_different, problem, sampling, tiny_model
+from tests.tiny_run import ROOT
 
 
 def remember(step: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
@@ -100,6 +104,26 @@ def test_the_bound_is_a_key_of_the_config_and_of_cuda_alone():
     assert Engine(tiny_model(MOE), replace(EngineConfig(), cuda_graph_batch=64), 7).graphs is None
 
 
+def test_experts_by_torchs_products_which_wait_for_the_device_are_refused_at_the_start():
+    off = ["--engine.cuda_graph_batch=64", "--run.exact=off"]
+    with pytest.raises(ValueError, match=r"engine.cuda_graph_batch=64 cannot go with run.exact='off' and experts"):
+        load_config(overrides=off)
+    assert load_config(overrides=[*off, "--model.num_experts=1", "--model.num_experts_per_tok=1"]).engine.cuda_graph_batch == 64
+
+
+@pytest.mark.parametrize(("error", "says"), [
+    (torch.OutOfMemoryError("no memory left"), "no memory left"), (RuntimeError("not permitted"), "cannot be captured")], ids=str)
+def test_a_capture_that_runs_out_of_memory_is_not_taken_for_one_that_waits(
+    error: RuntimeError, says: str, monkeypatch: pytest.MonkeyPatch
+):
+    cuda = MagicMock()
+    cuda.graph.return_value.__exit__.return_value = False  # lets an error through
+    monkeypatch.setattr(torch, "cuda", cuda)
+    step = MagicMock(side_effect=[(), error])  # the run beforehand, and the captured one
+    with pytest.raises(type(error), match=says):
+        capture_cuda(step)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("config", [MOE, DENSE], ids=["moe", "dense"])
@@ -115,6 +139,8 @@ def test_cuda_graphs_draw_the_bits_of_eager_steps(config: object, dtype: torch.d
 
 @pytest.mark.gpu
 def test_a_step_that_waits_for_the_gpu_is_refused_in_words():
-    total = torch.zeros(1, device="cuda")
-    with pytest.raises(RuntimeError, match=r"engine\.cuda_graph_batch: a decode step cannot be captured"):
-        capture_cuda(lambda: (total * float(total),))
+    """In a process of its own: where a capture fails, torch stays on the capture's stream."""
+    program = ("import torch; from reason_rl.engine.graphs import capture_cuda; total = torch.zeros(1, device='cuda'); "
+               "capture_cuda(lambda: (total * float(total),))")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0 and "engine.cuda_graph_batch: a decode step cannot be captured" in done.stderr, done.stderr

@@ -11,7 +11,9 @@ import torch
 
 from kernels.attention import attention, plan_segments
 from kernels.linear_logprob import linear_logprob
+from kernels.rms_norm import rms_norm
 from reason_rl.config import ModelConfig
+from reason_rl.model import transformer
 from reason_rl.model.rope import rope_table
 from reason_rl.model.transformer import ModelOutput, MoE, Transformer, num_active_parameters, num_parameters
 from reason_rl.model.weights import file_views
@@ -176,6 +178,20 @@ def test_gradients_reach_every_parameter(name: str, dtype: torch.dtype):
             assert output.router is not None
             used = output.router.expert_counts[int(parameter_name.split(".")[1]) - model.config.num_dense_layers] > 0
             assert torch.equal(parameter.grad.flatten(1).any(1), used) and used.sum() >= 2, parameter_name
+
+
+def test_the_heads_of_one_token_are_normed_with_the_strides_of_many(monkeypatch: pytest.MonkeyPatch):
+    """A kernel is compiled by them; a reshape would give the only token others, and its row might be summed in another order."""
+    seen: list[tuple[int, ...]] = []
+
+    def note(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        seen.append(x.stride())
+        return rms_norm(x, weight, eps)
+
+    monkeypatch.setattr(transformer, "rms_norm", note)
+    for length in (1, 2):
+        run(tiny_model(BASE), document(length, seed=1), range(length), [(0, length, 0, 0)])
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
 
 
 def test_the_balance_loss_reaches_the_router_alone_at_the_last_layer():
