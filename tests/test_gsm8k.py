@@ -175,7 +175,7 @@ def test_a_folder_is_measured_by_the_preset_and_what_is_measured_filters_problem
 
 
 @pytest.mark.parametrize(("more", "message"), [
-    ([], "no tokenizer.json in path/to/model"), (["--task.path=nowhere"], "task.path names no file: 'nowhere'"),
+    ([], "no checkpoint folder at path/to/model"), (["--task.path=nowhere"], "task.path names no file: 'nowhere'"),
     (["--task.template=r1"], "task.template must be one of"), ([*SMALLER, "--sampling.max_tokens=40950"], "leaves 10"),
 ])  # fmt: skip
 def test_what_is_left_to_fill_in_is_one_clear_error(
