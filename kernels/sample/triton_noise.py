@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 NOISE_ERROR = tl.constexpr(5e-6)
-"""At most |gumbel_near - gumbel|: two logs in f32, off by a unit or two in the last place of at most 23, and the rounding of 1 - x."""
+"""At most |gumbel_near - gumbel|: two logs in f32, off by a unit or two in the last place of at most 23, and 1 - x rounded."""
 
 
 @triton.jit
