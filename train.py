@@ -14,20 +14,20 @@ import sys
 import time
 
 from reason_rl.config import Config, ConfigError, parse_command_line
-from reason_rl.config_help import help_text
-from reason_rl.pretrain import Interrupted
+from reason_rl.config.help import help_text
+from reason_rl.parallel.world import close_world, end_process, init_world
+from reason_rl.records import StepStats
+from reason_rl.report.page import write_report
+from reason_rl.report.terminal import make_view
 from reason_rl.rl.advantages import compute_advantages
 from reason_rl.rl.packing import pack_samples, select_samples, split_updates
-from reason_rl.run import Run, finish_run, prepare_run
-from reason_rl.run_folder import StopSignal, as_begun, open_run
-from reason_rl.session import Session, collect_groups, evaluate
-from reason_rl.statistics import rollout_metrics, update_metrics
-from reason_rl.trainer.distributed import close_world, end_process, init_world
+from reason_rl.rollout.collect import Session, collect_groups, evaluate
+from reason_rl.rollout.metrics import rollout_metrics, update_metrics
+from reason_rl.run.folder import StopSignal, as_begun, open_run
+from reason_rl.run.loop import Run, finish_run, prepare_run
+from reason_rl.stages.pretrain import Interrupted
 from reason_rl.trainer.optimizer import lr_factor
-from reason_rl.trainer.report import write_report
-from reason_rl.trainer.step import fill_logprobs, policy_update
-from reason_rl.trainer.terminal import make_view
-from reason_rl.types import StepStats
+from reason_rl.trainer.update import fill_logprobs, policy_update
 
 
 def grpo_step(session: Session, step: int) -> StepStats:
@@ -42,7 +42,7 @@ def grpo_step(session: Session, step: int) -> StepStats:
 
     packed = time.perf_counter()
     updates = [pack_samples(part, config.optim.microbatch_tokens)
-               for part in split_updates(samples, rl.updates_per_step) if part]
+               for part in split_updates(samples, rl.num_minibatches) if part]
     policy = session.weights.model
     if rl.old_logprobs == "recompute":
         updates = [fill_logprobs(policy, packs, world, temperature=temperature, name="old_logprobs") for packs in updates]
@@ -111,7 +111,7 @@ def main(config: Config) -> int:
         if world.is_main:
             example = '"a2,b*3,c-1,d-8?"' if config.task.name == "program" else f"--template {config.task.template}"
             print(f"Done. The report: {folder.path}/report.html · talk to the model: "
-                  f"python -m reason_rl.generate {folder.path}/checkpoints/final {example}")
+                  f"python -m reason_rl.serve.cli {folder.path}/checkpoints/final {example}")
         return 0
     finally:
         close_world(world)

@@ -13,14 +13,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from reason_rl.answers.ground_truth import verifier_of
+from reason_rl.answers.verdict import Verdict
 from reason_rl.config import Config, RewardConfig
+from reason_rl.records import FinishReason, Problem, Score
 from reason_rl.reward.code import code_options, require_sandbox
 from reason_rl.reward.custom import load_reward
-from reason_rl.reward.gold import verifier_of
 from reason_rl.reward.length import cosine_reward, overlong_reward
-from reason_rl.reward.service import Kind, VerifierService
-from reason_rl.reward.verdict import Verdict
-from reason_rl.types import FinishReason, Problem, Score
+from reason_rl.reward.pool.service import Kind, VerifierService
 
 TEXT_DEADLINE_S = 10.0
 VOTES_DEADLINE_S = 60.0
@@ -53,9 +53,9 @@ def reward_kinds(config: RewardConfig) -> list[Kind]:
     """All that the service may be asked for; a kind's workers start at its first request."""
     text = {"has_language": bool(config.language), "repetition_ngram": config.repetition_ngram if config.repetition else 0}
     kinds = [
-        Kind("text", "reason_rl.reward.text:grade_text", TEXT_DEADLINE_S, memory_bytes=GIB, options=text),
-        Kind("math", "reason_rl.reward.math:grade_math", config.math_deadline_s, memory_bytes=GIB),
-        Kind("votes", "reason_rl.reward.votes:group_answers", VOTES_DEADLINE_S, memory_bytes=GIB),
+        Kind("text", "reason_rl.answers.text:grade_text", TEXT_DEADLINE_S, memory_bytes=GIB, options=text),
+        Kind("math", "reason_rl.answers.math:grade_math", config.math_deadline_s, memory_bytes=GIB),
+        Kind("votes", "reason_rl.answers.votes:group_answers", VOTES_DEADLINE_S, memory_bytes=GIB),
         Kind("code", "reason_rl.reward.code:run_code", config.code_deadline_s + CODE_KIND_GRACE_S,
              options=code_options(config), batch=1, num_workers=os.cpu_count() or 1),
     ]
@@ -67,8 +67,8 @@ def reward_kinds(config: RewardConfig) -> list[Kind]:
         kinds.append(Kind("judge", custom, config.judge_deadline_s, prepare=load,
                           options={"entry_point": config.judge, "key": "reward.judge"}, batch=1, num_workers=config.judge_workers))
     if config.model:
-        kinds.append(Kind("model", "reason_rl.reward_model:grade_by_model", config.model_deadline_s,
-                          prepare="reason_rl.reward_model:load_reward_model", options={"folder": config.model}, num_workers=1))
+        kinds.append(Kind("model", "reason_rl.reward.model:grade_by_model", config.model_deadline_s,
+                          prepare="reason_rl.reward.model:load_reward_model", options={"folder": config.model}, num_workers=1))
     return kinds
 
 

@@ -17,7 +17,8 @@ import torch
 
 from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import Source, load_weights, save_weights
-from reason_rl.trainer.distributed import World, full_state
+from reason_rl.parallel.fsdp import full_state
+from reason_rl.parallel.world import World
 from reason_rl.trainer.optimizer import Optimizer
 
 STATE_FILE = "trainer.pt"
