@@ -40,17 +40,23 @@ class Problem:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. `temperature=0` is greedy."""
+    """How tokens are drawn: the [sampling] section of a config, and what the engine takes.
+
+    `SamplingParams(temperature=0.6, top_p=0.95, max_tokens=512, stop_ids=(1,))`
+    """
 
     temperature: float = 1.0
+    """0 is greedy. RL needs more than 0: the completions of a group must differ."""
     top_k: int = 0
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keep the smallest set of likeliest tokens whose mass reaches top_p."""
     min_p: float = 0.0
     """Drop tokens less likely than min_p times the likeliest."""
-    max_tokens: int = 64
-    stop_ids: tuple[int, ...] = ()
+    max_tokens: int = 80
+    """Longest completion, stop token included."""
+    stop_ids: tuple[int, ...] = field(default=(), metadata={"is_key": False})
+    """Tokens that end a completion. Not a config key: they come from the tokenizer."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0:

@@ -12,9 +12,8 @@ from reason_rl.config.schema import (
     PretrainConfig,
     RLConfig,
     RunConfig,
-    SamplingConfig,
 )
 from reason_rl.config.task import TaskConfig
 
-__all__ = ["Config", "ConfigError", "EngineConfig", "EvalConfig", "ModelConfig", "OptimConfig", "PretrainConfig", "RLConfig", "RewardConfig", "RunConfig",
-           "SamplingConfig", "TaskConfig", "config_difference", "dump_config", "load_config", "parse_command_line"]
+__all__ = ["Config", "ConfigError", "EngineConfig", "EvalConfig", "ModelConfig", "OptimConfig", "PretrainConfig", "RLConfig", "RewardConfig",
+           "RunConfig", "TaskConfig", "config_difference", "dump_config", "load_config", "parse_command_line"]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import inspect
 import textwrap
 
-from reason_rl.config.load import SHORTHANDS
+from reason_rl.config.load import SHORTHANDS, table_of
 from reason_rl.config.schema import Config
 
 USAGE = """usage: torchrun train.py [CONFIG.toml] [--section.key=value ...]
@@ -32,12 +31,11 @@ def field_docs(kind: type) -> dict[str, str]:
 
 def help_text() -> str:
     lines = [USAGE.format(shorthands=", ".join(f"--{short} for --{full}" for short, full in SHORTHANDS.items()))]
-    for section in dataclasses.fields(Config):
-        values = getattr(Config(), section.name)
-        docs = field_docs(type(values))
-        lines.append(f"[{section.name}]")
-        for name, value in dataclasses.asdict(values).items():
-            lines.append(f"  --{section.name}.{name}={value}")
+    for section, values in table_of(Config()).items():
+        docs = field_docs(type(getattr(Config(), section)))
+        lines.append(f"[{section}]")
+        for name, value in values.items():
+            lines.append(f"  --{section}.{name}={value}")
             lines += textwrap.wrap(docs[name], 104, initial_indent=" " * 8, subsequent_indent=" " * 8)
         lines.append("")
     return "\n".join(lines)

@@ -79,7 +79,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 def _build(values: Mapping[str, Any]) -> Config:
     default = Config()
     sections = {f.name: getattr(default, f.name) for f in dataclasses.fields(Config)}
-    all_keys = [f"{s}.{f.name}" for s, v in sections.items() for f in dataclasses.fields(v)]
+    all_keys = [f"{s}.{key}" for s, v in sections.items() for key in keys_of(v)]
     for section, given in values.items():
         if section not in sections:
             raise ConfigError(f"unknown config section [{section}]{_nearest(section, list(sections))}")
@@ -87,7 +87,7 @@ def _build(values: Mapping[str, Any]) -> Config:
             raise ConfigError(f"[{section}] must be a table of keys, got {given!r}{_nearest(section, all_keys)}")
         hints = typing.get_type_hints(type(sections[section]))
         for key in given:
-            if key not in hints:
+            if key not in keys_of(sections[section]):
                 raise ConfigError(f"unknown config key {section}.{key}{_nearest(f'{section}.{key}', all_keys)}")
         converted = {key: _convert(f"{section}.{key}", value, hints[key]) for key, value in given.items()}
         try:
@@ -121,10 +121,21 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
+def keys_of(section: Any) -> list[str]:
+    """The config keys of a section: its fields, but for those that are filled in at run time."""
+    return [field.name for field in dataclasses.fields(section) if field.metadata.get("is_key", True)]
+
+
+def table_of(config: Config) -> dict[str, dict[str, Any]]:
+    """section -> key -> value"""
+    sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: {key: getattr(section, key) for key in keys_of(section)} for name, section in sections.items()}
+
+
 def dump_config(config: Config) -> str:
     """The resolved config as TOML; `load_config` reads it back to an equal value."""
     lines = []
-    for section, values in dataclasses.asdict(config).items():
+    for section, values in table_of(config).items():
         lines.append(f"[{section}]")
         lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
         lines.append("")
@@ -138,5 +149,5 @@ def _toml(value: bool | int | float | str) -> str:
 
 def config_difference(old: Config, new: Config) -> list[str]:
     """Lines `section.key: old -> new` for each value that differs."""
-    a, b = dataclasses.asdict(old), dataclasses.asdict(new)
+    a, b = table_of(old), table_of(new)
     return [f"{s}.{k}: {a[s][k]!r} -> {b[s][k]!r}" for s in a for k in a[s] if a[s][k] != b[s][k]]

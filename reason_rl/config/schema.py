@@ -8,6 +8,7 @@ from typing import Literal
 from kernels.grpo_loss.spec import LossSpec
 from reason_rl.config.reward import RewardConfig
 from reason_rl.config.task import TaskConfig
+from reason_rl.records import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -141,16 +142,6 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    temperature: float = 1.0
-    """Must be above 0 for RL: groups need variety."""
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_tokens: int = 80
-
-
-@dataclass(frozen=True)
 class EngineConfig:
     max_num_seqs: int = 256
     """Sequences decoded together."""
@@ -223,7 +214,7 @@ class Config:
     rl: RLConfig = field(default_factory=RLConfig)
     loss: LossSpec = field(default_factory=lambda: LossSpec(clip_high=0.28))
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-4, schedule="linear", final_lr_share=0.1))
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     engine: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

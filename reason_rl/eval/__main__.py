@@ -117,7 +117,7 @@ class Evaluator:
         text, index = self.plan.tokenizer.decode_completion(completion.token_ids), completion.sample_index
         sampled.completions[index] = completion
         sampled.answers[index] = answer_of(problem.completion_prefix + text, verifier_of(problem.task, self.plan.config.reward))
-        sampled.pending[index] = self.grader.submit(problem, text, len(completion.token_ids), completion.finish_reason)
+        sampled.pending[index] = self.grader.submit(problem, completion)
         self.on_completion(completion)
         if len(sampled.pending) == self.plan.num_samples:
             self._compare(sampled)
@@ -148,7 +148,7 @@ def sample_missing(plan: Plan, world: World, folder: EvalFolder, missing: Sequen
     model = load_model(plan.checkpoint, world.dtype, weights_dtype=world.dtype).to(world.device).requires_grad_(False)
     model.use_gemm("torch" if plan.config.run.exact == "off" else "auto")
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Grader(plan.config) as grader, Progress(
+    with Grader(plan.config, plan.tokenizer) as grader, Progress(
             *columns, console=Console(stderr=True), transient=True, disable=not world.is_main) as progress:
         bar = progress.add_task(f"completions, {len(plan.problems) - len(missing)} of {len(plan.problems)} problems done before",
                                 total=len(mine) * plan.num_samples)

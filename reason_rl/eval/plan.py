@@ -55,9 +55,7 @@ class Plan:
 
     @property
     def sampling(self) -> SamplingParams:
-        values = self.config.sampling
-        return SamplingParams(values.temperature, values.top_k, values.top_p, values.min_p, values.max_tokens,
-                              self.tokenizer.stop_ids)
+        return replace(self.config.sampling, stop_ids=self.tokenizer.stop_ids)
 
     def setting(self, world: World) -> dict[str, Any]:
         """All that the rows follow from. The engine's sizes and --k are not among it."""

@@ -62,9 +62,7 @@ class Session:
 
     @property
     def sampling(self) -> SamplingParams:
-        values = self.config.sampling
-        return SamplingParams(values.temperature, values.top_k, values.top_p, values.min_p, values.max_tokens,
-                              self.stop_ids)
+        return replace(self.config.sampling, stop_ids=self.stop_ids)
 
     @property
     def loss_spec(self) -> LossSpec:
@@ -105,7 +103,7 @@ def build_session(
     def draw_problems(step: int, count: int, round_number: int, exclude: Collection[int]) -> list[Problem]:
         return rl_problems(config, tokenizer, step, count, round_number, exclude=exclude)
 
-    return Session(config, world, tokenizer, model, optimizer, weights, engine, Grader(config), draw_problems,
+    return Session(config, world, tokenizer, model, optimizer, weights, engine, Grader(config, tokenizer), draw_problems,
                    tokenizer.stop_ids, reference)
 
 
@@ -133,9 +131,7 @@ def sample_and_grade(
     pending: dict[tuple[int, int], Pending] = {}
 
     def submit(problem: Problem, completion: Completion) -> None:
-        text = session.tokenizer.decode_completion(completion.token_ids)
-        pending[id(problem), completion.sample_index] = session.grader.submit(
-            problem, text, len(completion.token_ids), completion.finish_reason)
+        pending[id(problem), completion.sample_index] = session.grader.submit(problem, completion)
 
     mine = session.engine.generate(
         session.world.share(problems), group_size, sampling, step=step, policy_version=session.policy_version, on_finish=submit,

@@ -21,6 +21,7 @@ import torch
 
 from kernels.native import ISA
 from reason_rl.config import Config, ConfigError, config_difference, dump_config, load_config
+from reason_rl.config.load import table_of
 from reason_rl.parallel.world import World
 from reason_rl.trainer.checkpoint import newest_checkpoint
 
@@ -122,7 +123,7 @@ def describe_source() -> dict[str, str]:
 
 
 def config_table(config: Config) -> dict[str, Any]:
-    return dataclasses.asdict(config)
+    return table_of(config)
 
 
 class StopSignal:

@@ -13,7 +13,7 @@ import pytest
 
 from reason_rl.answers.ground_truth import verifier_of
 from reason_rl.answers.math import grade_math
-from reason_rl.config import Config, ConfigError, ModelConfig, RLConfig, RunConfig, SamplingConfig, TaskConfig, load_config
+from reason_rl.config import Config, ConfigError, ModelConfig, RLConfig, RunConfig, TaskConfig, load_config
 from reason_rl.data import (
     Tokenizer,
     byte_tokenizer,
@@ -27,7 +27,7 @@ from reason_rl.data import (
 from reason_rl.data.dataset import Dataset
 from reason_rl.data.difficulty import read_pass_rates
 from reason_rl.data.problems import problems_digest
-from reason_rl.records import Problem
+from reason_rl.records import Problem, SamplingParams
 from reason_rl.reward import check_rewards
 from tests.reason_rl.data.test_chat import CHATML
 from tests.reason_rl.trained import folder_of
@@ -288,7 +288,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_unless_longer_ones_are_left_out(
     long = {"prompt": "Long? " * 30, "answer": 1}
     write(forty / "train.jsonl", [*sums(40), long])
     context = ModelConfig(init_from="x", max_position_embeddings=100)
-    config = replace(config_of(forty, seed=1), model=context, sampling=SamplingConfig(max_tokens=20))
+    config = replace(config_of(forty, seed=1), model=context, sampling=SamplingParams(max_tokens=20))
     assert long["prompt"] not in {p.prompt for p in rl_problems(config, TOKENIZER, 0, 4)}  # the first step is not all that counts
     with pytest.raises(ValueError, match=r"180 tokens, but model.max_position_embeddings = 100 .* leaves 80; task\.max_prompt_tokens leaves"):
         check_problems(problems_to_check(config, TOKENIZER, 10), config)

@@ -13,10 +13,11 @@ from fractions import Fraction
 
 import pytest
 
-from reason_rl.config import Config, ConfigError, ModelConfig, RunConfig, SamplingConfig, TaskConfig, load_config
+from reason_rl.config import Config, ConfigError, ModelConfig, RunConfig, TaskConfig, load_config
 from reason_rl.data import TASKS, char_tokenizer, check_problems, heldout_problems, rl_problems, split_of, task_of
 from reason_rl.data.problems import problem_id_of
 from reason_rl.data.tasks import Exercise
+from reason_rl.records import SamplingParams
 
 TOKENIZER = char_tokenizer()
 COUNTDOWN = load_config("configs/countdown_cpu.toml")
@@ -271,7 +272,7 @@ def test_a_task_that_cannot_be_is_refused(task: TaskConfig, message: str) -> Non
 
 
 def test_a_prompt_without_room_for_its_completion_is_refused() -> None:
-    config = Config(model=ModelConfig(max_position_embeddings=100), sampling=SamplingConfig(max_tokens=80))
+    config = Config(model=ModelConfig(max_position_embeddings=100), sampling=SamplingParams(max_tokens=80))
     problems = heldout_problems(config, TOKENIZER, 50)
     fitting = [p for p in problems if len(p.prompt_ids) <= 20]
     check_problems(fitting, config)

@@ -11,8 +11,8 @@ import pytest
 
 from reason_rl.answers.countdown import is_countdown_solution
 from reason_rl.answers.verdict import Verdict
-from reason_rl.config import Config, RewardConfig, SamplingConfig
-from reason_rl.records import Completion, FinishReason, Group, Problem, Score
+from reason_rl.config import Config, RewardConfig
+from reason_rl.records import Completion, FinishReason, Group, Problem, SamplingParams, Score
 from reason_rl.reward import Grader, Pending, check_rewards
 from reason_rl.reward.accuracy import extract_answer
 from reason_rl.reward.format import format_reward
@@ -154,7 +154,7 @@ def grade(problem: Problem, text: str, completion: Completion, config: Config) -
 
 def test_the_value_is_the_weighted_sum_of_the_parts() -> None:
     config = Config(reward=RewardConfig(accuracy=2.0, format=0.25, overlong=0.5, overlong_buffer=10),
-                    sampling=SamplingConfig(max_tokens=20))
+                    sampling=SamplingParams(max_tokens=20))
     score = grade(PROGRAM, RIGHT, completion(num_tokens=15), config)
     assert score.parts == {"accuracy": 1.0, "format": 1.0, "overlong": -0.5}
     assert score.value == 2.0 + 0.25 - 0.25
@@ -165,7 +165,7 @@ def test_every_part_that_has_a_weight_is_logged_and_counts() -> None:
     reward = RewardConfig(language=0.5, repetition=0.25, repetition_ngram=2, cosine=2.0, custom="bench.rewards:distinct_characters",
                           custom_weight=0.125, judge="bench.rewards:distinct_characters", judge_weight=-0.125)
     score = grade(PROGRAM, "<think>la la la la</think><answer>5</answer>", completion(num_tokens=10),
-                  Config(reward=reward, sampling=SamplingConfig(max_tokens=20)))
+                  Config(reward=reward, sampling=SamplingParams(max_tokens=20)))
     assert score.parts.keys() == {"accuracy", "format", "overlong", "cosine", "language", "repetition", "custom", "judge"}
     assert score.parts["cosine"] == pytest.approx(0.75, abs=1e-12)  # half of the way from 1 to 0.5
     assert score.parts["custom"] == score.parts["judge"] > 0 and -1 < score.parts["repetition"] < 0

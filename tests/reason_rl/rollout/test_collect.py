@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from reason_rl.config import Config, EngineConfig, ModelConfig, RewardConfig, RLConfig, SamplingConfig, TaskConfig
+from reason_rl.config import Config, EngineConfig, ModelConfig, RewardConfig, RLConfig, TaskConfig
 from reason_rl.data import char_tokenizer
 from reason_rl.model.transformer import Transformer
 from reason_rl.parallel.world import World
+from reason_rl.records import SamplingParams
 from reason_rl.reward import Grader
 from reason_rl.rollout.collect import EVAL_KEY, Session, build_session, collect_groups, evaluate, sample_and_grade
 from tests.reason_rl.tiny import grade_group
@@ -21,7 +22,7 @@ CONFIG = Config(
     model=ModelConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=1, moe_intermediate_size=32,
                       max_position_embeddings=64),
     task=TaskConfig(min_level=2, max_level=3, heldout_share=0.1, rl_share=0.2), rl=RLConfig(prompts_per_step=4, group_size=4),
-    sampling=SamplingConfig(max_tokens=24), engine=EngineConfig(max_num_seqs=6),
+    sampling=SamplingParams(max_tokens=24), engine=EngineConfig(max_num_seqs=6),
     reward=RewardConfig(custom="tests.reason_rl.run.train_rewards:by_hash"))
 
 
