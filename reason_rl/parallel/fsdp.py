@@ -39,7 +39,7 @@ def full_state(model: Transformer) -> dict[str, torch.Tensor]:
     return {name: full_tensor(tensor).detach() for name, tensor in model.state_dict().items()}
 
 
-class RolloutWeights:
+class SamplingWeights:
     """The policy as the engine reads it: the trainer's own module where one process holds all of it (in bf16: on the CPU), else a
     plain copy.
 
