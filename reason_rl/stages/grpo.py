@@ -16,7 +16,6 @@ from typing import ClassVar
 from reason_rl.config import Config
 from reason_rl.data import Problems, Tokenizer
 from reason_rl.engine import Engine, check_fits
-from reason_rl.model.weights import load_model
 from reason_rl.records import Group, Microbatch, Problem, SamplingParams, StepStats
 from reason_rl.report.clock import Clock
 from reason_rl.reward import Grader, check_rewards
@@ -40,12 +39,11 @@ class Grpo:
 
     def __init__(self, start: StageStart) -> None:
         config = start.config
-        assert start.folder is not None, "the loop hands weights to a stage that starts from them"
         self.config, self.world, self.tokenizer, self.problems = config, start.world, start.tokenizer, start.problems
         self.num_steps, self.checkpoint_every = config.rl.steps, config.run.checkpoint_every
         self.sampling = replace(config.sampling, stop_ids=start.tokenizer.stop_ids)
         self.loss = replace(config.loss, constant_length=config.loss.constant_length or config.sampling.max_tokens)
-        model = load_model(start.folder)
+        model = start.load()
         self.reference = frozen_copy(model, start.world, start.is_exact) if config.loss.kl_coef > 0 else None
         self.policy = start.policy(model, config.optim, self.num_steps)
         self.engine = Engine(self.policy.sampling_model, config.engine, config.run.seed)
