@@ -63,8 +63,8 @@ def timed_step(session: Session, step: int, log: RunLog) -> tuple[dict[str, floa
     """One step with its logging -> (its timings; `step_s` holds the logging too, what it did)."""
     start = time.perf_counter()
     stats = grpo_step(session, step)
-    log.metrics("rl", step + 1, stats.metrics)
-    log.timings("rl", step + 1, stats.timings)
+    log.metrics("grpo", "train", step + 1, stats.metrics)
+    log.timings("grpo", "train", step + 1, stats.timings)
     synchronize()  # the last update still runs
     return stats.timings | {"step_s": time.perf_counter() - start}, stats
 
