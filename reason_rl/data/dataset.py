@@ -104,7 +104,7 @@ class _Reader:
 
 def load_dataset(config: Config, tokenizer: Tokenizer) -> Dataset:
     """The dataset of `config.task`, read once a process: a file that changes under a run does not change the run."""
-    return _load(config.task, verifier_of(config.task.name, config.reward), tokenizer)
+    return _load(config.task, verifier_of(config.task.name, config.reward.verifier), tokenizer)
 
 
 def _paths(task: TaskConfig) -> tuple[Path, Path | None]:

@@ -116,7 +116,7 @@ class Evaluator:
         sampled = self._open.setdefault(problem.problem_id, Sampled(problem))
         text, index = self.plan.tokenizer.decode_completion(completion.token_ids), completion.sample_index
         sampled.completions[index] = completion
-        sampled.answers[index] = answer_of(problem.completion_prefix + text, verifier_of(problem.task, self.plan.config.reward))
+        sampled.answers[index] = answer_of(problem.completion_prefix + text, verifier_of(problem.task, self.plan.config.reward.verifier))
         sampled.pending[index] = self.grader.submit(problem, completion)
         self.on_completion(completion)
         if len(sampled.pending) == self.plan.num_samples:
@@ -127,7 +127,7 @@ class Evaluator:
 
     def _compare(self, sampled: Sampled) -> None:
         """Ask which of the answers are the same, of the samples that may vote."""
-        verifier = verifier_of(sampled.problem.task, self.plan.config.reward)
+        verifier = verifier_of(sampled.problem.task, self.plan.config.reward.verifier)
         if verifier in COMPARED:
             answers = [sampled.answers[n] for n in range(self.plan.num_samples)
                        if may_vote(sampled.answers[n], sampled.completions[n].finish_reason)]
