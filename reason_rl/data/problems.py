@@ -23,6 +23,10 @@ MAX_FRUITLESS_DRAWS = 50_000
 """Draws in a row that bring nothing new before a share counts as exhausted: about a second's work."""
 
 
+class TooFewProblems(ValueError):
+    """A task has fewer distinct problems left than were asked for."""
+
+
 def is_file_task(config: Config) -> bool:
     if config.task.name not in (*TASKS, *FILE_TASKS):
         raise ConfigError(f"unknown task.name {config.task.name!r}; known are {', '.join((*TASKS, *FILE_TASKS))}")
@@ -139,7 +143,7 @@ def _distinct(config: Config, tokenizer: Tokenizer, split: Split, rng: random.Ra
             fruitless += 1
             if fruitless == MAX_FRUITLESS_DRAWS:
                 share = config.task.heldout_share if split == "heldout" else config.task.rl_share
-                raise ValueError(
+                raise TooFewProblems(
                     f"too few problems: {count} distinct {split} ones of task {task.name!r}, levels "
                     f"{config.task.min_level}..{config.task.max_level}, were asked for beside {len(exclude)} excluded, "
                     f"only {len(found)} found; its share is {share}: raise it, or ask for fewer")
