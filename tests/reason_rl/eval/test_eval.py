@@ -222,6 +222,24 @@ def test_bad_input_is_one_line_before_any_work(
     assert not (tmp_path / "e").exists()
 
 
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, OSError])
+def test_an_error_while_sampling_keeps_its_traceback_and_the_finished_rows(
+    error: type[Exception], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real, count = Grader.submit, [0]
+
+    def broken(*given: Any) -> Any:
+        count[0] += 1
+        if count[0] == 9:
+            raise error("a bug")
+        return real(*given)
+
+    monkeypatch.setattr(Grader, "submit", broken)
+    with pytest.raises(error, match="a bug"):
+        run(checkpoint, tmp_path / "e", "--problems=6", "--samples=2", "--engine.max_num_seqs=2")
+    assert len((tmp_path / "e/problems.jsonl").read_text().splitlines()) == 4
+
+
 def test_an_unknown_option_is_refused_as_commands_do(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for argument in ("--tempreature=1", "--rl.steps", "more"):
         with pytest.raises(SystemExit) as stopped:
