@@ -209,5 +209,7 @@ def first_heldout(dataset: Dataset, config: Config, count: int, seed: int) -> li
 
 
 def _too_few(count: int, split: str, there: int, config: Config, way_out: str) -> ValueError:
-    return ValueError(f"too few problems: {count} {split} ones of task {config.task.name!r} were asked for, but {config.task.path} "
-                      f"and its filters leave {there}: {way_out}")
+    from reason_rl.data.problems import TooFewProblems
+
+    return TooFewProblems(f"too few problems: {count} {split} ones of task {config.task.name!r} were asked for, but "
+                          f"{config.task.path} and its filters leave {there}: {way_out}")
