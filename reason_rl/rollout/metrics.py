@@ -7,13 +7,15 @@ nothing is None.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import comb
 from typing import NamedTuple
 
 from reason_rl.config import Config
 from reason_rl.data import Tokenizer
-from reason_rl.records import Group, Score
+from reason_rl.records import Group, Microbatch, Score, StepStats
+from reason_rl.report.clock import Clock
+from reason_rl.rl.advantages import Advantages
 
 
 class SampleFacts(NamedTuple):
@@ -148,6 +150,25 @@ def pass_at_powers(groups: Sequence[Group]) -> dict[str, float]:
     powers = [2**i for i in range(most.bit_length())]
     estimates = {k: [pass_at_k(len(one), sum(one), k) for one in verdicts if len(one) >= k] for k in powers}
     return {str(k): sum(values) / len(values) for k, values in estimates.items()}
+
+
+def step_stats(
+    index: int, groups: Sequence[Group], sampled: Sequence[Group], advantages: Advantages, minibatches: Sequence[Sequence[Microbatch]],
+    updates: Sequence[dict[str, float]], tokenizer: Tokenizer, clock: Clock, *, lr: float, verifiers: Mapping[str, float],
+) -> StepStats:
+    """What a step of RL logs: of all `sampled` groups, of the `updates`, and the seconds of the clock.
+
+    groups: those that the advantages are of; with dynamic sampling fewer than were sampled.
+    """
+    metrics = rollout_metrics(sampled, tokenizer) | update_metrics(updates) | {
+        "lr": lr, "groups_without_signal": 1 - float(advantages.has_signal.float().mean())}
+    seconds = {f"{name}_s": value for name, value in clock.seconds.items()}
+    num_sampled = sum(len(completion.token_ids) for group in sampled for completion in group.completions)
+    num_packed = sum(microbatch.num_tokens for microbatches in minibatches for microbatch in microbatches)
+    rates = {"train_tok_s": num_packed / seconds["train_s"], "rollout_tok_s": num_sampled / seconds["rollout_s"],
+             "step_tok_s": num_sampled / seconds["step_s"]}
+    return StepStats(index, metrics, seconds | rates | dict(verifiers), tuple(groups),
+                     tuple(map(tuple, advantages.advantages.tolist())))
 
 
 def rollout_rows(
