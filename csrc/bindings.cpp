@@ -1,5 +1,5 @@
 // The schemas of the native ops on the CPU. Each op is implemented and registered in <op>/cpu.cpp or
-// <op>/backward.cpp. sample_cuda, in a library of its own, declares its schema in sample/cuda.cpp.
+// <op>/backward.cpp. sample_cuda, in a separate library, declares its schema in sample/cuda.cpp.
 //
 // An op writes into the tensors marked (x!), which the caller has allocated, and returns nothing: the ops
 // allocate no tensors, and torch.compile sees every write.

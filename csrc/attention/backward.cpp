@@ -21,7 +21,7 @@ namespace reason_rl {
 namespace {
 
 constexpr int64_t BACKWARD_ROWS = 512;  // query rows per packing of a key tile
-constexpr int64_t BLOCK_ROWS = 48;      // rows whose weights with a key tile are in scratch at a time
+constexpr int64_t BLOCK_ROWS = 48;      // rows per block: the weights of a block with a key tile are in scratch
 constexpr int64_t NUM_UNITS = 8;        // families are cut until there are as many units
 constexpr int64_t SLICE_BYTES = 64 << 20;  // above this size of all slices' sums, only a single unit is cut, in two
 
@@ -293,7 +293,8 @@ private:
                     const int64_t limit = range.limit + (row + r) / shape.repeat * range.growth - first_key - n;
                     const float top = tops[row + r], inverse_total = inverse_totals[row + r], delta = deltas[row + r];
                     for (int64_t j = 0; j < columns; j += LANES) {
-                        const F32x16 weight = keep_first(exp_below(load(scores.row(r) + j) * scale - top) * inverse_total, limit - j, 0.0f);
+                        const F32x16 p = exp_below(load(scores.row(r) + j) * scale - top) * inverse_total;
+                        const F32x16 weight = keep_first(p, limit - j, 0.0f);
                         store(weights + (m + r) * KEY_TILE + n + j, weight);
                         store(dscores + (m + r) * KEY_TILE + n + j, weight * (load(dweights.row(r) + j) - delta));
                     }

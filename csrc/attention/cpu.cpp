@@ -73,6 +73,7 @@ void attention_fwd(Tensor out, Tensor stats, Tensor q, Tensor k, Tensor v, Tenso
     const char* op = "attention_fwd";
     const HeadShape shape = head_shape(op, q, k);
     const auto [t, num_kv_heads, repeat, c] = shape;
+    // Cut the segments into chunks; a task runs one kv head of one chunk.
     const std::vector<Chunk> chunks = cut(read_segments(op, segments, t), std::max<int64_t>(1, FORWARD_ROWS / repeat));
     float* sums = data<float>(op, "stats", stats, {num_kv_heads, t, repeat, 2});
     by_dtype(op, "q", q, [&](auto zero) {

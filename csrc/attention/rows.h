@@ -166,7 +166,8 @@ void add_values(const ValueTile<T>& tile) {
 // add_values for all C columns of the values. A C below 16 takes one panel, loaded in part.
 template <class T>
 void add_all_values(int rows, ValueTile<T>& tile, const KeyBlocks<T>& range, int64_t first, int64_t head_dim) {
-    for (int64_t b = 0; b * LANES < tile.num_keys; ++b) tile.blocks[b] = range.values + range.block(first + b) * LANES * tile.stride;
+    for (int64_t b = 0; b * LANES < tile.num_keys; ++b)
+        tile.blocks[b] = range.values + range.block(first + b) * LANES * tile.stride;
     for (int64_t c = 0, step; c < head_dim; c += step) {
         const int64_t panels = std::min<int64_t>(TILE_PANELS, (head_dim - c) / LANES);
         tile.columns = std::min<int64_t>(LANES, head_dim - c);
@@ -191,10 +192,13 @@ void attend_range(int64_t begin, int64_t end, const KeyBlocks<T>& range, int64_t
             const int64_t* limits = scratch.limits + m;
             const int64_t num_keys = std::min(KEY_TILE, *std::max_element(limits, limits + rows) - first);
             if (num_keys <= 0) continue;
+            // Scores, then weights in their place.
             const RowsOf<T> q = rows_of(reinterpret_cast<const T*>(scratch.queries) + m * head_dim, head_dim);
             multiply_keys(rows, q, range, first / LANES, num_keys, head_dim, scratch.scores);
             float rescale[LANES];  // exp(old maximum - new maximum)
-            softmax_tile(scratch.scores, rows, first, num_keys, limits, scale, scratch.tops + m, rescale, scratch.totals + m * LANES);
+            softmax_tile(scratch.scores, rows, first, num_keys, limits, scale, scratch.tops + m, rescale,
+                         scratch.totals + m * LANES);
+            // sums = sums * rescale + weights @ V.
             bool has_keys[TILE_ROWS];
             for (int r = 0; r < rows; ++r) has_keys[r] = limits[r] > first;
             ValueTile<T> tile{scratch.scores, num_keys, {}, range.value_stride ? range.value_stride : head_dim, 0,

@@ -107,7 +107,8 @@ inline F32x16 max(F32x16 a, F32x16 b) { return select(a > b, a, b); }
 inline F32x16 min(F32x16 a, F32x16 b) { return select(a < b, a, b); }
 #endif
 
-inline F32x16::Register fma(F32x16::Register a, F32x16::Register b, F32x16::Register c) {  // a * b + c, rounded once where the CPU can
+// a * b + c, rounded once with AVX-512 or FMA, twice in the portable build.
+inline F32x16::Register fma(F32x16::Register a, F32x16::Register b, F32x16::Register c) {
 #if defined(__AVX512F__)
     return (F32x16::Register)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)

@@ -45,12 +45,14 @@ const T* packed(const char* op, const char* name, const Tensor& tensor, int64_t 
 
 template <class T>
 LayerWeights<T> read_layer(const char* op, const ModelSizes& s, const Tensor* t) {
+    // Attention.
     LayerWeights<T> layer;
     layer.attention_norm = data<const float>(op, "attention_norm", t[0], {s.hidden});
     layer.qkv = packed<T>(op, "qkv", t[1], 1, s.qkv_rows(), s.hidden);
     layer.q_norm = optional_data<const float>(op, "q_norm", if_any(t[2]), {s.head_dim});
     layer.k_norm = optional_data<const float>(op, "k_norm", if_any(t[3]), {s.head_dim});
     layer.out = packed<T>(op, "out", t[4], 1, s.hidden, s.heads * s.head_dim);
+    // The MLP or the experts, which are packed one after the other.
     layer.mlp_norm = data<const float>(op, "mlp_norm", t[5], {s.hidden});
     layer.router = s.experts > 1 ? packed<float>(op, "router", t[6], 1, s.experts, s.hidden) : nullptr;
     const T* gate_up = packed<T>(op, "gate_up", t[7], s.experts, 2 * s.inner, s.hidden);
@@ -58,6 +60,7 @@ LayerWeights<T> read_layer(const char* op, const ModelSizes& s, const Tensor* t)
     const int64_t up_size = packed_size<T>(2 * s.inner, s.hidden), down_size = packed_size<T>(s.hidden, s.inner);
     for (int64_t e = 0; e < s.experts; ++e) layer.experts.push_back({gate_up + e * up_size, down + e * down_size});
     layer.expert_bias = optional_data<const float>(op, "expert_bias", if_any(t[9]), {s.experts});
+    // The shared expert.
     const bool is_shared = s.shared_inner > 0;
     layer.shared_gate_up = is_shared ? packed<T>(op, "shared_gate_up", t[10], 1, 2 * s.shared_inner, s.hidden) : nullptr;
     layer.shared_down = is_shared ? packed<T>(op, "shared_down", t[11], 1, s.hidden, s.shared_inner) : nullptr;
@@ -73,8 +76,8 @@ ModelSizes read_sizes(const char* op, const std::vector<int64_t>& sizes) {
         RR_CHECK(sizes[i] >= 0 && sizes[i] <= most, op, ": sizes[", i, "] must be in 0..", most, ", got ", sizes[i]);
     }
     const ModelSizes s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9]};
-    RR_CHECK(s.hidden && s.experts && s.inner && s.vocab, op, ": hidden size, experts, inner size and vocabulary must be above 0, got ",
-             s.hidden, ", ", s.experts, ", ", s.inner, ", ", s.vocab);
+    RR_CHECK(s.hidden && s.experts && s.inner && s.vocab, op,
+             ": hidden size, experts, inner size and vocabulary must be above 0, got ", s.hidden, ", ", s.experts, ", ", s.inner, ", ", s.vocab);
     RR_CHECK(s.kv_heads && s.heads % s.kv_heads == 0, op, ": heads must be a multiple of kv heads, got ", s.heads, " and ",
              s.kv_heads);
     RR_CHECK(s.head_dim && s.head_dim % 2 == 0 && s.head_dim <= MAX_HEAD_DIM, op, ": the head dim must be even and in 2..",
@@ -188,7 +191,8 @@ void decode(Tensor tokens, Tensor logprobs, Tensor kept_logmass, Tensor num_new,
         const ModelSizes& s = model.sizes;
         check_rows(op, rows, s, num_prefixes);
         const int64_t num_layers = model.layers.size();
-        if (routes.numel()) rows.routed_expert_ids = data<int32_t>(op, "routes", routes, {count, max_new, num_layers, s.experts_per_tok});
+        if (routes.numel())
+            rows.routed_expert_ids = data<int32_t>(op, "routes", routes, {count, max_new, num_layers, s.experts_per_tok});
         T* k = data<T>(op, "keys", keys, {num_layers, s.kv_heads, rows.num_blocks, BLOCK_SIZE, s.head_dim});
         T* v = data<T>(op, "values", values, {num_layers, s.kv_heads, rows.num_blocks, BLOCK_SIZE, s.head_dim});
         const SampleSpec spec{temperature, top_k, top_p, min_p};
@@ -206,7 +210,8 @@ void pack_weight(Tensor packed_weight, Tensor weight) {
     by_dtype(op, "packed", packed_weight, [&](auto zero) {
         using T = decltype(zero);
         T* place = data<T>(op, "packed", packed_weight, {count * packed_size<T>(n, k)});
-        by_master<T>(op, "weight", weight, {count, n, k}, [&](const auto* matrices) { pack_matrices<true>(place, matrices, count, n, k); });
+        by_master<T>(op, "weight", weight, {count, n, k},
+                     [&](const auto* matrices) { pack_matrices<true>(place, matrices, count, n, k); });
     });
 }
 
@@ -217,6 +222,7 @@ void store_keys(Tensor keys, Tensor values, Tensor k, Tensor v, Tensor slots) {
     const int64_t tokens = k.size(0), heads = k.size(1), head_dim = k.size(2), num_blocks = keys.size(1);
     RR_CHECK(head_dim >= 2 && head_dim % 2 == 0 && head_dim <= MAX_HEAD_DIM, op, ": k's head dim must be even and in 2..",
              MAX_HEAD_DIM, ", got ", head_dim);
+    // A slot is block * 16 + position in the block.
     const int64_t* place = data<const int64_t>(op, "slots", slots, {tokens});
     check_in(op, "slots", place, tokens, 0, num_blocks * BLOCK_SIZE - 1);
     by_dtype(op, "k", k, [&](auto zero) {

@@ -196,20 +196,20 @@ private:
         // The noise depends on the sequence's key and the index of the new token among its own tokens.
         norm(normed_.data(), x_.data(), model_.norm);
         const int64_t n = num();
-        noise_keys_.resize(n), positions_.resize(n), drawn_.resize(n), logprob_.resize(n), kept_.resize(n);
+        noise_keys_.resize(n), positions_.resize(n), sampled_.resize(n), logprob_.resize(n), logmass_.resize(n);
         for (int64_t i = 0; i < n; ++i) noise_keys_[i] = rows_.noise_keys[active_[i]], positions_[i] = own_length(active_[i]);
-        const int64_t non_finite = sample_rows<T>(normed_.data(), n, model_.head, s_.hidden, s_.vocab, spec_, noise_keys_.data(),
-                                                  positions_.data(), drawn_.data(), logprob_.data(), kept_.data(), sample_scratch_);
-        if (non_finite >= 0) fail_non_finite_row(active_[non_finite]);
+        const int64_t bad = sample_rows<T>(normed_.data(), n, model_.head, s_.hidden, s_.vocab, spec_, noise_keys_.data(),
+                                           positions_.data(), sampled_.data(), logprob_.data(), logmass_.data(), sample_scratch_);
+        if (bad >= 0) fail_non_finite_row(active_[bad]);
         // Append the tokens.
         std::vector<int64_t> still_active;
         for (int64_t i = 0; i < n; ++i) {
             const int64_t r = active_[i], place = rows_.num_new[r]++;
-            rows_.tokens[r * (1 + rows_.max_new) + 1 + place] = drawn_[i];
+            rows_.tokens[r * (1 + rows_.max_new) + 1 + place] = sampled_[i];
             rows_.logprobs[r * rows_.max_new + place] = logprob_[i];
-            rows_.kept_logmass[r * rows_.max_new + place] = kept_[i];
+            rows_.kept_logmass[r * rows_.max_new + place] = logmass_[i];
             const int64_t* stops = rows_.stop_ids;
-            const bool is_end = std::find(stops, stops + rows_.num_stop_ids, drawn_[i]) != stops + rows_.num_stop_ids;
+            const bool is_end = std::find(stops, stops + rows_.num_stop_ids, sampled_[i]) != stops + rows_.num_stop_ids;
             if (!is_end && rows_.num_new[r] < rows_.limits[r]) still_active.push_back(r);
         }
         active_.swap(still_active);
@@ -222,8 +222,8 @@ private:
     T *keys_, *values_;
     std::vector<int64_t> active_;
     std::vector<T> x_, normed_, added_, qkv_, attended_, gathered_, outs_, gate_up_, act_, pairs_;
-    std::vector<float> normed_f32_, logits_, scores_, expert_weights_, logprob_, kept_;
-    std::vector<int64_t> expert_ids_, noise_keys_, positions_, drawn_;
+    std::vector<float> normed_f32_, logits_, scores_, expert_weights_, logprob_, logmass_;
+    std::vector<int64_t> expert_ids_, noise_keys_, positions_, sampled_;
     std::vector<const T*> pair_outs_, q_;
     std::vector<T*> out_;
     std::vector<KeyBlocks<T>> own_;

@@ -27,6 +27,7 @@ inline void route_scores(const float* logits, const RouteSpec& spec, float* scor
         }
         return;
     }
+    // Softmax: the maximum, the exponentials and their sum, then the division.
     constexpr float LOWEST = -std::numeric_limits<float>::infinity();
     F32x16 top = splat(LOWEST), total = splat(0.0f);
     for (int64_t j = 0; j < size; j += LANES) top = max(top, keep_first(load(logits + j, size - j), size - j, LOWEST));

@@ -18,6 +18,7 @@ void rotate(const char* op, const char* to, const char* from, Tensor y, Tensor x
         using T = decltype(zero);
         const auto rows = strided_rows<const T>(op, from, x);
         T* out = rows_like<T>(op, to, y, x, rows);
+        // A row is one head of one token: row r belongs to token r / H.
         const int64_t head_dim = rows.size, half = head_dim / 2;
         const float* cosines = data<const float>(op, "cos", cos, {x.size(0), half});
         const float* sines = data<const float>(op, "sin", sin, {x.size(0), half});

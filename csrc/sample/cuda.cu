@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(THREADS) sample_kernel(SampleArguments a, CutS
     __shared__ CudaBlock::Slot slots[WARPS];
     CudaBlock block{slots};
     const int64_t row = blockIdx.x;
-    const SampledToken sampled = sample_row(block, shared, a.logits + row * a.vocab, a.vocab, spec, static_cast<uint64_t>(a.keys[row]),
-                                   static_cast<uint32_t>(a.positions[row]));
+    const SampledToken sampled = sample_row(block, shared, a.logits + row * a.vocab, a.vocab, spec,
+                                            static_cast<uint64_t>(a.keys[row]), static_cast<uint32_t>(a.positions[row]));
     if (threadIdx.x) return;
     a.is_broken[row] = sampled.token < 0;
     a.token[row] = sampled.token, a.logprob[row] = sampled.logprob, a.kept_logmass[row] = sampled.kept_logmass;

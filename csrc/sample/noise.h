@@ -41,6 +41,7 @@ inline Products multiply_wide(U32x16 a, uint32_t b) {
     for (int i = 0; i < REGISTERS; ++i) {
 #if defined(__AVX512F__)
         const __m512i x = (__m512i)a.reg[i], factor = _mm512_set1_epi32(static_cast<int>(b));
+        // The products of the even and of the odd lanes, then a blend of their halves.
         const __m512i even = _mm512_mul_epu32(x, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), factor);
         y.high.reg[i] = (U32x16::Register)_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
         y.low.reg[i] = (U32x16::Register)_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));

@@ -29,7 +29,7 @@ struct SampleSpec {
 struct SampleScratch {
     std::vector<float> logits, scores;
     std::vector<int32_t> order;
-    std::vector<bf16> even;
+    std::vector<bf16> pairs;  // rows of odd length, see even_rows
 };
 
 // Applies top_k, top_p and min_p to one row: keeps the most likely tokens, in order (equal ones by index), up
@@ -122,11 +122,12 @@ struct SampledToken {
 
 // Samples one row. The token is -1 if its logits hold NaN or inf.
 inline SampledToken sample_row(float* logits, int64_t vocab, const SampleSpec& spec, int64_t key, int64_t position,
-                        SampleScratch& scratch) {
+                               SampleScratch& scratch) {
     LogitSums sums;
     for (int64_t first = 0; first < vocab; first += LOGIT_CHUNK)
         sums.add<false>(logits + first, padded(std::min(LOGIT_CHUNK, vocab - first)), first == 0);
     if (!shift_row(logits, vocab, sums.max)) return {-1, 0.0f, 0.0f};
+    // Greedy, or cut and pick with noise.
     const float log_sum = sums.log_sum();
     if (spec.temperature == 0) {
         const int64_t likeliest = std::find(logits, logits + vocab, 0.0f) - logits;
@@ -138,20 +139,21 @@ inline SampledToken sample_row(float* logits, int64_t vocab, const SampleSpec& s
 }
 
 // Samples `rows` rows. hidden: T[rows, D]; keys, positions, token: i64[rows]; logprob, kept_logmass:
-// f32[rows]. Rows are processed in blocks whose logits fit the cache, and the head is read once per block.
+// f32[rows]. The head is read once per block of rows; a block has at most 4 MB of logits, or TILE_ROWS rows.
 // Returns the first row with NaN or inf logits, or -1.
 template <class T>
 int64_t sample_rows(const T* hidden, int64_t rows, const T* packed_head, int64_t hidden_size, int64_t vocab,
-                        const SampleSpec& spec, const int64_t* keys, const int64_t* positions, int64_t* token, float* logprob,
-                        float* kept_logmass, SampleScratch& scratch) {
+                    const SampleSpec& spec, const int64_t* keys, const int64_t* positions, int64_t* token, float* logprob,
+                    float* kept_logmass, SampleScratch& scratch) {
     const int64_t stride = padded(vocab);
     const int64_t block = std::clamp<int64_t>((1 << 20) / stride, TILE_ROWS, ROW_BLOCK) / TILE_ROWS * TILE_ROWS;
     scratch.logits.resize(std::min(block, rows) * stride);
-    if (hidden_size % PER_UNIT<T>) scratch.even.resize(block * (hidden_size + 1));
+    if (hidden_size % PER_UNIT<T>) scratch.pairs.resize(block * (hidden_size + 1));
     for (int64_t first = 0; first < rows; first += block) {
+        // The block's logits, divided by the temperature: f32[count, stride].
         const int64_t count = std::min(block, rows - first);
         RowsOf<T> a = rows_of(hidden + first * hidden_size, hidden_size);
-        if constexpr (PER_UNIT<T> == 2) a = even_rows(hidden + first * hidden_size, count, hidden_size, scratch.even.data());
+        if constexpr (PER_UNIT<T> == 2) a = even_rows(hidden + first * hidden_size, count, hidden_size, scratch.pairs.data());
         const float temperature = spec.temperature == 0 ? 1.0f : static_cast<float>(spec.temperature);
         logit_rows(scratch.logits.data(), stride, a, count, packed_head, hidden_size, vocab, temperature);
         for (int64_t r = first; r < first + count; ++r) {

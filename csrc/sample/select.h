@@ -209,8 +209,8 @@ RR_BOTH Cut find_cut(Block& block, Shared& shared, int32_t vocab, const CutSpec&
 // ---- the row. logits: f32[vocab]; the logprob is that of the whole distribution, before any cut.
 
 template <class Block>
-RR_BOTH SampledToken sample_row(Block& block, Shared& shared, const float* logits, int32_t vocab, const CutSpec& spec, uint64_t noise_key,
-                         uint32_t position) {
+RR_BOTH SampledToken sample_row(Block& block, Shared& shared, const float* logits, int32_t vocab, const CutSpec& spec,
+                                uint64_t noise_key, uint32_t position) {
     const float temperature = spec.temperature == 0 ? 1.0f : spec.temperature;
     // The maximum, then the sum of exponentials; f32 terms, f64 sums.
     float top = -HUGE_VALF;
