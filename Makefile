@@ -62,7 +62,7 @@ sanitize: .venv/.ready
 	@JOBS=$(JOBS) .ci/sanitize
 
 fuzz: .venv/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reward.fuzz $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.reason_rl.reward.fuzz $(ARGS)
 
 bench: .venv/.ready .venv/.native
 	@$(BIN)/python -m bench $(ARGS)

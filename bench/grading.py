@@ -18,10 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.harness import add_json_option, describe_setting, write_json
+from reason_rl.answers.math import grade_math
 from reason_rl.config import RewardConfig
 from reason_rl.reward.grade import reward_kinds
-from reason_rl.reward.math import grade_math
-from reason_rl.reward.service import VerifierService
+from reason_rl.reward.pool.service import VerifierService
 
 COMMON = [("18", "18"), ("1080", "1,080"), ("-7", "-7"), ("2.50", "2.5"), (r"\frac{3}{4}", r"\frac{3}{4}"), ("3/4", "0.75"),
           ("18", r"\$18"), ("5", "x = 5"), ("25", r"25\%"), ("17", "18")]

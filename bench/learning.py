@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import CHECKOUT, add_json_option, describe_setting, write_json
-from reason_rl.trainer.metrics import METRICS, read_jsonl
-from reason_rl.trainer.plot import plot_runs
+from bench.plot import plot_runs
+from reason_rl.report.log import METRICS, read_jsonl
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reason_rl.types import Problem
+from reason_rl.records import Problem
 
 
 def distinct_characters(problem: Problem, text: str) -> float:

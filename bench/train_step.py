@@ -43,9 +43,9 @@ from bench.workloads import PEERS_KNOW, WORKLOADS, gpu_figures, workload_config,
 from kernels.dispatch import table
 from kernels.native import ISA
 from reason_rl.model.transformer import num_active_parameters, num_parameters
-from reason_rl.session import Session
-from reason_rl.trainer.metrics import RunLog
-from reason_rl.types import StepStats
+from reason_rl.records import StepStats
+from reason_rl.report.log import RunLog
+from reason_rl.rollout.collect import Session
 from train import grpo_step
 
 SHOWN = ("step_s", "rollout_s", "train_s", "rollout_tok_s", "train_tok_s", "step_tok_s", "startup_mb", "peak_mb")

@@ -19,20 +19,20 @@ from bench.harness import copy_gbytes
 from reason_rl.config import Config, load_config
 from reason_rl.data import char_tokenizer
 from reason_rl.model.transformer import Transformer
-from reason_rl.session import Session, build_session
-from reason_rl.trainer.distributed import init_world
-from reason_rl.types import Problem
+from reason_rl.parallel.world import init_world
+from reason_rl.records import Problem
+from reason_rl.rollout.collect import Session, build_session
 
 WORKLOADS = {"W1": (16, 6, 8, 64), "W2": (4, 256, 16, 128), "default": (16, 16, 16, 80), "1b": (16, 512, 16, 512)}
 """prompts, tokens a prompt, completions a prompt, tokens a completion"""
 PEERS_KNOW = ("W1", "W2")
 MODELS = {
     "default": (),
-    "1b": ("--model.num_layers=16", "--model.hidden_size=2048", "--model.num_heads=16", "--model.num_kv_heads=4",
-           "--model.head_dim=128", "--model.num_experts=32", "--model.num_experts_per_tok=4", "--model.expert_size=1024",
+    "1b": ("--model.num_hidden_layers=16", "--model.hidden_size=2048", "--model.num_attention_heads=16", "--model.num_key_value_heads=4",
+           "--model.head_dim=128", "--model.num_experts=32", "--model.num_experts_per_tok=4", "--model.moe_intermediate_size=1024",
            "--optim.microbatch_tokens=16384")}
 """By workload; the others have PEERS_MODEL."""
-PEERS_MODEL = ("--model.num_layers=4", "--model.expert_size=128")
+PEERS_MODEL = ("--model.num_hidden_layers=4", "--model.moe_intermediate_size=128")
 VOCAB_SIZES = {"1b": 151936}
 
 
@@ -41,8 +41,8 @@ def workload_config(
 ) -> Config:
     num_prompts, prompt_tokens, group_size, new_tokens = WORKLOADS[workload]
     return load_config(None, [
-        f"--rl.prompts_per_step={num_prompts}", f"--rl.group_size={group_size}", "--rl.updates_per_step=1",
-        "--rl.drop_no_signal=false", f"--sampling.max_tokens={new_tokens}", f"--model.max_positions={prompt_tokens + new_tokens}",
+        f"--rl.prompts_per_step={num_prompts}", f"--rl.group_size={group_size}", "--rl.num_minibatches=1",
+        "--rl.drop_no_signal=false", f"--sampling.max_tokens={new_tokens}", f"--model.max_position_embeddings={prompt_tokens + new_tokens}",
         "--model.expert_bias=false", "--optim.lr=1e-6",
         "--reward.accuracy=0", "--reward.format=0", "--reward.custom=bench.rewards:distinct_characters",
         f"--run.dtype={dtype}", f"--run.device={device}", f"--run.exact={exact}",
@@ -75,8 +75,8 @@ def decode_floor_s(model: Transformer, workload: str, bytes_per_s: float) -> flo
     share_met = min(1.0, num_rows * config.num_experts_per_tok / config.num_experts) if config.num_experts > 1 else 1.0
     weight_bytes = sum(
         parameter.nbytes * (share_met if parameter.dim() == 3 else 1.0)  # the experts' are stacked
-        for name, parameter in model.named_parameters() if config.tie_embeddings or not name.startswith("embedding"))
-    key_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.compute_dtype.itemsize
+        for name, parameter in model.named_parameters() if config.tie_word_embeddings or not name.startswith("embedding"))
+    key_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.compute_dtype.itemsize
     keys = num_steps * num_prompts * prompt_tokens + num_rows * num_steps * (num_steps + 1) // 2
     return (num_steps * weight_bytes + keys * key_bytes) / bytes_per_s
 

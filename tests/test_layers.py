@@ -18,7 +18,7 @@ ARROWS = {
     "kernels": set(),
     "types": set(),
     "config": {"kernels.grpo_loss.spec"},
-    "data": {"types", "config", "reason_rl.reward.gold"},
+    "data": {"types", "config", "reason_rl.answers.ground_truth"},
     "reward": {"types", "config"},
     "model": {"kernels", "types", "config"},
     "rl": {"kernels", "types", "config"},
@@ -100,23 +100,23 @@ def test_there_is_no_package_under_tests():
 
 
 @pytest.mark.parametrize(("source", "module"), [
-    ("import reason_rl.types", "kernels.moe"),
+    ("import reason_rl.records", "kernels.moe"),
     ("import numpy", "kernels.moe.reference"),
-    ("from reason_rl import engine", "reason_rl.trainer.step"),
-    ("from ..engine import blocks", "reason_rl.trainer.step"),
+    ("from reason_rl import engine", "reason_rl.trainer.update"),
+    ("from ..engine import blocks", "reason_rl.trainer.update"),
     ("from reason_rl.engine.blocks import Pool", "reason_rl.rl.packing"),
     ("def late():\n    import reason_rl.trainer", "reason_rl.engine.engine"),
     ("import importlib\nimportlib.import_module('reason_rl.reward')", "reason_rl.data.tasks"),
     ("import kernels", "reason_rl.data.tasks"),
     ("import kernels.grpo_loss", "reason_rl.config"),
     ("from kernels.grpo_loss.reference import loss", "reason_rl.config"),
-    ("from reason_rl.types import Problem", "reason_rl.config"),
+    ("from reason_rl.records import Problem", "reason_rl.config"),
     ("from kernels.grpo_loss.spectral import x", "reason_rl.config"),
-    ("import numpy", "reason_rl.types"),
-    ("import reason_rl.generate", "reason_rl.engine.engine"),
-    ("import reason_rl.types", "reason_rl"),
+    ("import numpy", "reason_rl.records"),
+    ("import reason_rl.serve.cli", "reason_rl.engine.engine"),
+    ("import reason_rl.records", "reason_rl"),
     ("from transformers import AutoModel", "reason_rl.model.weights"),
-    ("import transformers.models", "reason_rl.generate"),
+    ("import transformers.models", "reason_rl.serve.cli"),
     ("import transformers", "train"),
 ])  # fmt: skip
 def test_a_planted_import_is_caught(source: str, module: str):
@@ -126,11 +126,11 @@ def test_a_planted_import_is_caught(source: str, module: str):
 @pytest.mark.parametrize(("source", "module"), [
     ("import torch, math\nfrom kernels.dispatch import Op\nfrom . import reference", "kernels.moe.inner"),
     ("from kernels.grpo_loss.spec import LossSpec\nimport types", "reason_rl.config"),
-    ("from reason_rl.config_checks import ConfigError", "reason_rl.config"),
+    ("from reason_rl.config.checks import ConfigError", "reason_rl.config"),
     ("from kernels.grpo_loss import spec", "reason_rl.config"),
-    ("import numpy\nfrom reason_rl.types import Problem\nfrom ..config import Config", "reason_rl.data.tasks"),
-    ("from reason_rl import __version__, rl\nimport kernels.moe, rich", "reason_rl.trainer.step"),
-    ("import reason_rl.engine, reason_rl.trainer, reason_rl.reward, kernels", "reason_rl.generate"),
+    ("import numpy\nfrom reason_rl.records import Problem\nfrom ..config import Config", "reason_rl.data.tasks"),
+    ("from reason_rl import __version__, rl\nimport kernels.moe, rich", "reason_rl.trainer.update"),
+    ("import reason_rl.engine, reason_rl.trainer, reason_rl.reward, kernels", "reason_rl.serve.cli"),
     ("from reason_rl.engine import Engine", "train"),
 ])  # fmt: skip
 def test_an_arrow_of_the_table_passes(source: str, module: str):

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from reason_rl.answers.ground_truth import verifier_of, why_unreadable
 from reason_rl.config import Config, ConfigError, TaskConfig
 from reason_rl.data.difficulty import band_of, is_wanted, read_pass_rates
 from reason_rl.data.prompts import load_template
@@ -25,8 +26,7 @@ from reason_rl.data.split import problem_id_of, split_of
 from reason_rl.data.tasks.base import Exercise
 from reason_rl.data.tasks.files import FILE_TASKS, RowError
 from reason_rl.data.tokenizer import Tokenizer
-from reason_rl.reward.gold import verifier_of, why_unreadable
-from reason_rl.types import Problem
+from reason_rl.records import Problem
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from reason_rl.config import ConfigError, TaskConfig
-from reason_rl.types import Problem
+from reason_rl.records import Problem
 
 NUM_BANDS = 10
 """Of the curriculum: pass rates from 0.9 up, from 0.8 up, ..."""

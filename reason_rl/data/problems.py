@@ -17,7 +17,7 @@ from reason_rl.data.prompts import PromptTemplate, load_template
 from reason_rl.data.split import Split, problem_id_of, split_of
 from reason_rl.data.tasks import FILE_TASKS, TASKS, Exercise, Task
 from reason_rl.data.tokenizer import Tokenizer
-from reason_rl.types import Problem
+from reason_rl.records import Problem
 
 MAX_FRUITLESS_DRAWS = 50_000
 """Draws in a row that bring nothing new before a share counts as exhausted: about a second's work."""
@@ -107,11 +107,11 @@ def problems_digest(problems: Iterable[Problem]) -> str:
 
 def check_problems(problems: Iterable[Problem], config: Config) -> None:
     """Raises when a prompt and its longest completion would not fit the context."""
-    room = config.model.max_positions - config.sampling.max_tokens
+    room = config.model.max_position_embeddings - config.sampling.max_tokens
     for problem in problems:
         if len(problem.prompt_ids) > room:
             raise ValueError(f"the prompt {problem.prompt[:60]!r} has {len(problem.prompt_ids)} tokens, but "
-                             f"model.max_positions = {config.model.max_positions} less sampling.max_tokens = "
+                             f"model.max_position_embeddings = {config.model.max_position_embeddings} less sampling.max_tokens = "
                              f"{config.sampling.max_tokens} leaves {room}"
                              + ("; task.max_prompt_tokens leaves longer ones out" if is_file_task(config) else ""))
 

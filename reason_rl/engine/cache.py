@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from kernels.attention import BLOCK_SIZE, Pages, SegmentPlan, attention, paged_attention
-from kernels.decode import store_keys
 from reason_rl.config import ModelConfig
+from reason_rl.engine.native_decode import store_keys
 
 
 def bytes_per_block(config: ModelConfig, dtype: torch.dtype) -> int:
     """Keys and values of BLOCK_SIZE tokens in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * BLOCK_SIZE * config.head_dim * dtype.itemsize
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * BLOCK_SIZE * config.head_dim * dtype.itemsize
 
 
 class KVCache:
@@ -25,7 +25,7 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device, is_native: bool = False
     ) -> None:
-        shape = (config.num_layers, config.num_kv_heads, num_blocks, BLOCK_SIZE, config.head_dim)
+        shape = (config.num_hidden_layers, config.num_key_value_heads, num_blocks, BLOCK_SIZE, config.head_dim)
         self.is_native = is_native
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)

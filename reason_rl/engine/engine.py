@@ -22,11 +22,11 @@ from kernels.sample import sample
 from reason_rl.config import EngineConfig
 from reason_rl.engine.blocks import BlockPool
 from reason_rl.engine.cache import KVCache, PrefillAttend, bytes_per_block
-from reason_rl.engine.decoder import Decoder, Drawn, NativeDecoder, OpDecoder, one_each, picks_native
+from reason_rl.engine.decoders import Decoder, Drawn, NativeDecoder, OpDecoder, one_each, picks_native
 from reason_rl.engine.graphs import StepGraphs
 from reason_rl.engine.scheduler import Prompt, Scheduler, Sequence, num_blocks_for
 from reason_rl.model.transformer import RouteTape, Transformer
-from reason_rl.types import Completion, FinishReason, Group, Problem, SamplingParams
+from reason_rl.records import Completion, FinishReason, Group, Problem, SamplingParams
 
 WAITING_HORIZON = 4
 """Most tokens drawn in one call while sequences wait for the place of one that ends."""
@@ -48,14 +48,14 @@ def num_blocks_needed(prompt_length: int, max_tokens: int) -> int:
     return 1 + num_blocks_for(prompt_length) + num_blocks_for(max_tokens)
 
 
-def check_fits(problems: SequenceOf[Problem], max_tokens: int, max_positions: int, num_blocks: int) -> None:
+def check_fits(problems: SequenceOf[Problem], max_tokens: int, max_position_embeddings: int, num_blocks: int) -> None:
     """Raises when a prompt is empty, or leaves no room for max_tokens in the context or in a cache of num_blocks (0: any)."""
     longest = max(len(p.prompt_ids) for p in problems)
     if min(len(p.prompt_ids) for p in problems) == 0:
         raise ValueError("a prompt must hold at least one token, got an empty one")
-    if longest + max_tokens > max_positions:
+    if longest + max_tokens > max_position_embeddings:
         raise ValueError(f"a prompt of {longest} tokens and sampling.max_tokens = {max_tokens} "
-                         f"do not fit model.max_positions = {max_positions}")
+                         f"do not fit model.max_position_embeddings = {max_position_embeddings}")
     needed = num_blocks_needed(longest, max_tokens)
     if num_blocks and needed > num_blocks:
         raise ValueError(f"a prompt of {longest} tokens with sampling.max_tokens = {max_tokens} needs {needed} KV "
@@ -112,7 +112,7 @@ class Engine:
 
     def _pool(self, problems: SequenceOf[Problem], group_size: int, sampling: SamplingParams) -> BlockPool:
         """Makes the cache large enough for the longest sequence at least."""
-        check_fits(problems, sampling.max_tokens, self.model.config.max_positions, self.config.num_blocks)
+        check_fits(problems, sampling.max_tokens, self.model.config.max_position_embeddings, self.config.num_blocks)
         num_blocks = self.config.num_blocks or self._num_blocks(problems, group_size, sampling.max_tokens)
         dtype, is_native = self.model.compute_dtype, picks_native(self.model, self.config.decoder)
         cache = self._cache

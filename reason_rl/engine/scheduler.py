@@ -13,7 +13,7 @@ import torch
 
 from kernels.attention import BLOCK_SIZE
 from reason_rl.engine.blocks import BlockPool
-from reason_rl.types import Problem
+from reason_rl.records import Problem
 
 
 def num_blocks_for(num_tokens: int) -> int:

@@ -39,9 +39,9 @@ DERIVED_TENSORS = ("rotary_emb.inv_freq",)
 
 # ModelConfig field -> its key, and other spellings of it (transformers 5 renamed some).
 KEYS: dict[str, tuple[str, ...]] = {
-    "num_layers": ("num_hidden_layers",), "hidden_size": ("hidden_size",), "num_heads": ("num_attention_heads",),
-    "num_kv_heads": ("num_key_value_heads",), "head_dim": ("head_dim",), "tie_embeddings": ("tie_word_embeddings",),
-    "rms_norm_eps": ("rms_norm_eps",), "max_positions": ("max_position_embeddings",),
+    "num_hidden_layers": ("num_hidden_layers",), "hidden_size": ("hidden_size",), "num_attention_heads": ("num_attention_heads",),
+    "num_key_value_heads": ("num_key_value_heads",), "head_dim": ("head_dim",), "tie_word_embeddings": ("tie_word_embeddings",),
+    "rms_norm_eps": ("rms_norm_eps",), "max_position_embeddings": ("max_position_embeddings",),
 }
 # What a missing key means, where it may be missing: a value, or what makes one of the other keys.
 DEFAULTS: dict[str, Any] = {
@@ -100,14 +100,14 @@ class Family:
 
 
 DENSE = {"num_experts": 1, "num_experts_per_tok": 1}
-DENSE_KEYS = {"expert_size": ("intermediate_size",)}
+DENSE_KEYS = {"moe_intermediate_size": ("intermediate_size",)}
 BIAS_ALL = {"attention_bias": ("attention_bias", "none", "all")}
 WINDOW = {"use_sliding_window": False, "sliding_window": 4096}
 # The routing of DeepSeek-V3 (arXiv:2412.19437, 2.1.2), with grouped-query attention.
 DEEPSEEK_KEYS = {
     "num_experts": ("n_routed_experts", "num_local_experts"), "num_experts_per_tok": ("num_experts_per_tok",),
-    "expert_size": ("moe_intermediate_size",), "num_shared_experts": ("n_shared_experts",), "norm_topk": ("norm_topk_prob",),
-    "routed_scaling": ("routed_scaling_factor",), "dense_size": ("intermediate_size",)}
+    "moe_intermediate_size": ("moe_intermediate_size",), "num_shared_experts": ("n_shared_experts",), "norm_topk_prob": ("norm_topk_prob",),
+    "routed_scaling_factor": ("routed_scaling_factor",), "intermediate_size": ("intermediate_size",)}
 DEEPSEEK_FIXED = {"router_score": "sigmoid", "expert_bias": True}
 DEEPSEEK_ONLY: dict[str, tuple[Any, ...]] = {
     "n_group": (1,), "topk_group": (1,), "topk_method": ("noaux_tc",), "scoring_func": ("sigmoid", "noaux_tc"),
@@ -124,13 +124,13 @@ FAMILIES = {
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
         {"num_experts": ("num_experts", "num_local_experts"), "num_experts_per_tok": ("num_experts_per_tok",),
-         "expert_size": ("moe_intermediate_size",), "norm_topk": ("norm_topk_prob",), "dense_size": ("intermediate_size",)},
+         "moe_intermediate_size": ("moe_intermediate_size",), "norm_topk_prob": ("norm_topk_prob",), "intermediate_size": ("intermediate_size",)},
         {"qk_norm": "head"}, BIAS_ALL, defaults={**WINDOW, "norm_topk_prob": False},
         dense_key="mlp_only_layers"),
     "mixtral": Family(
         "MixtralForCausalLM",
         {"num_experts": ("num_local_experts", "num_experts"), "num_experts_per_tok": ("num_experts_per_tok",), **DENSE_KEYS},
-        {"qk_norm": "none", "norm_topk": True}, defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6},
+        {"qk_norm": "none", "norm_topk_prob": True}, defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6},
         only={"router_jitter_noise": (0.0,)},
         tensors={
             "blocks.{i}.mlp.router": (AT + "block_sparse_moe.gate.weight",),
@@ -139,7 +139,7 @@ FAMILIES = {
     "olmoe": Family(
         "OlmoeForCausalLM",
         {"num_experts": ("num_experts", "num_local_experts"), "num_experts_per_tok": ("num_experts_per_tok",),
-         "norm_topk": ("norm_topk_prob",), **DENSE_KEYS},
+         "norm_topk_prob": ("norm_topk_prob",), **DENSE_KEYS},
         {"qk_norm": "full"}, BIAS_ALL, defaults={"rms_norm_eps": 1e-5, "norm_topk_prob": False}),
     "dots1": Family(
         "Dots1ForCausalLM", DEEPSEEK_KEYS, {**DEEPSEEK_FIXED, "qk_norm": "head"}, BIAS_ALL,

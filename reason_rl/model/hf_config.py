@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from reason_rl.config import ModelConfig
-from reason_rl.config_checks import check_model
+from reason_rl.config.checks import check_model
 from reason_rl.model.families import FAMILIES, HARMLESS, ONLY, REFUSED, Family
 from reason_rl.model.rope import KEYS as SCALINGS
 from reason_rl.model.rope import ORIGINAL, parse_scaling
@@ -95,12 +95,12 @@ def config_to_json(config: ModelConfig, vocab_size: int, eos_id: int, carried: M
         **family.written, "rope_theta": config.rope_theta,
         "rope_scaling": json.loads(config.rope_scaling) if config.rope_scaling else None}
     for field, spellings in family.all_keys().items():
-        if field != "dense_size" or config.num_dense_layers:
+        if field != "intermediate_size" or config.num_dense_layers:
             values[spellings[0]] = getattr(config, field)
     for field, (key, _, on) in family.switches.items():
         values[key] = getattr(config, field) == on
     if family.has_rotary_share:
-        values["partial_rotary_factor"] = config.rotary_share
+        values["partial_rotary_factor"] = config.partial_rotary_factor
     if family.dense_key == "mlp_only_layers":
         values |= {"mlp_only_layers": list(range(config.num_dense_layers)), "decoder_sparse_step": 1}
     elif family.dense_key:
@@ -165,7 +165,7 @@ def _read_fields(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
     num_dense = _num_dense_layers(values, family, values["num_hidden_layers"])
     found = {**family.fixed, "num_dense_layers": num_dense}
     for field, spellings in family.all_keys().items():
-        if field != "dense_size" or num_dense:  # else a number that no layer goes by
+        if field != "intermediate_size" or num_dense:  # else a number that no layer goes by
             found[field] = read(spellings)
     for field, (key, off, on) in family.switches.items():
         if not isinstance(values.get(key) or False, bool):
@@ -174,21 +174,21 @@ def _read_fields(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
     return found | _read_rope(values, family)
 
 
-def _num_dense_layers(values: Mapping[str, Any], family: Family, num_layers: int) -> int:
+def _num_dense_layers(values: Mapping[str, Any], family: Family, num_hidden_layers: int) -> int:
     """How many layers, the first ones, have no experts; a family may name them by number, or any of them by a list."""
     if family.dense_key != "mlp_only_layers":
         value: int | None = values.get(family.dense_key)
         return value if value is not None else family.default(family.dense_key) or 0
     named, sparse_step = values.get("mlp_only_layers") or [], values.get("decoder_sparse_step") or 1
-    dense = [i for i in range(num_layers) if i in named or (i + 1) % sparse_step]
+    dense = [i for i in range(num_hidden_layers) if i in named or (i + 1) % sparse_step]
     if dense != list(range(len(dense))):
         raise ValueError(f"config.json: dense layers must be the first ones, got mlp_only_layers = {named} and decoder_sparse_step "
-                         f"= {sparse_step}, which make layers {dense} of {num_layers} dense")
+                         f"= {sparse_step}, which make layers {dense} of {num_hidden_layers} dense")
     return len(dense)
 
 
 def _read_rope(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """rope_theta, rotary_share and rope_scaling: transformers 5 has them in one table, earlier ones in keys of their own."""
+    """rope_theta, partial_rotary_factor and rope_scaling: transformers 5 has them in one table, earlier ones in keys of their own."""
     table = values.get("rope_scaling") or values.get("rope_parameters") or {}
     table = {key: value for key, value in table.items() if value is not None}
     said = {key: value for key, value in values.items() if value is not None}
@@ -201,14 +201,14 @@ def _read_rope(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
     if kind == "default":
         if table:
             raise ValueError(f"config.json: RoPE of type 'default' has no scaling, got {table}")
-        return {"rope_theta": theta, "rotary_share": share}
+        return {"rope_theta": theta, "partial_rotary_factor": share}
     if kind not in SCALINGS:
         raise ValueError(f"config.json: rope_type must be default, {' or '.join(SCALINGS)}, got {kind!r}")
     if ORIGINAL in SCALINGS[kind][0]:
         # The order is transformers': the key beside the table, the table's own, the context.
         table[ORIGINAL] = said.get(ORIGINAL, table.get(ORIGINAL, values["max_position_embeddings"]))
     scaling = json.dumps({"rope_type": kind, **table}, sort_keys=True)
-    return {"rope_theta": theta, "rotary_share": share, "rope_scaling": scaling}
+    return {"rope_theta": theta, "partial_rotary_factor": share, "rope_scaling": scaling}
 
 
 def _own_fields(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,11 +28,11 @@ KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 def rotary_dim(config: ModelConfig) -> int:
     """R, the dimensions of a head that are turned."""
-    return int(config.head_dim * config.rotary_share)
+    return int(config.head_dim * config.partial_rotary_factor)
 
 
-def rope_table(max_positions: int, rotary_dim: int, theta: float, scaling: str = "") -> torch.Tensor:
-    """-> f32[2, max_positions, R / 2]: cos and sin of position * theta^(-2c / R), scaled. Worked out in f64."""
+def rope_table(max_position_embeddings: int, rotary_dim: int, theta: float, scaling: str = "") -> torch.Tensor:
+    """-> f32[2, max_position_embeddings, R / 2]: cos and sin of position * theta^(-2c / R), scaled. Worked out in f64."""
     frequency = theta ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
     magnitude, table = 1.0, parse_scaling(scaling)
     if table["rope_type"] == "linear":
@@ -41,7 +41,7 @@ def rope_table(max_positions: int, rotary_dim: int, theta: float, scaling: str =
         frequency = _llama3(frequency, table)
     elif table["rope_type"] == "yarn":
         frequency, magnitude = _yarn(frequency, table, theta), _yarn_magnitude(table)
-    angle = torch.arange(max_positions, dtype=torch.float64)[:, None] * frequency
+    angle = torch.arange(max_position_embeddings, dtype=torch.float64)[:, None] * frequency
     return (torch.stack((angle.cos(), angle.sin())) * magnitude).float()
 
 

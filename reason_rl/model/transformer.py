@@ -122,20 +122,20 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self.num_attention_heads, self.num_key_value_heads, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        rows = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         # q, k and v in one matrix: one GEMM, one reduction order
         self.qkv = Linear(config.hidden_size, rows, has_bias=config.attention_bias != "none")
-        self.out = Linear(config.num_heads * config.head_dim, config.hidden_size, has_bias=config.attention_bias == "all")
+        self.out = Linear(config.num_attention_heads * config.head_dim, config.hidden_size, has_bias=config.attention_bias == "all")
         self.q_norm = self.k_norm = None
         if config.qk_norm != "none":
             self.q_norm, self.k_norm = (
                 RMSNorm(config.head_dim * (heads if config.qk_norm == "full" else 1), config.rms_norm_eps)
-                for heads in (config.num_heads, config.num_kv_heads))
+                for heads in (config.num_attention_heads, config.num_key_value_heads))
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layer: int, attend: Attend) -> torch.Tensor:
         heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)  # [T, H + 2K, C]
-        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        q, k, v = heads.split((self.num_attention_heads, self.num_key_value_heads, self.num_key_value_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = normed(q, self.q_norm), normed(k, self.k_norm)
         out = attend(layer, turned(q, cos, sin), turned(k, cos, sin), v)  # [T, H, C]
@@ -179,9 +179,9 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         self.router = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_size, config.hidden_size))
-        self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_size))
-        shared = config.num_shared_experts * config.expert_size
+        self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * config.moe_intermediate_size, config.hidden_size))
+        self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.moe_intermediate_size))
+        shared = config.num_shared_experts * config.moe_intermediate_size
         self.shared = MLP(config.hidden_size, shared) if shared else None
         # Not a parameter: it is nudged against the load after a step, and no gradient flows into it.
         self.register_buffer("expert_bias", torch.zeros(config.num_experts))
@@ -192,11 +192,11 @@ class MoE(nn.Module):
         config = self.config
         logits = linear(x.to(self.router.dtype), self.router, impl=self.gemm)
         picked = route(
-            logits, config.num_experts_per_tok, score=config.router_score, normalize=config.norm_topk,
+            logits, config.num_experts_per_tok, score=config.router_score, normalize=config.norm_topk_prob,
             expert_bias=self.expert_bias if config.expert_bias else None)
         if tape is not None:
-            picked = tape.follow(picked, config.norm_topk)
-        weights = picked.weights if config.routed_scaling == 1 else picked.weights * config.routed_scaling
+            picked = tape.follow(picked, config.norm_topk_prob)
+        weights = picked.weights if config.routed_scaling_factor == 1 else picked.weights * config.routed_scaling_factor
         out = experts(x, self.gate_up, self.down, picked.expert_ids, weights, impl=self.gemm)
         if self.shared is not None:
             out = out + self.shared(x)
@@ -213,7 +213,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         has_experts = config.num_experts > 1 and layer >= config.num_dense_layers
-        self.mlp: MoE | MLP = MoE(config) if has_experts else MLP(config.hidden_size, config.dense_size or config.expert_size)
+        self.mlp: MoE | MLP = MoE(config) if has_experts else MLP(config.hidden_size, config.intermediate_size or config.moe_intermediate_size)
 
     def forward(
         self, x: torch.Tensor, added: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, layer: int, attend: Attend,
@@ -238,11 +238,11 @@ class Transformer(nn.Module):
         self.config, self.vocab_size, self.compute_dtype = config, vocab_size, compute_dtype
         # Like all matrices not drawn here: `initialise` does, or a checkpoint fills them in.
         self.embedding = nn.Embedding.from_pretrained(torch.empty(vocab_size, config.hidden_size), freeze=False)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = None if config.tie_embeddings else Linear(config.hidden_size, vocab_size)
-        table = rope_table(config.max_positions, rotary_dim(config), config.rope_theta, config.rope_scaling)
-        self.register_buffer("rope", table, persistent=False)  # f32[2, max_positions, R/2]
+        self.head = None if config.tie_word_embeddings else Linear(config.hidden_size, vocab_size)
+        table = rope_table(config.max_position_embeddings, rotary_dim(config), config.rope_theta, config.rope_scaling)
+        self.register_buffer("rope", table, persistent=False)  # f32[2, max_position_embeddings, R/2]
 
     @torch.no_grad()
     def initialise(self, seed: int) -> Transformer:
@@ -252,7 +252,7 @@ class Transformer(nn.Module):
                 continue  # norm weights stay 1, biases 0
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
             is_residual = name.endswith(("out.weight", "down", "down.weight"))
-            std = INIT_STD / (2 * self.config.num_layers) ** 0.5 if is_residual else INIT_STD
+            std = INIT_STD / (2 * self.config.num_hidden_layers) ** 0.5 if is_residual else INIT_STD
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
         return self
 

@@ -40,7 +40,7 @@ FILE_DTYPES = ("F32", "BF16", "F16", "F64")
 def file_views(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
     """Our state dict -> its parts by the family's names, sharing memory with it."""
     tensors = {**TENSORS, **(FAMILIES[config.family].tensors if config.family in FAMILIES else {})}
-    qkv_rows = [config.num_heads * config.head_dim] + [config.num_kv_heads * config.head_dim] * 2
+    qkv_rows = [config.num_attention_heads * config.head_dim] + [config.num_key_value_heads * config.head_dim] * 2
     views: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         layer = name.split(".")[1] if name.startswith("blocks.") else ""
@@ -212,7 +212,7 @@ def _leave_out(folder: Path, holders: dict[str, Path], model: Transformer) -> No
             _check_tied(holders)
         del holders["lm_head.weight"]
     num_extra = read_json(folder / CONFIG_FILE).get("num_nextn_predict_layers") or 0
-    prefixes = tuple(f"model.layers.{model.config.num_layers + i}." for i in range(num_extra))
+    prefixes = tuple(f"model.layers.{model.config.num_hidden_layers + i}." for i in range(num_extra))
     extra = [name for name in holders if prefixes and name.startswith(prefixes)]
     for name in extra:
         del holders[name]

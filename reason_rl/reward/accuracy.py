@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from reason_rl.reward.countdown import is_countdown_solution
-from reason_rl.reward.verdict import RIGHT, WRONG, Verdict, wrong
+from reason_rl.answers.countdown import is_countdown_solution
+from reason_rl.answers.verdict import RIGHT, WRONG, Verdict, wrong
 
 Request = Mapping[str, Any]
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from reason_rl.reward.verdict import Verdict, graded
-from reason_rl.types import Problem
+from reason_rl.answers.verdict import Verdict, graded
+from reason_rl.records import Problem
 
 Reward = Callable[[Problem, str], float]
 

@@ -8,7 +8,7 @@ here: an empty thought is well formed.
 
 from __future__ import annotations
 
-from reason_rl.types import FinishReason
+from reason_rl.records import FinishReason
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 

@@ -13,14 +13,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from reason_rl.answers.ground_truth import verifier_of
+from reason_rl.answers.verdict import Verdict
 from reason_rl.config import Config, RewardConfig
+from reason_rl.data.tokenizer import Tokenizer
+from reason_rl.records import Completion, FinishReason, Problem, Score
 from reason_rl.reward.code import code_options, require_sandbox
 from reason_rl.reward.custom import load_reward
-from reason_rl.reward.gold import verifier_of
 from reason_rl.reward.length import cosine_reward, overlong_reward
-from reason_rl.reward.service import Kind, VerifierService
-from reason_rl.reward.verdict import Verdict
-from reason_rl.types import FinishReason, Problem, Score
+from reason_rl.reward.pool.service import Kind, VerifierService
 
 TEXT_DEADLINE_S = 10.0
 VOTES_DEADLINE_S = 60.0
@@ -53,9 +54,9 @@ def reward_kinds(config: RewardConfig) -> list[Kind]:
     """All that the service may be asked for; a kind's workers start at its first request."""
     text = {"has_language": bool(config.language), "repetition_ngram": config.repetition_ngram if config.repetition else 0}
     kinds = [
-        Kind("text", "reason_rl.reward.text:grade_text", TEXT_DEADLINE_S, memory_bytes=GIB, options=text),
-        Kind("math", "reason_rl.reward.math:grade_math", config.math_deadline_s, memory_bytes=GIB),
-        Kind("votes", "reason_rl.reward.votes:group_answers", VOTES_DEADLINE_S, memory_bytes=GIB),
+        Kind("text", "reason_rl.answers.text:grade_text", TEXT_DEADLINE_S, memory_bytes=GIB, options=text),
+        Kind("math", "reason_rl.answers.math:grade_math", config.math_deadline_s, memory_bytes=GIB),
+        Kind("votes", "reason_rl.answers.votes:group_answers", VOTES_DEADLINE_S, memory_bytes=GIB),
         Kind("code", "reason_rl.reward.code:run_code", config.code_deadline_s + CODE_KIND_GRACE_S,
              options=code_options(config), batch=1, num_workers=os.cpu_count() or 1),
     ]
@@ -67,8 +68,8 @@ def reward_kinds(config: RewardConfig) -> list[Kind]:
         kinds.append(Kind("judge", custom, config.judge_deadline_s, prepare=load,
                           options={"entry_point": config.judge, "key": "reward.judge"}, batch=1, num_workers=config.judge_workers))
     if config.model:
-        kinds.append(Kind("model", "reason_rl.reward_model:grade_by_model", config.model_deadline_s,
-                          prepare="reason_rl.reward_model:load_reward_model", options={"folder": config.model}, num_workers=1))
+        kinds.append(Kind("model", "reason_rl.reward.model:grade_by_model", config.model_deadline_s,
+                          prepare="reason_rl.reward.model:load_reward_model", options={"folder": config.model}, num_workers=1))
     return kinds
 
 
@@ -124,17 +125,18 @@ def weights_of(config: RewardConfig) -> dict[str, float]:
 class Grader:
     """Owns the service; one a process, closed at the run's end."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        self.config, self.tokenizer = config, tokenizer
         self.service = VerifierService(reward_kinds(config.reward), config.reward.workers, config.reward.max_queued)
 
-    def submit(self, problem: Problem, text: str, num_tokens: int, finish_reason: FinishReason) -> Pending:
-        """text: the completion decoded, without its end token; its prefix is put before it, but for a reward model, which reads it
-        with the prompt. Waits only while reward.max_queued requests are waiting."""
+    def submit(self, problem: Problem, completion: Completion) -> Pending:
+        """Decodes the completion without its end token, and hands it to the verifiers; waits only while reward.max_queued requests
+        are waiting. Verifiers read the completion's prefix and text as one; a reward model reads prompt and text."""
+        text = self.tokenizer.decode_completion(completion.token_ids)
         verifier = verifier_of(problem.task, self.config.reward)
         whole = problem.completion_prefix + text
         request = {"text": whole, "prompt": problem.prompt, "answer": problem.answer, "facts": dict(problem.facts),
-                   "task": problem.task, "finish_reason": finish_reason, "verifier": verifier}
+                   "task": problem.task, "finish_reason": completion.finish_reason, "verifier": verifier}
         is_text = verifier not in ("math", "code")
         verdicts = {"accuracy" if is_text else "text": ("text", self.service.submit("text", request))}
         if not is_text:
@@ -142,7 +144,7 @@ class Grader:
         for kind in ("custom", "judge", "model"):
             if kind in self.service.kinds:
                 verdicts[kind] = kind, self.service.submit(kind, {"problem": problem, "text": text if kind == "model" else whole})
-        return Pending(self.service, verdicts, num_tokens, finish_reason, self.config)
+        return Pending(self.service, verdicts, len(completion.token_ids), completion.finish_reason, self.config)
 
     def close(self) -> None:
         self.service.close()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 
 from reason_rl.config import RewardConfig
-from reason_rl.types import FinishReason
+from reason_rl.records import FinishReason
 
 
 def overlong_reward(num_tokens: int, finish_reason: FinishReason, max_tokens: int, buffer: int) -> float:

@@ -17,7 +17,7 @@ import torch
 
 from kernels.group_advantage import group_advantage
 from reason_rl.config import RLConfig
-from reason_rl.types import Group
+from reason_rl.records import Group
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from reason_rl.types import Group, Microbatch
+from reason_rl.records import Group, Microbatch
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class _Pack:
     token_ids: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)
     segments: list[tuple[int, int, int, int]] = field(default_factory=list)
-    predictor_index: list[int] = field(default_factory=list)
+    logits_index: list[int] = field(default_factory=list)
     target_ids: list[int] = field(default_factory=list)
     sequence_index: list[int] = field(default_factory=list)
 
@@ -78,7 +78,7 @@ class _Pack:
         return start
 
     def add_targets(self, sequence: int, predictors: Sequence[int], target_ids: Sequence[int]) -> None:
-        self.predictor_index += predictors
+        self.logits_index += predictors
         self.target_ids += target_ids
         self.sequence_index += [sequence] * len(target_ids)
 
@@ -87,7 +87,7 @@ class _Pack:
             token_ids=torch.tensor(self.token_ids, dtype=torch.int64),
             position_ids=torch.tensor(self.position_ids, dtype=torch.int32),
             segments=torch.tensor(self.segments, dtype=torch.int32).view(-1, 4),
-            predictor_index=torch.tensor(self.predictor_index, dtype=torch.int64),
+            logits_index=torch.tensor(self.logits_index, dtype=torch.int64),
             target_ids=torch.tensor(self.target_ids, dtype=torch.int64),
             sequence_index=torch.tensor(self.sequence_index, dtype=torch.int32),
             num_sequences=num_sequences,
@@ -154,7 +154,7 @@ def idle_microbatch(like: Microbatch) -> Microbatch:
     is_rl = like.advantages is not None
     return Microbatch(
         token_ids=like.token_ids[:1].clone(), position_ids=torch.zeros(1, dtype=torch.int32),
-        segments=torch.tensor([[0, 1, 0, 0]], dtype=torch.int32), predictor_index=empty_i64, target_ids=empty_i64,
+        segments=torch.tensor([[0, 1, 0, 0]], dtype=torch.int32), logits_index=empty_i64, target_ids=empty_i64,
         sequence_index=torch.zeros(0, dtype=torch.int32), num_sequences=0,
         advantages=empty_f32 if is_rl else None, rollout_logprobs=empty_f32 if is_rl else None,
         kept_logmass=empty_f32 if is_rl else None, routes=None if like.routes is None else like.routes[:1].clone(),

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from reason_rl.config import OptimConfig
-from reason_rl.trainer.distributed import full_tensor
+from reason_rl.parallel.fsdp import full_tensor
 
 
 def lr_factor(config: OptimConfig, step: int, num_steps: int) -> float:

@@ -11,18 +11,18 @@ import torch
 from reason_rl.config import EngineConfig, ModelConfig
 from reason_rl.engine import Engine
 from reason_rl.model.transformer import MoE, Transformer
+from reason_rl.parallel.world import World
+from reason_rl.records import Completion, Group, Microbatch, Problem, SamplingParams, Score
 from reason_rl.reward import Grader
 from reason_rl.rl.packing import Sample, pack_samples
-from reason_rl.trainer.distributed import World
-from reason_rl.trainer.step import token_logprobs
-from reason_rl.types import Completion, Group, Microbatch, Problem, SamplingParams, Score
+from reason_rl.trainer.update import token_logprobs
 
 VOCAB_SIZE = 40
 CPU = torch.device("cpu")
 WORLD = World(0, 1, CPU, torch.float32)
-MOE = ModelConfig(family="qwen3_moe", num_layers=2, hidden_size=48, num_heads=4, num_kv_heads=2, head_dim=16,
-                  num_experts=6, num_experts_per_tok=2, expert_size=40, expert_bias=True, max_positions=512)
-DENSE = replace(MOE, num_experts=1, num_experts_per_tok=1, expert_size=80, tie_embeddings=False, qk_norm="none", family="qwen3")
+MOE = ModelConfig(family="qwen3_moe", num_hidden_layers=2, hidden_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                  num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40, expert_bias=True, max_position_embeddings=512)
+DENSE = replace(MOE, num_experts=1, num_experts_per_tok=1, moe_intermediate_size=80, tie_word_embeddings=False, qk_norm="none", family="qwen3")
 
 
 def tiny_model(config: ModelConfig = MOE, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 6.0) -> Transformer:

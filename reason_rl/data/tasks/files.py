@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from reason_rl.answers.ground_truth import find_answer
 from reason_rl.config import TaskConfig
 from reason_rl.data.tasks.base import Exercise
-from reason_rl.reward.gold import find_answer
 
 Row = Mapping[str, Any]
 

@@ -1,0 +1,126 @@
+"""The README's picture: several runs' held-out accuracy and thinking length against RL steps, and pass@k beside them.
+
+After runs are done: `python -m bench.plot OUT.png RUN [RUN ...]`, one run a seed. It draws every run it is
+given, each as its own line; nothing is averaged away. Left out: everything else a run measures (report.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+
+from reason_rl.report.log import METRICS, read_jsonl
+
+COLOURS = ("#3454d1", "#d9730d", "#0f9b8e", "#b5399c", "#7a828e", "#a8860b")
+STYLE: dict[Any, Any] = {
+    "font.size": 10.5, "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": "#b9bec6", "axes.labelcolor": "#4b525c", "axes.titlesize": 11.5, "axes.titleweight": "bold",
+    "axes.titlelocation": "left", "axes.titlecolor": "#1d2129", "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": "#ececea", "xtick.color": "#6a727d", "ytick.color": "#6a727d", "xtick.major.size": 0,
+    "ytick.major.size": 0, "legend.frameon": False, "lines.solid_capstyle": "round",
+}
+
+
+def plot_runs(run_folders: Sequence[str | Path], out_png: str | Path) -> Path:
+    """Draws the evaluations of the runs side by side into out_png and returns its path."""
+    if not run_folders:
+        raise ValueError("plot_runs needs at least one run folder, got none")
+    runs = [(_label(Path(folder)), _evaluations(Path(folder))) for folder in run_folders]
+    ks = sorted({int(k) for _, rows in runs for row in rows for k in row.get("pass_at_k") or {}})
+    out = Path(out_png)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        num_panels = 3 if ks else 2
+        figure, axes = plt.subplots(1, num_panels, figsize=(4.3 * num_panels, 3.5), layout="constrained")
+        for (label, rows), colour in zip(runs, _colours(len(runs))):
+            _line(axes[0], rows, "accuracy", colour, label)
+            _line(axes[1], rows, "mean_thinking_tokens", colour, label)
+            if ks:
+                _pass_at_k(axes[2], rows, colour)
+        _dress(axes, ks)
+        figure.savefig(out, dpi=160, facecolor="white")
+        plt.close(figure)
+    return out
+
+
+def _evaluations(folder: Path) -> list[dict[str, Any]]:
+    rows = [row for row in read_jsonl(folder / METRICS) if row.get("phase") == "eval"]
+    rows = [row for row in rows if row.get("accuracy") is not None]
+    if not rows:
+        raise ValueError(f"nothing to draw: {folder / METRICS} holds no evaluation")
+    return sorted(rows, key=lambda row: row["step"])
+
+
+def _label(folder: Path) -> str:
+    """"seed 1" where the run's summary says so, else the folder's name."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return folder.resolve().name
+    seed = summary.get("seed") if isinstance(summary, dict) else None
+    return folder.resolve().name if seed is None else f"seed {seed}"
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def _line(axis: Axes, rows: Sequence[dict[str, Any]], key: str, colour: str, label: str) -> None:
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    axis.plot([x for x, _ in points], [y for _, y in points], color=colour, label=label, linewidth=1.9,
+              marker="o", markersize=4, markerfacecolor="white", markeredgewidth=1.5, clip_on=False)
+
+
+def _pass_at_k(axis: Axes, rows: Sequence[dict[str, Any]], colour: str) -> None:
+    """The base (the evaluation at step 0) dashed, the last evaluation after it that has pass@k solid."""
+    given = [row for row in rows if row.get("pass_at_k")]
+    chosen = [(row, "--") for row in given if row["step"] == 0] + [(row, "-") for row in given[-1:] if row["step"] > 0]
+    for row, dashes in chosen:
+        points = sorted((int(k), value) for k, value in row["pass_at_k"].items() if value is not None)
+        axis.plot([k for k, _ in points], [value for _, value in points], color=colour, linestyle=dashes, linewidth=1.9,
+                  marker="o", markersize=4, markerfacecolor="white", markeredgewidth=1.5, clip_on=False)
+
+
+def _dress(axes: Sequence[Axes], ks: Sequence[int]) -> None:
+    """Titles, ranges and legends; `ks` are the k of the third panel, if there is one."""
+    for axis, title in zip(axes, ("Held-out accuracy", "Thinking tokens, mean")):
+        axis.set(title=title, xlabel="RL step", ylim=(0, None))
+        axis.set_xlim(left=0)
+    axes[0].set_ylim(0, 1)
+    axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes[0].legend(loc="lower right")
+    if not ks:
+        return
+    axes[2].set(title="pass@k", xlabel="k samples of each problem", xscale="log", ylim=(0, 1))
+    axes[2].xaxis.set_major_locator(FixedLocator(ks))
+    axes[2].xaxis.set_minor_locator(NullLocator())
+    axes[2].set_xticklabels([str(k) for k in ks])
+    axes[2].yaxis.set_major_formatter(PercentFormatter(1.0))
+    for dashes, name in (("--", "base model"), ("-", "after RL")):
+        axes[2].plot([], [], color="#4b525c", linestyle=dashes, linewidth=1.9, label=name)
+    axes[2].legend(loc="lower right")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.plot", description="Draw runs into one picture.")
+    parser.add_argument("out", metavar="OUT.png")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder, e.g. runs/program")
+    given = parser.parse_args(arguments)
+    try:
+        print(plot_runs(given.runs, given.out))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

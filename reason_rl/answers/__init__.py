@@ -1,0 +1,1 @@
+"""Text -> value -> the same or not. Standard library and mpmath only."""

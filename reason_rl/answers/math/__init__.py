@@ -1,0 +1,105 @@
+"""`grade_math`: does a completion's answer have the right answer's value?
+
+A kind of the verifier service. extract.py finds the answer, tokens.py, parse.py and units.py read it, compare.py and evaluate.py
+decide; the common case, two plain numbers, is decided here by one pattern. Answers that are words are compared as text. All
+bounds (characters, digits, tokens, nesting, bits, exponents) are checked before work is done, so that no text takes long; the
+service's deadline stands behind them. A right answer that cannot be read is the data's fault and not the completion's:
+ungradable, unless both are the same text.
+
+sympy and math-verify are not called: what answers need is a small grammar and values, and what reads hostile texts should be
+small enough to be read itself. docs/rewards.md has the comparison.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from reason_rl.answers.math.compare import Comparison
+from reason_rl.answers.math.extract import find_answer
+from reason_rl.answers.math.parse import Node, parse
+from reason_rl.answers.math.tokens import MAX_CHARACTERS, Unreadable
+from reason_rl.answers.verdict import RIGHT, WRONG, Verdict, ungradable, wrong
+
+NUMBER = re.compile(r"([-+]?)(?:\\?\$)?(\d{1,100}|[1-9]\d{0,2}(?:,\d{3}){1,30})(\.\d{1,100})?", re.ASCII)
+FRACTION = re.compile(r"([-+]?)(?:(\d{1,100})/(\d{1,100})|\\[dt]?frac\{(\d{1,100})\}\{(\d{1,100})\})", re.ASCII)
+WRAPPED = re.compile(r"\\(?:text|textbf|textit|mbox|mathrm)\s*\{([^{}]*)\}")
+WORDS = re.compile(r"[A-Za-z][A-Za-z ]{2,}")
+SPACE = re.compile(r"(?:\\[ ,;]|\s)+")
+LOOSE_SPACE = re.compile(r"(?<!\w) | (?!\w)")
+
+
+def grade_math(request: Mapping[str, Any]) -> Verdict:
+    """request: "text", the completion; "answer", the right one."""
+    given = find_answer(request["text"])
+    if given is None:
+        return wrong("no_answer")
+    return grade_answer(str(request["answer"]).strip(), given)
+
+
+def grade_answer(gold: str, given: str) -> Verdict:
+    """Two answers' texts, found already."""
+    if len(given) > MAX_CHARACTERS:
+        return wrong("parse", f"{len(given)} characters, at most {MAX_CHARACTERS} are read")
+    quick_gold, quick = quick_value(gold), quick_value(given)
+    if quick_gold is not None and quick is not None:
+        is_undone = "/" in given or "frac" in given
+        return RIGHT if quick == quick_gold and not (is_undone and quick_gold.denominator == 1) else WRONG
+    if is_same_text(gold, given):
+        return RIGHT
+    if WORDS.fullmatch(gold):
+        return WRONG
+    try:
+        tree = read_gold(gold)
+    except Unreadable as error:
+        return ungradable("gold", f"{gold[:80]!r}: {error}")
+    try:
+        readings = [parse(given)]
+        if tree.op in ("list", "set") and "," in given:
+            readings.append(parse(given, with_thousands=False))
+        comparison = Comparison(gold)
+        return RIGHT if any(comparison.same(tree, reading) for reading in readings) else WRONG
+    except (Unreadable, RecursionError) as error:
+        return wrong("parse", f"{given[:80]!r}: {error}")
+
+
+@lru_cache(maxsize=4096)
+def read_gold(text: str) -> Node:
+    try:
+        tree = parse(text)
+        Comparison(text).check(tree)
+        return tree
+    except RecursionError as error:
+        raise Unreadable(str(error)) from error
+
+
+def quick_value(text: str) -> Fraction | None:
+    """Of a plain integer, decimal or fraction; None for everything else, which goes the long way."""
+    if found := NUMBER.fullmatch(text):
+        sign, whole, decimals = found.groups()
+        value = Fraction(whole.replace(",", "") + (decimals or ""))
+    elif found := FRACTION.fullmatch(text):
+        sign, *parts = found.groups()
+        top, bottom = [int(part) for part in parts if part is not None]
+        if bottom == 0:
+            return None
+        value = Fraction(top, bottom)
+    else:
+        return None
+    return -value if sign == "-" else value
+
+
+def is_same_text(gold: str, given: str) -> bool:
+    a, b = spelled(gold), spelled(given)
+    return a == b and a != ""
+
+
+def spelled(text: str) -> str:
+    """For words: wrappers, white space beside signs, and the brackets around a choice's letter aside; capitals too, in words."""
+    text = LOOSE_SPACE.sub("", SPACE.sub(" ", WRAPPED.sub(r" \1 ", text).strip(" $"))).rstrip(".")
+    if re.fullmatch(r"\([A-Za-z]\)", text):
+        return text[1]
+    return text.casefold() if re.search(r"[A-Za-z]{4}", text) else text

@@ -1,0 +1,1 @@
+"""Measure a checkpoint: `python -m reason_rl.eval`."""

@@ -1,0 +1,74 @@
+"""Sharding with FSDP2, and the unsharded copies that the engine and a checkpoint need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from reason_rl.model.transformer import Transformer
+from reason_rl.parallel.world import World
+from reason_rl.records import Microbatch
+
+
+def shard(model: Transformer, world: World) -> Transformer:
+    """The module itself for one process; for several, each block and the rest become FSDP units, sharded in place."""
+    if world.size > 1:
+        # A mesh of our own device: fully_shard's default is the machine's GPU even when the run is on the CPU.
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        # The root keeps its parameters after forward: the LM head is used outside of it.
+        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    return model
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded tensor, on every rank (a collective); a plain tensor itself."""
+    if isinstance(tensor, DTensor):
+        whole: torch.Tensor = tensor.full_tensor()
+        return whole
+    return tensor
+
+
+def full_state(model: Transformer) -> dict[str, torch.Tensor]:
+    """Parameters and the expert biases by our names, whole, detached (a collective)."""
+    return {name: full_tensor(tensor).detach() for name, tensor in model.state_dict().items()}
+
+
+class SamplingWeights:
+    """The policy as the engine reads it: the trainer's own module where one process holds all of it (in bf16: on the CPU), else a
+    plain copy.
+
+    A copy is cast once, at the places where the trainer's forward casts (matrices, but not the router), so both see the same bits.
+    `refresh` after every update keeps it the policy of this version.
+    """
+
+    def __init__(self, model: Transformer, world: World) -> None:
+        self._trained, self._world = model, world
+        # On a GPU a decode step is bound by the weights it reads: masters there would be twice the bytes and a cast at every token.
+        self.shares_memory = world.size == 1 and (world.dtype == torch.float32 or world.device.type == "cpu")
+        if self.shares_memory:
+            self.model = model
+            return
+        self.model = Transformer(model.config, model.vocab_size, world.dtype).hold_in(world.dtype).to(world.device)
+        self.model.use_gemm(model.gemm)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        if self.shares_memory:
+            return
+        target = self.model.state_dict()
+        for name, tensor in self._trained.state_dict().items():
+            target[name].copy_(full_tensor(tensor))
+
+
+def rank_share(microbatches: Sequence[Microbatch], world: World, idle: Microbatch) -> list[Microbatch]:
+    """This rank's microbatches; ranks with fewer join in with idle ones, because a sharded forward is a collective."""
+    rounds = -(-len(microbatches) // world.size)
+    mine = world.share(microbatches)
+    return mine + [idle] * (rounds - len(mine))

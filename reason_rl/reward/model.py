@@ -1,0 +1,81 @@
+"""A reward model: our own transformer with a score head, as a kind of the verifier service.
+
+Reads a folder as `load_model` does (config.json, model.safetensors, tokenizer.json) and beside it reward_head.safetensors
+with the head: "weight" f32[D] and "bias" f32[1]. The score is sigmoid(hidden of the last token . weight + bias), from 0 to 1,
+for prompt and completion together: the last token has seen all of both. Runs in a worker of its own, on the CPU, in float32; the
+weights are loaded at that worker's start.
+
+Stands outside reason_rl/reward since it joins that room with the model's. Left out: training one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from kernels.attention import attention, plan_segments
+from reason_rl.answers.verdict import Verdict, graded, ungradable
+from reason_rl.data import Tokenizer
+from reason_rl.model.transformer import Transformer
+from reason_rl.model.weights import load_model
+
+HEAD_FILE = "reward_head.safetensors"
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    model: Transformer
+    tokenizer: Tokenizer
+    weight: torch.Tensor
+    """f32[D]"""
+    bias: torch.Tensor
+    """f32[1]"""
+
+    @torch.no_grad()
+    def score(self, prompt: str, text: str) -> float:
+        token_ids = torch.tensor(self.tokenizer.encode(prompt + text))
+        length = len(token_ids)
+        if not 0 < length <= self.model.config.max_position_embeddings:
+            raise ValueError(f"the reward model reads 1 to {self.model.config.max_position_embeddings} tokens, got {length}")
+        plan = plan_segments(torch.tensor([[0, length, 0, 0]], dtype=torch.int32), length, token_ids.device)
+        hidden = self.model(token_ids, torch.arange(length), lambda layer, q, k, v: attention(q, k, v, plan)).hidden
+        return float(torch.sigmoid(hidden[-1].float() @ self.weight + self.bias))
+
+
+@lru_cache(maxsize=1)
+def load_reward_model(folder: str) -> RewardModel:
+    model, path = load_model(Path(folder)), Path(folder) / HEAD_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} is no reward model: it has no {HEAD_FILE}")
+    try:
+        head = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    expected = {"weight": (model.config.hidden_size,), "bias": (1,)}
+    found = {name: tuple(tensor.shape) for name, tensor in head.items()}
+    if found != expected:
+        raise ValueError(f"{path}: expected {expected}, got {found}")
+    return RewardModel(model.eval(), Tokenizer.load(folder), head["weight"].float(), head["bias"].float())
+
+
+def save_head(folder: str | Path, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Makes a checkpoint folder a reward model's. weight: [D], bias: [1]."""
+    head = {"weight": weight, "bias": bias}
+    save_file({name: tensor.detach().float().contiguous() for name, tensor in head.items()}, Path(folder) / HEAD_FILE)
+
+
+def grade_by_model(request: Mapping[str, Any], folder: str) -> Verdict:
+    """request: "problem" and "text"."""
+    torch.set_num_threads(1)
+    model = load_reward_model(folder)
+    try:
+        return graded(model.score(request["problem"].prompt, request["text"]))
+    except ValueError as error:  # a text that its tokenizer or its context does not hold
+        return ungradable("unreadable", str(error))

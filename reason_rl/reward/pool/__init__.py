@@ -1,0 +1,1 @@
+"""Verifiers in worker processes, so that a hang or a crash cannot stop training."""

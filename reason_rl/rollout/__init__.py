@@ -1,0 +1,1 @@
+"""Sample and grade: problems in, scored groups out."""

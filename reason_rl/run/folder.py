@@ -1,0 +1,127 @@
+"""The folder of a run, runs/<name>: whether to begin, to go on, or to say that it is done.
+
+It belongs to one config. The same command again goes on with an unfinished run and leaves a finished one alone; another config is
+refused with the difference; `--resume never` begins in the next free folder, <name>-2, ...
+
+    config.toml     the resolved recipe        metrics.jsonl timings.jsonl rollouts/ tensorboard/   the log
+    compute.json    what the run was begun on  checkpoints/<stage>, checkpoints/final               outputs
+    summary.json    written last: a run that has it is finished                     report.html
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from reason_rl.config import Config, ConfigError, config_difference, dump_config, load_config
+from reason_rl.parallel.world import World
+from reason_rl.report.files import atomic_write_text
+from reason_rl.run.stage_folder import StageFolder
+
+SUMMARY_FILE = "summary.json"
+CONFIG_FILE = "config.toml"
+COMPUTE_FILE = "compute.json"
+STAGES_FOLDER = "stages"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+    is_finished: bool = False
+    is_begun: bool = False
+    compute: Mapping[str, str] = field(default_factory=dict)
+    """What a run was begun on: dtype, kernels, a digest of the problems in its files."""
+    stage_keys: Mapping[str, str] = field(default_factory=dict)
+    """Stage name -> the name of its folder."""
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def stage_folder(self, name: str) -> StageFolder:
+        return StageFolder(self.path.parent / STAGES_FOLDER / self.stage_keys[name])
+
+
+def open_run(config: Config, world: World) -> RunFolder:
+    """Rank 0 looks and decides; all ranks get its answer or its error. Nothing is written yet."""
+    return world.from_main(lambda: _decide(config))
+
+
+def _decide(config: Config) -> RunFolder:
+    base = Path(config.run.out_dir) / config.run.name
+    path = base
+    if config.run.resume == "never":
+        number = 2
+        while path.exists():
+            path = base.with_name(f"{base.name}-{number}")
+            number += 1
+    written = path / CONFIG_FILE
+    if not written.is_file():
+        return RunFolder(path)
+    differences = [line for line in config_difference(load_config(written), config) if not line.startswith("run.resume:")]
+    if differences:
+        raise ConfigError(f"{path} holds a run of another config; give this one a --name of its own, or --resume never. "
+                          "The differences:\n  " + "\n  ".join(differences))
+    begun = json.loads((path / COMPUTE_FILE).read_text(encoding="utf-8"))
+    return RunFolder(path, (path / SUMMARY_FILE).is_file(), True, begun["compute"], begun["stages"])
+
+
+def as_begun(world: World, folder: RunFolder) -> World:
+    """The world in the dtype that this run began in: where run.dtype is "auto", another machine or build may choose another."""
+    name = folder.compute.get("dtype", "")
+    return dataclasses.replace(world, dtype=getattr(torch, name)) if name else world
+
+
+def begin_folder(folder: RunFolder, config: Config) -> None:
+    """Writes compute.json, then config.toml, which makes the folder a run's.
+
+    config.toml has the folder's own name and resume = "auto": a run begun with `--resume never` can be gone on with too.
+    """
+    if folder.is_begun:
+        return
+    own = dataclasses.replace(config, run=dataclasses.replace(config.run, name=folder.path.name, resume="auto"))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    begun = {"compute": dict(folder.compute), "stages": dict(folder.stage_keys)}
+    atomic_write_text(folder.path / COMPUTE_FILE, json.dumps(begun, indent=2) + "\n")
+    written = folder.path / CONFIG_FILE
+    atomic_write_text(written, f"# The run as resolved; `torchrun train.py {written}` runs it again.\n\n{dump_config(own)}")
+
+
+def describe_source() -> dict[str, str]:
+    """Commit and whether the tree is clean; "" for both outside a git checkout."""
+    def git(*arguments: str) -> str:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        except OSError:  # no git on this machine
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "HEAD")
+    return {"commit": commit, "tree": "" if not commit else "changed" if git("status", "--porcelain") else "clean"}
+
+
+class StopSignal:
+    """The first Ctrl-C (or SIGTERM, as torchrun sends) asks the run to save and leave; a second one ends it at once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        self._say("Asked to stop: finishing this step and saving (Ctrl-C again ends at once, unsaved).")
+
+    def __call__(self) -> bool:
+        return self._asked

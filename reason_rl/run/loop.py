@@ -1,0 +1,211 @@
+"""One loop for every stage: log, evaluate, save, resume, stop, report.
+
+`Run` is a run's folder with what its stages share. `complete` brings one stage to its output: reused where a run of the same key
+has finished it, else trained from where it stopped. Left out: learning, which is the stage's.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from reason_rl.data import Problems, Tokenizer
+from reason_rl.model.weights import read_source
+from reason_rl.parallel.world import World
+from reason_rl.records import StepStats
+from reason_rl.report.files import jsonl
+from reason_rl.report.log import ROLLOUTS, RunLog
+from reason_rl.report.page import write_report
+from reason_rl.report.terminal import View
+from reason_rl.rollout.metrics import is_right, rollout_rows
+from reason_rl.run.folder import RunFolder
+from reason_rl.run.recipe import PlannedStage
+from reason_rl.run.stage_folder import FINAL, Interrupted, StageFolder, read_history
+from reason_rl.run.summary import summarise, write_summary
+from reason_rl.stages.base import StageStart
+from reason_rl.trainer.checkpoint import Progress, link_folder, prune_checkpoints, read_progress, save_checkpoint
+
+SAVE_EVERY_S = 300.0
+"""A checkpoint is due after so many seconds, even where the stage's checkpoint_every is further away."""
+
+
+@dataclass
+class Run:
+    folder: RunFolder
+    recipe: list[PlannedStage]
+    world: World
+    tokenizer: Tokenizer
+    problems: dict[str, Problems]
+    """By stage."""
+    view: View
+    should_stop: Callable[[], bool]
+    log: RunLog | None
+    """Rank 0 writes; the others hold None."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall-clock by part, over all sessions and also of stages that were reused: {"pretrain_s": ..., "grpo_s": ..., "eval_s": ...}."""
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.log is not None:  # after Ctrl-C too: what was logged must be on disk
+            self.log.close()
+
+    def complete(self, stage: PlannedStage) -> None:
+        """Brings a stage to its output: reused where a run of the same key has finished it, else trained from where it stopped."""
+        here = self.folder.checkpoints / stage.name
+        if not self.world.gather(here.is_dir())[0]:
+            output = self.folder.stage_folder(stage.name)
+            with output.lock(self.world, self.view, self.should_stop):
+                is_reused = output.is_finished(self.world)
+                if is_reused:
+                    self.view.message(f"Stage {stage.name} reused: {output.path}")
+                else:
+                    StageRun(self, stage, output).finish()
+            if self.log is not None:
+                self._take(stage.name, output, is_reused)
+            self.world.barrier()
+        for part, value in read_progress(here).seconds.items():
+            self.seconds[part] = self.seconds.get(part, 0.0) + value
+
+    def _take(self, name: str, output: StageFolder, is_reused: bool) -> None:
+        """A finished output into this run's folder. Checkpoints are hard links, so they take no more disk."""
+        assert self.log is not None
+        if is_reused:
+            self.log.restore(name, read_history(output.final))
+            if output.rollouts.is_dir():
+                shutil.copytree(output.rollouts, self.folder.path / ROLLOUTS / name, dirs_exist_ok=True)
+        link_folder(output.final, self.folder.checkpoints / name)
+
+    def finish(self) -> None:
+        """The last stage's output as `final`, the summary, the report."""
+        if self.log is None:
+            return
+        link_folder(self.folder.checkpoints / self.recipe[-1].name, self.folder.checkpoints / FINAL)
+        self.log.close()
+        write_summary(self.folder, summarise(self.folder, self.recipe, self.seconds, self.world))
+        write_report(self.folder.path)
+
+    def source_of(self, stage: PlannedStage) -> Path | None:
+        """The folder of the weights that a stage starts from."""
+        if stage.after is not None:
+            return self.folder.checkpoints / stage.after.name
+        return Path(stage.config.model.init_from) if stage.config.model.init_from else None
+
+
+class StageRun:
+    """One stage at work in one run."""
+
+    def __init__(self, run: Run, planned: PlannedStage, output: StageFolder) -> None:
+        self.run, self.planned, self.output, self.name = run, planned, output, planned.name
+        self.since_s = self.saved_s = time.perf_counter()
+        self.warned: set[str] = set()
+        checkpoint, folder = output.newest_checkpoint(run.world), run.source_of(planned)
+        self.source = read_source(folder) if folder else None
+
+        # The stage, its weights as they were saved; then the log as it was then.
+        self.stage = planned.kind(StageStart(
+            planned.config, run.world, run.tokenizer, run.problems[planned.name], folder, checkpoint))
+        self.first = self.stage.policy.num_steps_done
+        self.seconds = dict(read_progress(checkpoint).seconds) if checkpoint else {}
+        if checkpoint is not None:
+            run.view.message(f"Resuming from {checkpoint}")
+        if run.log is not None:
+            run.log.restore(self.name, read_history(checkpoint) if checkpoint else {})
+
+    def finish(self) -> None:
+        """All steps that are left, then the output."""
+        stage = self.stage
+        self.run.view.stage(self.name, self.planned.kind.kind, stage.num_steps, self.first)
+        self._spend("start_s")
+        try:
+            if self.first == 0:
+                self._evaluate(0)
+            for index in range(self.first, stage.num_steps):
+                stats, done = stage.step(index), index + 1
+                if done % stage.log_every and done < stage.num_steps:
+                    continue
+                self._log_step(stats)
+                self._evaluate(done)
+                self._save_or_stop(done)
+            self._save(self.output.final, stage.num_steps, is_final=True)
+        finally:
+            stage.close()
+
+    def _log_step(self, stats: StepStats) -> None:
+        """Steps are counted from 1 in the logs; 0 is the policy before the first."""
+        self._spend(f"{self.name}_s")
+        log, view, number = self.run.log, self.run.view, stats.step + 1
+        if log is None:
+            return
+        log.metrics(self.name, "train", number, stats.metrics)
+        log.timings(self.name, "train", number, stats.timings)
+        view.train(number, stats.metrics, stats.timings)
+        for cause, text in stats.warnings.items():
+            if cause not in self.warned:  # once a run
+                self.warned.add(cause)
+                view.message(f"Step {number}: {text}")
+        if stats.groups:
+            self._show_rollouts(stats, number)
+
+    def _show_rollouts(self, stats: StepStats, number: int) -> None:
+        settings, tokenizer = self.planned.config.run, self.run.tokenizer
+        assert self.run.log is not None
+        if number in (1, self.stage.num_steps) or is_due(settings.rollout_every, number):
+            self.run.log.rollouts(self.name, number, rollout_rows(
+                stats.groups[: settings.rollout_samples], stats.advantages, tokenizer, number))
+        group = stats.groups[number % len(stats.groups)]
+        self.run.view.sample(group.problem.prompt, tokenizer.decode_completion(group.completions[0].token_ids),
+                             group.scores[0].value, is_right(group.scores[0]) is True)
+
+    def _evaluate(self, done: int) -> None:
+        started_s = time.perf_counter()
+        metrics = self.stage.evaluate(done)
+        if metrics is None:
+            return
+        timings = {"eval_s": time.perf_counter() - started_s}
+        self._spend("eval_s")
+        if self.run.log is not None:
+            self.run.log.metrics(self.name, "eval", done, metrics)
+            self.run.log.timings(self.name, "eval", done, timings)
+            self.run.view.evaluation(done, metrics, timings)
+
+    def _save_or_stop(self, done: int) -> None:
+        """Saves where a checkpoint is due on any rank, for saving is a collective; leaves where any was asked to stop."""
+        now_s, num_steps = time.perf_counter(), self.stage.num_steps
+        wishes = self.run.world.gather((self.run.should_stop(), now_s - self.saved_s > SAVE_EVERY_S))
+        is_stopping = any(stop for stop, _ in wishes)
+        is_late = any(late for _, late in wishes)
+        if done < num_steps and (is_stopping or is_late) or is_due(self.stage.checkpoint_every, done):
+            self._save(self.output.step_folder(done), done)
+            prune_checkpoints(self.output.path, self.planned.config.run.keep_checkpoints, self.run.world)
+            self.saved_s = time.perf_counter()
+        if is_stopping and done < num_steps:
+            raise Interrupted(f"stage {self.name} stopped after {done} of {num_steps} steps")
+
+    def _save(self, folder: Path, done: int, is_final: bool = False) -> None:
+        """A collective: weights, progress, the stage's log so far, and to go on from it the optimizer. All else follows from
+        config and step."""
+        self._spend(f"{self.name}_s")
+        run, policy = self.run, self.stage.policy
+        history = {name: jsonl(rows) for name, rows in run.log.history(self.name).items()} if run.log is not None else {}
+        if is_final and run.log is not None:
+            rollouts = run.folder.path / ROLLOUTS / self.name
+            if rollouts.is_dir():
+                shutil.copytree(rollouts, self.output.rollouts, dirs_exist_ok=True)
+        save_checkpoint(
+            folder, policy.model, run.world, run.tokenizer, Progress(done, policy.version, self.seconds), files=history,
+            optimizer=None if is_final else policy.optimizer, source=self.source)
+
+    def _spend(self, part: str) -> None:
+        now_s = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now_s - self.since_s
+        self.since_s = now_s
+
+
+def is_due(every: int, done: int) -> bool:
+    return every > 0 and done % every == 0

@@ -1,0 +1,1 @@
+"""One optimizer update, the optimizer, and checkpoints."""

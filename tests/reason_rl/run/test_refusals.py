@@ -1,0 +1,66 @@
+"""How a run refuses: bad input is one clear error before any work, and leaves no trace; and what it waits for can be stopped."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from reason_rl.config import parse_command_line
+from reason_rl.run.folder import describe_source
+from reason_rl.stages import pretrain
+from tests.reason_rl.run.tiny_run import arguments, never_stop, run_apart, run_here, stop_after
+
+BAD = [
+    (["--rl.stepz=3"], "rl.stepz.*did you mean 'rl.steps'"),
+    (["--model.init_from=nowhere"], "no checkpoint folder at nowhere"),
+    (["--task.name=programm"], "unknown task.name 'programm'"),
+    (["--task.heldout_share=0"], "heldout.*share is 0.0: raise it"),
+    (["--task.rl_share=0"], "rl ones of task 'program'"),
+    (["--sampling.max_tokens=60"], "max_position_embeddings = 64 less sampling.max_tokens = 60 leaves 4"),
+    (["--engine.num_blocks=3"], "needs 4 KV blocks of 16, but engine.num_blocks = 3"),
+    (["--reward.custom=nowhere:f"], "importing 'nowhere' failed"),
+    (["--reward.custom=tests.reason_rl.run.train_rewards:absent"], "no function 'absent'"),
+    (["--model.max_position_embeddings=24", "--sampling.max_tokens=12"], r"a corpus document has \d+ tokens"),
+    (["--run.wandb_project=x"], "needs the wandb package"),
+    (["--run.device=cuda:7"], "sees no CUDA device"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), BAD, ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_bad_input_is_one_clear_error_before_any_work_and_leaves_no_trace(
+    more: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if "cuda" in more[0] and torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    if "wandb" in more[0] and importlib.util.find_spec("wandb"):
+        pytest.skip("needs a machine without wandb")
+    monkeypatch.setattr(pretrain, "supervised_update", None)
+    never_stop(monkeypatch)
+    with pytest.raises(ValueError, match=message):
+        run_here(tmp_path, *more)
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.toml"}
+
+
+def test_the_commands_errors_are_one_line_and_no_traceback(tmp_path: Path):
+    done = run_apart(tmp_path, "--rl.stepz=3")
+    assert done.returncode == 1 and done.stderr.startswith("train.py: unknown config key rl.stepz")
+    assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_waiting_for_another_runs_base_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = pretrain.base_folder(parse_command_line(arguments(tmp_path)), "torch.float32")
+    folder.parent.mkdir()
+    stop_after(monkeypatch, 2)
+    monkeypatch.setattr(pretrain, "LOCK_POLL_S", 0.01)
+    with folder.with_name(f"{folder.name}.lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert run_here(tmp_path) == 130
+
+
+def test_without_git_the_source_is_unknown_and_nothing_fails(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "")
+    assert describe_source() == {"commit": "", "tree": ""}
