@@ -97,7 +97,7 @@ inline void softmax_tile(Tile* scores, int rows, int64_t first, int64_t num_keys
         }
         highs[r] = highest(high);
     }
-    // Raise the running maxima; rescale rescales the earlier sums. Lanes past `rows` keep their values.
+    // Raise the running maxima; `rescale` corrects the earlier sums. Lanes past `rows` keep their values.
     const F32x16 before = load(tops), top = max(load(highs), before);
     store(tops, top);
     store(rescale, exp_below(before - top));
@@ -163,7 +163,7 @@ void add_values(const ValueTile<T>& tile) {
     }
 }
 
-// add_values for all C columns of the values. A C below 16 takes one panel, loaded in part.
+// add_values for all C columns of the values. The last C % 16 columns are one panel, which is loaded in part.
 template <class T>
 void add_all_values(int rows, ValueTile<T>& tile, const KeyBlocks<T>& range, int64_t first, int64_t head_dim) {
     for (int64_t b = 0; b * LANES < tile.num_keys; ++b)

@@ -78,7 +78,8 @@ inline Vec<E> splat(E x) {
         return a; \
     } \
     template <class E> inline Vec<E> operator op(Vec<E> a, std::type_identity_t<E> b) { return a op splat<E>(b); }
-RR_OPERATOR(+) RR_OPERATOR(-) RR_OPERATOR(*) RR_OPERATOR(/) RR_OPERATOR(&) RR_OPERATOR(|) RR_OPERATOR(<<) RR_OPERATOR(>>)
+RR_OPERATOR(+) RR_OPERATOR(-) RR_OPERATOR(*) RR_OPERATOR(/) RR_OPERATOR(&) RR_OPERATOR(|) RR_OPERATOR(^)
+RR_OPERATOR(<<) RR_OPERATOR(>>)
 #undef RR_OPERATOR
 
 // Comparisons set all bits of a true lane. `select` takes a lane of `a` if `which` is set there, else of `b`.
@@ -123,9 +124,6 @@ inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
 }
 
 // ---- bf16: the upper half of an f32, rounded to nearest even. NaN stays NaN.
-
-inline float to_float(float x) { return x; }
-inline float to_float(bf16 x) { return bits_of<float>(static_cast<uint32_t>(x.bits) << 16); }
 
 // Each lane's bf16 in the low 16 bits of the lane. Subnormal numbers are rounded as torch rounds them.
 inline U32x16 bf16_bits_exact(F32x16 x) {

@@ -1,6 +1,7 @@
 // The engine's native decode on the CPU: several tokens for each running sequence in one call, with the whole
 // model inside. It is not an op with a reference: its specification is reason_rl/model/transformer.py,
-// decoded op by op by the engine. tests/reason_rl/test_engine_bits.py checks that both give the same bits.
+// decoded op by op by the engine. tests/reason_rl/engine/test_decoders.py checks that both give the same
+// bits.
 //
 // Each thread takes some of the sequences through all layers and all steps and never waits for other threads,
 // because sequences do not read each other. It calls the row functions of the training ops (<op>/rows.h),
@@ -15,11 +16,12 @@
 //                 optional normalisation of the weights, expert_bias, an ungated shared expert
 //     dtypes      f32, or bf16 with f32 norms, router and embedding
 //     sampling    greedy, temperature, top_k, top_p, min_p
-// The caller must refuse every other model, because most differences do not show in the arguments: attention
-// biases, norms over all heads at once, partial rotary dims, sliding windows, dense layers among MoE layers,
-// a routed_scaling_factor.
+// The caller (reason_rl/engine) must refuse every other model, because most differences do not show in the
+// arguments: attention biases, norms over all heads at once, partial rotary dims, sliding windows, dense
+// layers among MoE layers, a routed_scaling_factor, projections by torch's GEMM.
 //
-// Files: model.h and worker.h here. The caller packs the weights, in the order of read_layer and read_model.
+// Siblings: model.h and worker.h here; reason_rl/engine/native_decode.py, which packs the weights in the
+// order of read_layer and read_model; tests/reason_rl/engine/test_native_decode.py.
 #include <cmath>
 
 #include "../common/pack.h"
@@ -77,7 +79,8 @@ ModelSizes read_sizes(const char* op, const std::vector<int64_t>& sizes) {
     }
     const ModelSizes s{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9]};
     RR_CHECK(s.hidden && s.experts && s.inner && s.vocab, op,
-             ": hidden size, experts, inner size and vocabulary must be above 0, got ", s.hidden, ", ", s.experts, ", ", s.inner, ", ", s.vocab);
+             ": hidden size, experts, inner size and vocabulary must be above 0, got ", s.hidden, ", ", s.experts, ", ",
+             s.inner, ", ", s.vocab);
     RR_CHECK(s.kv_heads && s.heads % s.kv_heads == 0, op, ": heads must be a multiple of kv heads, got ", s.heads, " and ",
              s.kv_heads);
     RR_CHECK(s.head_dim && s.head_dim % 2 == 0 && s.head_dim <= MAX_HEAD_DIM, op, ": the head dim must be even and in 2..",

@@ -10,8 +10,8 @@
 // of SUM_ROWS rows of one expert, whatever the size of the group and the number of threads, so that its bits
 // depend on neither.
 //
-// Precision: act, dp, weight * act and each row of dx are rounded to fp, which their products read; weight
-// gradients and dweights are f32.
+// Precision: products accumulate in f32. act, dp, weight * act and the rows of dx are stored in fp; dact,
+// weight gradients and dweights in f32.
 #include "plan.h"
 
 namespace reason_rl {
@@ -183,7 +183,8 @@ void moe_experts_bwd(Tensor dx, Tensor dgate_up, Tensor ddown, Tensor dweights, 
         const int64_t capacity = std::min<int64_t>(GROUP_ROWS * torch::stable::get_num_threads(), plan.num_rows() + num_experts);
         RowSum<T> sum_up(2 * inner, hidden, capacity + 1, to_gate_up), sum_down(hidden, inner, capacity + 1, to_down);
         Scratch<T> dx_rows(plan.num_rows() * hidden);
-        Backward<T> backward{plan, upstream, projected, tokens, route_weights, first, second, dx_rows, to_weights, sum_up, sum_down};
+        Backward<T> backward{plan, upstream, projected, tokens, route_weights, first, second, dx_rows, to_weights, sum_up,
+                             sum_down};
         backward.run(capacity);
         // dx of a token is the sum of its rows.
         const std::vector<float> ones(num_tokens * k, 1.0f);

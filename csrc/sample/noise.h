@@ -61,12 +61,6 @@ inline Products multiply_wide(U32x16 a, uint32_t b) {
     return y;
 }
 
-template <class E>
-inline Vec<E> operator^(Vec<E> a, Vec<E> b) {
-    for (int i = 0; i < REGISTERS; ++i) a.reg[i] = a.reg[i] ^ b.reg[i];
-    return a;
-}
-
 constexpr int64_t NOISE_WORDS = 4 * LANES;
 
 // words: u32[64], numbers 4 * first_block and up of (key, position): 16 Philox blocks with the counters
