@@ -1,4 +1,5 @@
-"""`python -m kernels [--device cuda] [--dtype bfloat16]`: which implementation of each op runs on this machine, and why.
+"""`python -m kernels [--device cuda] [--dtype bfloat16]`: which implementation of each op runs on this
+machine, and why.
 
 Imports every op package beside it, so that all are in the registry, and prints one line an op.
 """

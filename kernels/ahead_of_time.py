@@ -1,7 +1,9 @@
-"""Compile a Triton kernel for a GPU that is not here, and read off what it would take: registers, spills, memory, instructions.
+"""Compile a Triton kernel for a GPU that is not here, and read off what it would take: registers, spills,
+memory, instructions.
 
-Each kernels/<op>/triton_kernel.py lists in `compiles()` what its launchers launch; `python -m bench.resources` writes the table,
-tests/kernels/test_ahead_of_time.py holds it. Needs triton with its own ptxas, and no GPU.
+Each kernels/<op>/triton_kernel.py lists in `compiles()` what its launchers launch; `python -m
+bench.resources` writes the table, tests/kernels/test_ahead_of_time.py holds it. Needs triton with its own
+ptxas, and no GPU.
 """
 
 from __future__ import annotations
@@ -43,12 +45,13 @@ class Compile:
     kernel: Any
     """What @triton.jit made."""
     arguments: Mapping[str, Any]
-    """In the kernel's order: a type ("*bf16", "i32", "fp32") or, for an integer that Triton would specialise on, 1. Pointers, and
-    integers given as "i32", count as divisible by 16."""
+    """In the kernel's order: a type ("*bf16", "i32", "fp32") or, for an integer that Triton would specialise
+    on, 1. Pointers, and integers given as "i32", count as divisible by 16."""
     options: Mapping[str, Any]
     """The constexprs, and num_warps, num_stages."""
     is_matrix_product: bool = False
-    """Then 16-bit operands must meet the architecture's own matrix instruction, and arrive by asynchronous copies."""
+    """Then 16-bit operands must meet the architecture's own matrix instruction, and arrive by asynchronous
+    copies."""
     may_spill: bool = False
 
 
@@ -73,7 +76,8 @@ def compiles_of(op: str) -> list[Compile]:
 
 
 def build_for(what: Compile, capability: int) -> tuple[Any, str]:
-    """`what`, compiled for compute capability 80, 90 or 100 as its launcher would -> what Triton made, and ptxas's words."""
+    """`what`, compiled for compute capability 80, 90 or 100 as its launcher would -> what Triton made, and
+    ptxas's words."""
     os.environ |= {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
     import triton
     from triton.backends.compiler import GPUTarget

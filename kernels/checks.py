@@ -1,4 +1,5 @@
-"""Contract checks shared by the ops: each raises ValueError naming the argument, what was expected and what came."""
+"""Contract checks shared by the ops: each raises ValueError naming the argument, what was expected and what
+came."""
 
 from __future__ import annotations
 

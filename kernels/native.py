@@ -1,9 +1,10 @@
 """The compiled kernels of csrc/: which library is loaded here, and why none is where none is.
 
-`make` builds one library per instruction set (kernels/_native_<isa>.so, see CMakeLists.txt); the best one that was built and that
-this CPU can run is loaded, once. REASON_RL_ISA names another, for tests and for comparisons: a value's bits are the same in
-any batch, but not on any instruction set. REASON_RL_NATIVE_DIR names another folder to look in (`make sanitize`).
-Beside csrc/, a library that was built from anything but what stands there now is not loaded: its ops may mean something else.
+`make` builds one library per instruction set (kernels/_native_<isa>.so, see CMakeLists.txt); the best one
+that was built and that this CPU can run is loaded, once. REASON_RL_ISA names another, for tests and for
+comparisons: a value's bits are the same in any batch, but not on any instruction set. REASON_RL_NATIVE_DIR
+names another folder to look in (`make sanitize`). Beside csrc/, a library that was built from anything but
+what stands there now is not loaded: its ops may mean something else.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ STALE = "built from other sources (run `make native`)"
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """What the CPU says it can do; nothing where Linux does not tell (then only the portable library is loaded)."""
+    """What the CPU says it can do; nothing where Linux does not tell (then only the portable library is
+    loaded)."""
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():
             key, _, value = line.partition(":")
@@ -48,14 +50,16 @@ def library(isa: str) -> Path:
 
 @functools.cache
 def source_hash(sources: Path) -> str:
-    """sha256 over the lines "<sha256 of a file> <its path>" of what is compiled, as CMakeLists.txt has it; a millisecond or two."""
+    """sha256 over the lines "<sha256 of a file> <its path>" of what is compiled, as CMakeLists.txt has it; a
+    millisecond or two."""
     paths = {path.relative_to(sources).as_posix(): path for end in ("cpp", "cu", "h") for path in sources.rglob(f"[!.]*.{end}")}
     lines = (f"{hashlib.sha256(paths[name].read_bytes()).hexdigest()} {name}\n" for name in sorted(paths))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def is_stale(path: Path) -> bool:
-    """Was the library built from other sources than those beside this file? Read from the file: what is loaded stays loaded."""
+    """Was the library built from other sources than those beside this file? Read from the file: what is
+    loaded stays loaded."""
     if not (SOURCES / "bindings.cpp").is_file():
         return False
     if not path.stat().st_size:
@@ -95,7 +99,8 @@ def load(wished: str) -> tuple[str, str]:
         says = f"{library(isa).name} does not load: {str(error).splitlines()[0]}"
         if wished:
             raise ValueError(f"REASON_RL_ISA={wished}, but {says}") from error
-        # An old build beside a new torch, say: the reference ops still work, and the table says why they are used.
+        # An old build beside a new torch, say: the reference ops still work, and the table says why they are
+        # used.
         return "", says
     return isa, missing
 
@@ -107,8 +112,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 """What the native ops compute in."""
 
 
-def cpu_why_not(device: torch.device) -> str:
-    """For `Implementation.why_not` of an op that csrc/ has for the CPU."""
+def cpu_unsupported_reason(device: torch.device) -> str:
+    """For `Implementation.unsupported_reason` of an op that csrc/ has for the CPU."""
     return "CPU only" if device.type != "cpu" else _MISSING
 
 
@@ -129,8 +134,8 @@ def _load_cuda() -> str:
     return ""
 
 
-def cuda_why_not(device: torch.device) -> str:
-    """For `Implementation.why_not` of an op that csrc/ has in CUDA C++."""
+def cuda_unsupported_reason(device: torch.device) -> str:
+    """For `Implementation.unsupported_reason` of an op that csrc/ has in CUDA C++."""
     return "CUDA only" if device.type != "cuda" else _load_cuda()
 
 

@@ -1,9 +1,11 @@
-"""The Triton kernels as ops: where they can run, and how an op's launchers become torch.ops.reason_rl_triton.*.
+"""The Triton kernels as ops: where they can run, and how an op's launchers become
+torch.ops.reason_rl_triton.*.
 
-An op's schemas stand in kernels/<op>/__init__.py and are those of its native twins (csrc/bindings.cpp), so that one
-`autograd.Function` (kernels/<op>/function.py) serves both. The launchers stand under the same names in
-kernels/<op>/triton_kernel.py, which is imported at the first call: without triton everything else still works.
-With TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slowly, for tests (tests/kernels/test_interpreted.py).
+An op's schemas stand in kernels/<op>/__init__.py and are those of its native twins (csrc/bindings.cpp), so
+that one `autograd.Function` (kernels/<op>/function.py) serves both. The launchers stand under the same names
+in kernels/<op>/triton_kernel.py, which is imported at the first call: without triton everything else still
+works. With TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slowly, for tests
+(tests/kernels/test_interpreted.py).
 """
 
 from __future__ import annotations
@@ -30,15 +32,16 @@ def _missing() -> str:
     return "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-def why_not(device: torch.device) -> str:
-    """For `Implementation.why_not` of an op that has a Triton kernel."""
+def unsupported_reason(device: torch.device) -> str:
+    """For `Implementation.unsupported_reason` of an op that has a Triton kernel."""
     if device.type == "cuda" or (IS_INTERPRETED and device.type == "cpu"):
         return _missing()
     return "CUDA only"
 
 
 def register(op: str, schemas: Mapping[str, str]) -> None:
-    """Each name's schema, e.g. {"linear_fwd": "(Tensor(a!) y, Tensor x, Tensor weight) -> ()"}; they write, and return nothing."""
+    """Each name's schema, e.g. {"linear_fwd": "(Tensor(a!) y, Tensor x, Tensor weight) -> ()"}; they write,
+    and return nothing."""
     for name, schema in schemas.items():
         _LIBRARY.define(name + schema)
         for device in ("CUDA", "CPU") if IS_INTERPRETED else ("CUDA",):

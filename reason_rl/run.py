@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.native import ISA, cpu_why_not
+from kernels.native import ISA, cpu_unsupported_reason
 from reason_rl.config import Config, ConfigError, ModelConfig
 from reason_rl.data import Tokenizer, describe_problems, is_file_task, load_dataset, problems_digest, tokenizer_of
 from reason_rl.model.transformer import Transformer, num_active_parameters, num_parameters
@@ -148,8 +148,8 @@ def prepare_run(config: Config, world: World, folder: RunFolder, view: View, sho
         view.message(line)
     for line in [] if given is None else _outvoted(config, given):
         view.message(line)
-    if config.engine.decoder == "native" and cpu_why_not(world.device):
-        raise ConfigError(f"engine.decoder='native' cannot run here: {cpu_why_not(world.device)}")
+    if config.engine.decoder == "native" and cpu_unsupported_reason(world.device):
+        raise ConfigError(f"engine.decoder='native' cannot run here: {cpu_unsupported_reason(world.device)}")
     problems = _digest(config, tokenizer)
     if folder.compute.get("problems", problems) != problems:
         raise ConfigError(f"{folder.path} was begun with other problems than {config.task.path} gives now: a file, the template or "
@@ -206,7 +206,7 @@ def describe_machine(session: Session) -> str:
     """What was chosen to run on, in a line."""
     world, model = session.world, session.weights.model
     exact = {"on": "required", "off": "off"}.get(session.config.run.exact, "wherever the ops are")
-    reason = cpu_why_not(world.device)
+    reason = cpu_unsupported_reason(world.device)
     kernels = f" ({ISA} kernels)" if not reason else ""
     if reason and world.device.type == "cpu":
         kernels = f" (reference ops; native ones: {reason})"

@@ -29,7 +29,7 @@ from kernels.attention.function import (
     attention_flash,
     attention_native,
     attention_triton,
-    flash_why_not,
+    flash_unsupported_reason,
     paged_attention_native,
     paged_attention_triton,
 )
@@ -38,7 +38,7 @@ from kernels.attention.plan import BLOCK_SIZE, SegmentPlan, plan_segments
 from kernels.attention.reference import attention_reference, make_inputs, paged_attention_reference
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
-from kernels.native import DTYPES, cpu_why_not
+from kernels.native import DTYPES, cpu_unsupported_reason
 
 __all__ = ["BLOCK_SIZE", "Pages", "SegmentPlan", "attention", "make_inputs", "paged_attention", "plan_pages", "plan_segments"]
 
@@ -50,13 +50,13 @@ triton_ops.register("attention", {
     "paged_attention": "(Tensor(a!) out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor prefix_table, Tensor prefix_lens, "
                        "Tensor prefix_index, Tensor own_table, Tensor own_lens, Tensor order, Tensor starts, float scale) -> ()"})
 OP = Op("attention", (
-    Implementation("native", attention_native, cpu_why_not, DTYPES),
-    Implementation("triton", attention_triton, triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("native", attention_native, cpu_unsupported_reason, DTYPES),
+    Implementation("triton", attention_triton, triton_ops.unsupported_reason, triton_ops.DTYPES),
     Implementation("reference", attention_reference),
-    Implementation("flash_attn", attention_flash, flash_why_not, (torch.bfloat16, torch.float16), is_automatic=False)))
+    Implementation("flash_attn", attention_flash, flash_unsupported_reason, (torch.bfloat16, torch.float16), is_automatic=False)))
 PAGED_OP = Op("paged_attention", (
-    Implementation("native", paged_attention_native, cpu_why_not, DTYPES),
-    Implementation("triton", paged_attention_triton, triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("native", paged_attention_native, cpu_unsupported_reason, DTYPES),
+    Implementation("triton", paged_attention_triton, triton_ops.unsupported_reason, triton_ops.DTYPES),
     Implementation("reference", paged_attention_reference)))
 
 

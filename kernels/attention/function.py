@@ -91,7 +91,7 @@ def _missing_flash() -> str:
     return "" if importlib.util.find_spec("flash_attn") else "flash-attn is not installed"
 
 
-def flash_why_not(device: torch.device) -> str:
+def flash_unsupported_reason(device: torch.device) -> str:
     return _missing_flash() if device.type == "cuda" else "CUDA only"
 
 

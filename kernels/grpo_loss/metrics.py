@@ -1,7 +1,9 @@
-"""What grpo_loss measured: merged over microbatches and ranks by each name's suffix, then finished into plain numbers.
+"""What grpo_loss measured: merged over microbatches and ranks by each name's suffix, then finished into plain
+numbers.
 
-The loss gives every microbatch the same names; `_sum` adds, `_max` and `_min` take the extreme, so any order and
-grouping will do. Left out: moving them between processes (the trainer's all-reduce goes by the same suffixes).
+The loss gives every microbatch the same names; `_sum` adds, `_max` and `_min` take the extreme, so any order
+and grouping will do. Left out: moving them between processes (the trainer's all-reduce goes by the same
+suffixes).
 
 From the loss, over the loss tokens of one microbatch:
     loss_sum            the microbatch's share of the loss: the shares add up to the batch's loss
@@ -55,7 +57,8 @@ def _reduction(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor
 
 
 def finish_metrics(merged: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Means per loss token, extremes, and `ess`, the effective sample size as a share of the tokens (1 when on policy).
+    """Means per loss token, extremes, and `ess`, the effective sample size as a share of the tokens (1 when
+    on policy).
 
     ess = (sum w)^2 / (N sum w^2), Kish. Without any token the means are 0, and extremes and ess are left out.
     """
@@ -65,6 +68,7 @@ def finish_metrics(merged: dict[str, torch.Tensor]) -> dict[str, float]:
     finished |= {name: values[total] / max(num_tokens, 1.0) for name, total in MEANS.items() if total in values}
     if num_tokens:
         finished |= {name: value for name, value in values.items() if name.endswith(("_max", "_min"))}
-        # All weights may underflow to 0 on a policy that has left its rollouts for good: no sample is then effective.
+        # All weights may underflow to 0 on a policy that has left its rollouts for good: no sample is then
+        # effective.
         finished["ess"] = values["w_sum"] ** 2 / (num_tokens * values["w_sq_sum"]) if values["w_sq_sum"] else 0.0
     return finished

@@ -1,13 +1,15 @@
-"""`grpo_loss` on a GPU: loss, both gradients and all metrics of a block of tokens in one pass, whatever the LossSpec.
+"""`grpo_loss` on a GPU: loss, both gradients and all metrics of a block of tokens in one pass, whatever the
+LossSpec.
 
     sequence   where a spec reads sequences: each one's weight and mean log ratios, one program a sequence
     (main)     1024 tokens a program: dlogprobs, dentropy, and 14 partial metrics
     metrics    one program adds the partials up, in f64 and in order
 
-A token's formulas stand once, in `token_loss`, as reference.py has them. Moved: 12 bytes a token in, 4 more where sequences are
-read and for each optional input, 4 out for each gradient; the partials are 64 bytes for 1024 tokens. A sequence's sums start at its
-first token, so that its bits do not depend on where in the microbatch it stands. Nothing waits for the device: a sequence_index out
-of 0..S-1 is never followed, it gives a NaN loss.
+A token's formulas stand once, in `token_loss`, as reference.py has them. Moved: 12 bytes a token in, 4 more
+where sequences are read and for each optional input, 4 out for each gradient; the partials are 64 bytes for
+1024 tokens. A sequence's sums start at its first token, so that its bits do not depend on where in the
+microbatch it stands. Nothing waits for the device: a sequence_index out of 0..S-1 is never followed, it gives
+a NaN loss.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import triton
 import triton.language as tl
 
 from kernels.ahead_of_time import Compile, pointer
-from kernels.grpo_loss.function import CHOICES, METRICS
+from kernels.grpo_loss.function import METRICS
+from kernels.grpo_loss.spec import CHOICES
 
 MAX_LOG_RATIO = tl.constexpr(20.0)
 CONFIG = {"BLOCK": 1024, "num_warps": 8}
@@ -56,9 +59,9 @@ def token_loss(
 ):
     """The loss of tokens f32[BLOCK] before their weight, and its slope in their logprobs.
 
-    log_ratio, mismatch: logprob - old_logprob and old_logprob - rollout_logprob, at the spec's level; low, high: the
-    ratio's bounds; ref, entropy: None where not given, kl_coef and entropy_coef then 0.
-    -> (loss, slope, ratio, kl to the reference, and where the clips bind and importance cut: low, high, dual, cut)
+    log_ratio, mismatch: logprob - old_logprob and old_logprob - rollout_logprob, at the spec's level; low,
+    high: the ratio's bounds; ref, entropy: None where not given, kl_coef and entropy_coef then 0. -> (loss,
+    slope, ratio, kl to the reference, and where the clips bind and importance cut: low, high, dual, cut)
     """
     ratio = tl.exp(capped(log_ratio))
     is_low, is_high = (ratio < low) & (advantage != 0.0), (ratio > high) & (advantage != 0.0)
@@ -109,7 +112,8 @@ def token_loss(
 
 @triton.jit
 def lower_bound(ascending, N, value, WIDTH: tl.constexpr):
-    """The first n with ascending[n] >= value, or N: WIDTH probes at a time, so three rounds for a thousand million."""
+    """The first n with ascending[n] >= value, or N: WIDTH probes at a time, so three rounds for a thousand
+    million."""
     low, size = N * 0, N
     while size > 0:
         step = tl.cdiv(size, WIDTH)
@@ -128,7 +132,8 @@ def grpo_loss_sequence_kernel(
     sequences, logprobs, old_logprobs, rollout_logprobs, sequence_index, N, S, weight, total_sequences,
     BY_LENGTH: tl.constexpr, BY_SEQUENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """sequences f32[3, S]: weight of each of its tokens; with BY_SEQUENCE mean log ratio, and mean mismatch where there is one."""
+    """sequences f32[3, S]: weight of each of its tokens; with BY_SEQUENCE mean log ratio, and mean mismatch
+    where there is one."""
     s = tl.program_id(0).to(tl.int64)
     N, S = N.to(tl.int64), S.to(tl.int64)
     begin = lower_bound(sequence_index, N, s, BLOCK)
@@ -156,7 +161,8 @@ def grpo_loss_kernel(
     sequences, N, S, weight, low, high, dual_clip, kl_coef, importance_low, importance_high, entropy_coef,
     SURROGATE: tl.constexpr, IMPORTANCE: tl.constexpr, ESTIMATOR: tl.constexpr, BY_SEQUENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Optional inputs are None where not given, `sequences` where no choice reads it; `weight` counts where it does not."""
+    """Optional inputs are None where not given, `sequences` where no choice reads it; `weight` counts where
+    it does not."""
     N, S = N.to(tl.int64), S.to(tl.int64)
     block = tl.program_id(0).to(tl.int64)
     n = block * BLOCK + tl.arange(0, BLOCK)

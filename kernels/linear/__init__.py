@@ -22,7 +22,7 @@ from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
 from kernels.linear.function import linear_by
 from kernels.linear.reference import linear_reference, linear_torch, make_inputs
-from kernels.native import DTYPES, OPS, cpu_why_not
+from kernels.native import DTYPES, OPS, cpu_unsupported_reason
 
 __all__ = ["OP", "linear", "make_inputs"]
 
@@ -31,8 +31,8 @@ triton_ops.register("linear", {
     "linear_dgrad": "(Tensor(a!) dx, Tensor dy, Tensor weight) -> ()",
     "linear_wgrad": "(Tensor(a!) dweight, Tensor dy, Tensor x) -> ()"})
 OP = Op("linear", (
-    Implementation("native", linear_by(OPS), cpu_why_not, DTYPES),
-    Implementation("triton", linear_by(triton_ops.OPS), triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("native", linear_by(OPS), cpu_unsupported_reason, DTYPES),
+    Implementation("triton", linear_by(triton_ops.OPS), triton_ops.unsupported_reason, triton_ops.DTYPES),
     Implementation("reference", linear_reference),
     Implementation("torch", linear_torch, is_automatic=False)))
 

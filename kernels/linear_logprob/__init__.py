@@ -27,7 +27,7 @@ from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
 from kernels.linear_logprob.function import kept_softmax, linear_logprob_by
 from kernels.linear_logprob.reference import linear_logprob_reference, linear_logprob_torch, make_inputs
-from kernels.native import DTYPES, OPS, cpu_why_not
+from kernels.native import DTYPES, OPS, cpu_unsupported_reason
 
 __all__ = ["OP", "linear_logprob", "make_inputs"]
 
@@ -38,8 +38,8 @@ triton_ops.register("linear_logprob", {
                           "Tensor weight, Tensor target_ids, Tensor stats, Tensor entropy, Tensor softmax, Tensor tops, "
                           "float temperature) -> ()"})
 OP = Op("linear_logprob", (
-    Implementation("native", linear_logprob_by(OPS), cpu_why_not, DTYPES),
-    Implementation("triton", linear_logprob_by(triton_ops.OPS, kept_softmax), triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("native", linear_logprob_by(OPS), cpu_unsupported_reason, DTYPES),
+    Implementation("triton", linear_logprob_by(triton_ops.OPS, kept_softmax), triton_ops.unsupported_reason, triton_ops.DTYPES),
     Implementation("reference", linear_logprob_reference),
     Implementation("torch", linear_logprob_torch, is_automatic=False)))
 

@@ -37,7 +37,7 @@ from kernels.moe.reference import (
     route_reference,
     z_loss_reference,
 )
-from kernels.native import DTYPES, OPS, cpu_why_not
+from kernels.native import DTYPES, OPS, cpu_unsupported_reason
 
 __all__ = ["Route", "expert_counts", "experts", "load_balance", "make_inputs", "route", "z_loss"]
 
@@ -51,12 +51,12 @@ triton_ops.register("moe", {
     "moe_experts_bwd": "(Tensor(a!) dx, Tensor(b!) dgate_up, Tensor(c!) ddown, Tensor(d!) dweights, Tensor dy, Tensor kept, "
                        "Tensor x, Tensor gate_up, Tensor down, Tensor expert_ids, Tensor weights) -> ()"})
 ROUTE_OP = Op("moe_route", (
-    Implementation("native", route_by(OPS), cpu_why_not, DTYPES),
-    Implementation("triton", route_by(triton_ops.OPS), triton_ops.why_not, (torch.float32,)),
+    Implementation("native", route_by(OPS), cpu_unsupported_reason, DTYPES),
+    Implementation("triton", route_by(triton_ops.OPS), triton_ops.unsupported_reason, (torch.float32,)),
     Implementation("reference", route_reference)))
 EXPERTS_OP = Op("moe_experts", (
-    Implementation("native", experts_by(OPS), cpu_why_not, DTYPES),
-    Implementation("triton", experts_by(triton_ops.OPS, sums_stay_f32=False), triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("native", experts_by(OPS), cpu_unsupported_reason, DTYPES),
+    Implementation("triton", experts_by(triton_ops.OPS, sums_stay_f32=False), triton_ops.unsupported_reason, triton_ops.DTYPES),
     Implementation("reference", experts_reference),
     Implementation("torch", experts_torch, is_automatic=False)))
 WIDE = (torch.float32, torch.float64)

@@ -17,7 +17,7 @@ import torch
 from kernels import triton_ops
 from kernels.checks import FLOATS, check, describe
 from kernels.dispatch import Implementation, Op
-from kernels.native import DTYPES, OPS, cpu_why_not
+from kernels.native import DTYPES, OPS, cpu_unsupported_reason
 from kernels.rms_norm.function import add_rms_norm_by, add_then, rms_norm_by
 from kernels.rms_norm.reference import make_inputs, rms_norm_reference
 
@@ -30,12 +30,12 @@ triton_ops.register("rms_norm", {
     "add_rms_norm_bwd":
         "(Tensor(a!) dx, Tensor(b!) dweight, Tensor dy, Tensor? dtotal, Tensor total, Tensor weight, float eps) -> ()"})
 OP = Op("rms_norm", (
-    Implementation("native", rms_norm_by(OPS), cpu_why_not, DTYPES),
-    Implementation("triton", rms_norm_by(triton_ops.OPS), triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("native", rms_norm_by(OPS), cpu_unsupported_reason, DTYPES),
+    Implementation("triton", rms_norm_by(triton_ops.OPS), triton_ops.unsupported_reason, triton_ops.DTYPES),
     Implementation("reference", rms_norm_reference)))
 ADD_OP = Op("add_rms_norm", (
-    Implementation("native", add_then(rms_norm_by(OPS)), cpu_why_not, DTYPES),
-    Implementation("triton", add_rms_norm_by(triton_ops.OPS), triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("native", add_then(rms_norm_by(OPS)), cpu_unsupported_reason, DTYPES),
+    Implementation("triton", add_rms_norm_by(triton_ops.OPS), triton_ops.unsupported_reason, triton_ops.DTYPES),
     Implementation("reference", add_then(rms_norm_reference))))
 
 

@@ -15,7 +15,7 @@ import torch
 from kernels import triton_ops
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
-from kernels.native import DTYPES, OPS, cpu_why_not
+from kernels.native import DTYPES, OPS, cpu_unsupported_reason
 from kernels.rope.function import rope_by
 from kernels.rope.reference import make_inputs, rope_reference
 
@@ -25,8 +25,8 @@ triton_ops.register("rope", {
     "rope_fwd": "(Tensor(a!) y, Tensor x, Tensor cos, Tensor sin) -> ()",
     "rope_bwd": "(Tensor(a!) dx, Tensor dy, Tensor cos, Tensor sin) -> ()"})
 OP = Op("rope", (
-    Implementation("native", rope_by(OPS), cpu_why_not, DTYPES),
-    Implementation("triton", rope_by(triton_ops.OPS), triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("native", rope_by(OPS), cpu_unsupported_reason, DTYPES),
+    Implementation("triton", rope_by(triton_ops.OPS), triton_ops.unsupported_reason, triton_ops.DTYPES),
     Implementation("reference", rope_reference)))
 
 

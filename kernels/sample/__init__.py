@@ -22,7 +22,7 @@ import torch
 from kernels import triton_ops
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
-from kernels.native import DTYPES, OPS, cpu_why_not, cuda_why_not
+from kernels.native import DTYPES, OPS, cpu_unsupported_reason, cuda_unsupported_reason
 from kernels.sample.cuda import sample_cuda
 from kernels.sample.function import check_tokens, sample_by
 from kernels.sample.reference import make_inputs, sample_reference
@@ -33,9 +33,9 @@ triton_ops.register("sample", {
     "sample": "(Tensor(a!) token, Tensor(b!) logprob, Tensor(c!) kept_logmass, Tensor hidden, Tensor weight, Tensor keys, "
               "Tensor positions, float temperature, int top_k, float top_p, float min_p) -> ()"})
 OP = Op("sample", (
-    Implementation("native", sample_by(OPS), cpu_why_not, DTYPES),
-    Implementation("triton", sample_by(triton_ops.OPS), triton_ops.why_not, triton_ops.DTYPES),
-    Implementation("cuda", sample_cuda, cuda_why_not, DTYPES, is_automatic=False),
+    Implementation("native", sample_by(OPS), cpu_unsupported_reason, DTYPES),
+    Implementation("triton", sample_by(triton_ops.OPS), triton_ops.unsupported_reason, triton_ops.DTYPES),
+    Implementation("cuda", sample_cuda, cuda_unsupported_reason, DTYPES, is_automatic=False),
     Implementation("reference", sample_reference)))
 
 

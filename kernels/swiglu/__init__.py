@@ -12,7 +12,7 @@ import torch
 from kernels import triton_ops
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
-from kernels.native import DTYPES, OPS, cpu_why_not
+from kernels.native import DTYPES, OPS, cpu_unsupported_reason
 from kernels.swiglu.function import swiglu_by
 from kernels.swiglu.reference import make_inputs, swiglu_reference
 
@@ -22,8 +22,8 @@ triton_ops.register("swiglu", {
     "swiglu_fwd": "(Tensor(a!) y, Tensor gate_up) -> ()",
     "swiglu_bwd": "(Tensor(a!) dgate_up, Tensor dy, Tensor gate_up) -> ()"})
 OP = Op("swiglu", (
-    Implementation("native", swiglu_by(OPS), cpu_why_not, DTYPES),
-    Implementation("triton", swiglu_by(triton_ops.OPS), triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("native", swiglu_by(OPS), cpu_unsupported_reason, DTYPES),
+    Implementation("triton", swiglu_by(triton_ops.OPS), triton_ops.unsupported_reason, triton_ops.DTYPES),
     Implementation("reference", swiglu_reference)))
 
 

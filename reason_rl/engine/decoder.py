@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kernels.attention import BLOCK_SIZE, plan_pages
-from kernels.decode import DecodeBatch, DecodeModel, LayerWeights, cpu_why_not, decode, pack_layer, pack_weight
+from kernels.decode import DecodeBatch, DecodeModel, LayerWeights, cpu_unsupported_reason, decode, pack_layer, pack_weight
 from kernels.native import DTYPES
 from kernels.sample import check_tokens, sample
 from reason_rl.engine.cache import DecodeAttend, KVCache
@@ -72,7 +72,7 @@ def native_why_not(model: Transformer) -> str:
         value = getattr(model.config, key)
         if value not in covered:
             return f"not for {key} = {value!r}"
-    return cpu_why_not(model.embedding.weight.device)
+    return cpu_unsupported_reason(model.embedding.weight.device)
 
 
 def picks_native(model: Transformer, decoder: str) -> bool:
