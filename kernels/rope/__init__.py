@@ -1,10 +1,12 @@
-"""`rope`: rotary position embedding (Su et al. 2021, arXiv:2104.09864) in the half-split layout of Hugging Face checkpoints.
+"""`rope`: rotary position embedding (Su et al. 2021, arXiv:2104.09864) in the half-split layout of Hugging
+Face checkpoints.
 
     y[c]       = x[c] * cos - x[c + C/2] * sin
     y[c + C/2] = x[c + C/2] * cos + x[c] * sin          c < C/2
 
-The angles come as tables (reason_rl/model/rope.py builds them per position), so that scalings stay out of the kernel.
-Computed in f32, stored in x's dtype. Saved for backward: cos, sin. Bytes: 2 * numel(x) * itemsize.
+The angles are tables, built per position by the model (reason_rl/model/rope.py), so that the kernel needs no
+scaling rules. Computed in f32, stored in x's dtype. Saved for backward: cos, sin. Bytes moved: 2 * numel(x) *
+itemsize.
 Siblings: reference.py, function.py and triton_kernel.py here, csrc/rope/, tests/kernels/test_rope.py.
 """
 

@@ -1,7 +1,8 @@
-"""`swiglu`: y = silu(gate) * up with gate, up the two halves of the last dimension (Shazeer 2020, arXiv:2002.05202).
+"""`swiglu`: y = silu(gate) * up, where gate and up are the halves of the last dimension (Shazeer 2020,
+arXiv:2002.05202).
 
-Computed in f32, stored in the input's dtype. Saved for backward: gate_up. Bytes: 3 * T * I * itemsize
-forward, 5 backward, in one pass on a GPU.
+Computed in f32, stored in the input's dtype. Saved for backward: gate_up. Bytes moved: 3 * T * I * itemsize
+forward, 5 backward, each in one pass on a GPU.
 Siblings: reference.py, function.py and triton_kernel.py here, csrc/swiglu/, tests/kernels/test_swiglu.py.
 """
 
