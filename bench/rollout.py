@@ -21,7 +21,7 @@ import torch
 from bench.harness import add_json_option, describe_setting, gemm_gflops, peak_rss_bytes, write_json
 from bench.train_step import Record, run_child
 from bench.workloads import WORKLOADS, gpu_figures, workload_config, workload_stage
-from kernels.native import cpu_why_not
+from kernels.native import cpu_unsupported_reason
 from reason_rl.model.transformer import num_active_parameters
 
 
@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace) -> Record:
 
 def measure_each(options: argparse.Namespace) -> list[Record]:
     """Every decoder that can run here, each in a fresh process."""
-    reason = cpu_why_not(torch.device(options.device))
+    reason = cpu_unsupported_reason(torch.device(options.device))
     if reason:
         print(f"native: {reason}")
     rows = []

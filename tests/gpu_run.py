@@ -26,8 +26,8 @@ def main(record_file: Path, arguments: list[str]) -> int:
     launched: set[str] = set()
     choose, step = Op.choose, Grpo.step
 
-    def choose_and_note(op: Op, like: torch.Tensor, impl: str = "auto") -> Implementation:
-        found = choose(op, like, impl)
+    def choose_and_note(op: Op, like: torch.Tensor, impl: str = "auto", variant: str = "") -> Implementation:
+        found = choose(op, like, impl, variant)
         chosen.add((op.name, like.device.type, str(like.dtype).removeprefix("torch."), found.name))
         return found
 

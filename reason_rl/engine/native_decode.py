@@ -18,11 +18,12 @@ import torch
 from kernels.attention import BLOCK_SIZE
 from kernels.checks import check
 from kernels.dispatch import Implementation, Op
-from kernels.native import DTYPES, OPS, cpu_why_not
+from kernels.native import DTYPES, OPS, cpu_unsupported_reason
 
-__all__ = ["DecodeBatch", "DecodeModel", "LayerWeights", "cpu_why_not", "decode", "pack_layer", "pack_weight", "store_keys"]
+__all__ = [
+    "DecodeBatch", "DecodeModel", "LayerWeights", "cpu_unsupported_reason", "decode", "pack_layer", "pack_weight", "store_keys"]
 
-OP = Op("decode", (Implementation("native", lambda *arguments: OPS.decode(*arguments), cpu_why_not, DTYPES),))
+OP = Op("decode", (Implementation("native", lambda *arguments: OPS.decode(*arguments), cpu_unsupported_reason, DTYPES),))
 LANES = 16
 """Columns of a packed panel (csrc/common/gemm.h)."""
 

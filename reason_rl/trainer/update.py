@@ -13,8 +13,7 @@ from dataclasses import replace
 import torch
 
 from kernels.attention import attention, plan_segments
-from kernels.grpo_loss.metrics import finish_metrics, merge_metrics
-from kernels.grpo_loss.spec import LossSpec
+from kernels.grpo_loss import LossInputs, LossSpec, finish_metrics, merge_metrics
 from kernels.linear_grpo_loss import linear_grpo_loss
 from kernels.linear_logprob import linear_logprob
 from reason_rl.model.transformer import RouterStats, RouteTape, Transformer
@@ -114,12 +113,13 @@ def policy_update(
         rows, _ = predictor_rows(model, microbatch)
         rollout, kept, advantages = microbatch.rollout_logprobs, microbatch.kept_logmass, microbatch.advantages
         assert rollout is not None and kept is not None and advantages is not None, "policy_update needs rollouts, not documents"
-        loss, metrics, logprob = linear_grpo_loss(
-            rows, model.head_weight, microbatch.target_ids, temperature, impl=model.gemm,
+        inputs = LossInputs(
             old_logprobs=rollout if microbatch.old_logprobs is None else microbatch.old_logprobs, advantages=advantages,
-            sequence_index=microbatch.sequence_index, num_sequences=microbatch.num_sequences, spec=spec,
+            sequence_index=microbatch.sequence_index, num_sequences=microbatch.num_sequences,
             total_loss_tokens=total_tokens, total_sequences=total_sequences,
             rollout_logprobs=rollout - kept, ref_logprobs=microbatch.ref_logprobs)
+        loss, metrics, logprob = linear_grpo_loss(
+            rows, model.head_weight, microbatch.target_ids, inputs, spec, temperature, impl=model.gemm)
         (loss * world.size).backward()
         loss_sum += float(loss.detach())
         if local.num_loss_tokens:

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import train
 from kernels.attention import attention, plan_segments
-from kernels.native import cpu_why_not
+from kernels.native import cpu_unsupported_reason
 from reason_rl.config import ModelConfig, load_config, parse_command_line
 from reason_rl.data import Tokenizer, heldout_problems, load_dataset
 from reason_rl.eval import __main__ as command
@@ -205,7 +205,7 @@ def kept_for_backward(config: ModelConfig) -> tuple[int, int]:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), pack.num_tokens
 
 
-@pytest.mark.skipif(bool(cpu_why_not(CPU)), reason="the reference ops keep more")
+@pytest.mark.skipif(bool(cpu_unsupported_reason(CPU)), reason="the reference ops keep more")
 def test_a_layer_keeps_what_the_presets_comment_works_out():
     config = ModelConfig(num_hidden_layers=1, hidden_size=192, num_attention_heads=6, num_key_value_heads=2, head_dim=32, num_experts=1, moe_intermediate_size=640,
                          qk_norm="none", max_position_embeddings=256)

@@ -42,7 +42,7 @@ def plain_though_there_is_a_kernel(chosen: list[list[str]]) -> list[str]:
     found = []
     for op, device, dtype, name in chosen:
         able = [i.name for i in REGISTRY[op].implementations
-                if i.is_automatic and not i.refuses(torch.device(device), getattr(torch, dtype)) and i.name != "reference"]
+                if i.is_automatic and not i.refusal(torch.device(device), getattr(torch, dtype)) and i.name != "reference"]
         if name == "reference" and able:
             found.append(f"{op} on {device} in {dtype}: reference, though there is {able[0]}")
     return found
