@@ -110,7 +110,7 @@ def _dress(axes: Sequence[Axes], ks: Sequence[int]) -> None:
     axes[2].xaxis.set_minor_locator(NullLocator())
     axes[2].set_xticklabels([str(k) for k in ks])
     axes[2].yaxis.set_major_formatter(PercentFormatter(1.0))
-    for dashes, name in (("--", "before"), ("-", "after")):
+    for dashes, name in (("--", "before training"), ("-", "after training")):
         axes[2].plot([], [], color="#4b525c", linestyle=dashes, linewidth=1.9, label=name)
     axes[2].legend(loc="lower right")
 

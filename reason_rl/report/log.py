@@ -93,8 +93,9 @@ class RunLog:
     def restore(self, stage: str, history: Mapping[str, Sequence[Row]]) -> None:
         """Sets the log back to `history` of this stage: its other lines, and all later stages, are removed.
 
-        So are the stage's rollouts after the history's last step. The history may come from another run that
-        trained the same stage: lines that are new to this log are sent to TensorBoard and W&B.
+        So are the rollouts of the later stages, and the stage's own after the history's last step. A finished
+        stage that the log already holds must therefore not be restored. The history may come from another run
+        that trained the same stage: lines that are new to this log are sent to TensorBoard and W&B.
         """
         if foreign := {str(line["stage"]) for lines in history.values() for line in lines} - {stage}:
             raise ValueError(f"restore: expected lines of stage {stage!r}, got lines of {sorted(foreign)}")

@@ -64,7 +64,8 @@ def report_context(folder: Path) -> dict[str, Any]:
     return {
         "name": folder.resolve().name, "facts": facts, "tiles": _tiles(facts), "config": config, "num_left_out": num_left_out,
         "cards": [_card(stage) for stage in stages], "pending": pending,
-        "data": finite({"run": folder.resolve().name, "stages": stages, "rollouts": rollouts}),
+        "data": finite({"run": folder.resolve().name, "stages": stages, "num_stages": len(stages) + len(pending),
+                        "rollouts": rollouts}),
         # Our own files: the only text that autoescape skips.
         "css": Markup((HERE / "page.css").read_text(encoding="utf-8")),
         "scripts": [Markup((HERE / name).read_text(encoding="utf-8")) for name in ("charts.js", "viewer.js")],

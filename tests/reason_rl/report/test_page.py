@@ -167,6 +167,7 @@ def test_each_stage_has_its_card_its_curves_and_its_rollouts(tmp_path: Path) -> 
     assert "zero → cold start → final → distill" in words and "No supervised step" not in words
     assert "held-out accuracy 40.0%" in words and "loss 2.000 → 0.333" in words and "4distillnot begun" in words
     data = page.data()
+    assert data["num_stages"] == 4
     assert [(stage["name"], stage["kind"], stage["train"]["extra"]) for stage in data["stages"]] == [
         ("zero", "grpo", [0.5, 0.25]), ("cold start", "sft", [1.0, 0.25]), ("final", "grpo", [1.5, 0.25])]
     assert [(one["stage"], len(one["steps"])) for one in data["rollouts"]] == [("zero", 1), ("final", 1)]
