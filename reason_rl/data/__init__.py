@@ -14,10 +14,13 @@ from __future__ import annotations
 from reason_rl.data.corpus import Document, corpus_documents
 from reason_rl.data.dataset import load_dataset
 from reason_rl.data.problems import (
+    Problems,
+    TooFewProblems,
     check_problems,
     describe_problems,
     heldout_problems,
     is_file_task,
+    load_problems,
     problems_digest,
     problems_to_check,
     rl_problems,
@@ -28,6 +31,7 @@ from reason_rl.data.prompts import load_template
 from reason_rl.data.tasks import FILE_TASKS, TASKS
 from reason_rl.data.tokenizer import TextStream, Tokenizer, byte_tokenizer, char_tokenizer, tokenizer_of
 
-__all__ = ["FILE_TASKS", "TASKS", "Document", "TextStream", "Tokenizer", "byte_tokenizer", "char_tokenizer", "check_problems",
-           "corpus_documents", "describe_problems", "heldout_problems", "is_file_task", "load_dataset", "load_template",
-           "problems_digest", "problems_to_check", "rl_problems", "split_of", "task_of", "tokenizer_of"]
+__all__ = ["FILE_TASKS", "TASKS", "Document", "Problems", "TextStream", "Tokenizer", "TooFewProblems", "byte_tokenizer",
+           "char_tokenizer", "check_problems", "corpus_documents", "describe_problems", "heldout_problems", "is_file_task",
+           "load_dataset", "load_problems", "load_template", "problems_digest", "problems_to_check", "rl_problems", "split_of",
+           "task_of", "tokenizer_of"]

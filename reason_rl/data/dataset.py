@@ -104,7 +104,7 @@ class _Reader:
 
 def load_dataset(config: Config, tokenizer: Tokenizer) -> Dataset:
     """The dataset of `config.task`, read once a process: a file that changes under a run does not change the run."""
-    return _load(config.task, verifier_of(config.task.name, config.reward), tokenizer)
+    return _load(config.task, verifier_of(config.task.name, config.reward.verifier), tokenizer)
 
 
 def _paths(task: TaskConfig) -> tuple[Path, Path | None]:
@@ -209,5 +209,7 @@ def first_heldout(dataset: Dataset, config: Config, count: int, seed: int) -> li
 
 
 def _too_few(count: int, split: str, there: int, config: Config, way_out: str) -> ValueError:
-    return ValueError(f"too few problems: {count} {split} ones of task {config.task.name!r} were asked for, but {config.task.path} "
-                      f"and its filters leave {there}: {way_out}")
+    from reason_rl.data.problems import TooFewProblems
+
+    return TooFewProblems(f"too few problems: {count} {split} ones of task {config.task.name!r} were asked for, but "
+                          f"{config.task.path} and its filters leave {there}: {way_out}")

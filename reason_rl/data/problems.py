@@ -23,6 +23,39 @@ MAX_FRUITLESS_DRAWS = 50_000
 """Draws in a row that bring nothing new before a share counts as exhausted: about a second's work."""
 
 
+class TooFewProblems(ValueError):
+    """A task has fewer distinct problems left than were asked for."""
+
+
+class Problems:
+    """A task's problems: train and heldout share none."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        self._config, self._tokenizer = config, tokenizer
+        self._dataset = load_dataset(config, tokenizer) if is_file_task(config) else None
+        self.num_train = None if self._dataset is None else len(self._dataset.rl)
+        self.num_heldout = None if self._dataset is None else len(self._dataset.heldout)
+
+    def train(self, step: int, count: int, round: int = 0, exclude: Collection[int] = ()) -> list[Problem]:
+        return rl_problems(self._config, self._tokenizer, step, count, round, exclude)
+
+    def heldout(self, count: int, seed: int = 0) -> list[Problem]:
+        return heldout_problems(self._config, self._tokenizer, count, seed)
+
+    def all_known(self) -> list[Problem]:
+        return [] if self._dataset is None else [*self._dataset.rl, *self._dataset.heldout]
+
+    def describe(self) -> list[str]:
+        return describe_problems(self._config, self._tokenizer)[0]
+
+    def check(self, problems: Iterable[Problem], config: Config) -> None:
+        check_problems(problems, config)
+
+
+def load_problems(config: Config, tokenizer: Tokenizer) -> Problems:
+    return Problems(config, tokenizer)
+
+
 def is_file_task(config: Config) -> bool:
     if config.task.name not in (*TASKS, *FILE_TASKS):
         raise ConfigError(f"unknown task.name {config.task.name!r}; known are {', '.join((*TASKS, *FILE_TASKS))}")
@@ -139,7 +172,7 @@ def _distinct(config: Config, tokenizer: Tokenizer, split: Split, rng: random.Ra
             fruitless += 1
             if fruitless == MAX_FRUITLESS_DRAWS:
                 share = config.task.heldout_share if split == "heldout" else config.task.rl_share
-                raise ValueError(
+                raise TooFewProblems(
                     f"too few problems: {count} distinct {split} ones of task {task.name!r}, levels "
                     f"{config.task.min_level}..{config.task.max_level}, were asked for beside {len(exclude)} excluded, "
                     f"only {len(found)} found; its share is {share}: raise it, or ask for fewer")

@@ -155,10 +155,9 @@ def test_a_text_verifier_takes_any_answer_that_is_not_empty(tmp_path: Path) -> N
 
 
 def test_the_verifier_goes_by_the_task_unless_it_is_named() -> None:
-    auto, named = Config().reward, replace(Config().reward, verifier="text")
     tasks = ("gsm8k", "math", "jsonl", "code", "countdown", "program")
-    assert [verifier_of(task, auto) for task in tasks] == ["math", "math", "math", "code", "countdown", "text"]
-    assert {verifier_of(task, named) for task in tasks} == {"text"}
+    assert [verifier_of(task) for task in tasks] == ["math", "math", "math", "code", "countdown", "text"]
+    assert {verifier_of(task, "text") for task in tasks} == {"text"}
 
 
 def test_math_is_filtered_by_level_and_type(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from reason_rl.data import load_dataset, rl_problems
-from reason_rl.reward.code import run_code
+from reason_rl.reward.code import grade_code
 from reason_rl.sandbox.sandbox import SandboxError, require_sandbox
 from tests.reason_rl.data.test_dataset import TOKENIZER, config_of, taken
 
@@ -48,4 +48,4 @@ def test_gold_programs_of_the_code_task_are_right_by_its_own_facts() -> None:
     except SandboxError as error:
         pytest.skip(str(error))
     for problem in rl_problems(config_of(DATA / "mbpp", "code"), TOKENIZER, 0, 4):
-        assert run_code({"text": f"<answer>{problem.answer}</answer>", "facts": problem.facts}).status == "right"
+        assert grade_code({"text": f"<answer>{problem.answer}</answer>", "facts": problem.facts}).status == "right"

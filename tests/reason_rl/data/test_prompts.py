@@ -10,7 +10,7 @@ import pytest
 from reason_rl.config import Config, ConfigError, TaskConfig
 from reason_rl.data import TASKS, Tokenizer, byte_tokenizer, char_tokenizer, load_template, rl_problems
 from reason_rl.data.prompts import FOLDER, PromptTemplate
-from reason_rl.reward.format import format_reward
+from reason_rl.reward.parts import format_reward
 from tests.reason_rl.data.test_chat import BRACKETS, CHATML, HEADERS, THINKING_SWITCH
 from tests.reason_rl.trained import folder_of
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from reason_rl.reward.language import language_reward
+from reason_rl.reward.repetition import repetition_reward
 
 from reason_rl.config import Config, ModelConfig, RewardConfig
 from reason_rl.data import char_tokenizer
@@ -14,9 +16,7 @@ from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import save_weights
 from reason_rl.records import Problem
 from reason_rl.reward import Grader
-from reason_rl.reward.language import language_reward
 from reason_rl.reward.model import HEAD_FILE, load_reward_model, save_head
-from reason_rl.reward.repetition import repetition_reward
 
 ENGLISH = "How many apples are left when you have eaten the half of them?"
 GERMAN = "Wie viele Äpfel sind noch da, wenn man die Hälfte von ihnen gegessen hat?"

@@ -95,7 +95,7 @@ def finished(folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_two_steps_of_the_preset_are_taken_on_the_data(finished: Path, data: Path):
-    steps = rows(finished, phase="rl")
+    steps = rows(finished, stage="grpo", phase="train")
     assert [row["step"] for row in steps] == [1, 2]
     assert all(row["num_loss_tokens"] > 0 and row["grad_norm"] > 0 and row["max_abs_logprob_gap"] == 0 for row in steps)
     sample = rows(finished / "rollouts", "step_000001.jsonl")[0]

@@ -62,7 +62,7 @@ def kernels_of(folder: str) -> set[str]:
 
 
 def check_run(record: dict[str, Any], folder: Path, steps: int) -> None:
-    metrics = rows(folder, phase="rl")
+    metrics = rows(folder, stage="grpo", phase="train")
     assert [row["step"] for row in metrics] == list(range(1, steps + 1))
     for row in metrics:
         for key in ("loss", "grad_norm", "reward", "max_abs_logprob_gap"):
