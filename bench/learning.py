@@ -3,9 +3,9 @@
     python -m bench.learning --json bench/results/program_cpu.json --plot docs/program.png
     python -m bench.learning --preset countdown --json bench/results/countdown_cpu.json --plot docs/countdown.png
 
-Each seed is one process of train.py in an empty folder, so its base model is pretrained too; for a change of RL alone,
---bases reuses those of an earlier run. The record holds every seed's summary and evaluation curve, and the machine.
-Left out: selection of seeds; all that are named are run and shown.
+Each seed is one process of train.py in an empty folder, so its base model is pretrained too; for a change of
+RL alone, --bases reuses the base models of an earlier run. The record holds every seed's summary and
+evaluation curve, and the machine. Left out: selection of seeds; all that are named are run and shown.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Promise:
     most_logprob_gap: float = 1e-4
     """In nats, sampler against trainer, over all steps."""
     least_problems: int = 500
-    """Held-out problems of the first and of the last evaluation, each with at least `least_samples` samples."""
+    """Held-out, of the first and of the last evaluation, each with at least `least_samples` samples."""
     least_samples: int = 4
 
 

@@ -3,8 +3,8 @@
     python -m bench.plot OUT.png RUN [RUN ...]          one run per seed
     python -m bench.plot --stage grpo-2 OUT.png RUN     another stage than the last one with evaluations
 
-Every run is a line; nothing is averaged. It needs the extra `bench` (matplotlib). Left out: every other metric of a run
-(reason_rl/report/page.py).
+Every run is a line; nothing is averaged. matplotlib comes with the extra `bench`. Left out: every other
+metric of a run (reason_rl/report/page.py).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STYLE: dict[Any, Any] = {
 
 
 def plot_runs(run_folders: Sequence[str | Path], out_png: str | Path, stage: str = "") -> Path:
-    """Draws one stage's evaluations of every run into out_png and returns its path; see `stage_evaluations`."""
+    """Draws one stage's evaluations of every run (`stage_evaluations`) into out_png and returns its path."""
     if not run_folders:
         raise ValueError("plot_runs needs at least one run folder, got none")
     runs = [(_label(Path(folder)), stage_evaluations(Path(folder), stage)) for folder in run_folders]
@@ -110,7 +110,7 @@ def _dress(axes: Sequence[Axes], ks: Sequence[int]) -> None:
     axes[2].xaxis.set_minor_locator(NullLocator())
     axes[2].set_xticklabels([str(k) for k in ks])
     axes[2].yaxis.set_major_formatter(PercentFormatter(1.0))
-    for dashes, name in (("--", "before"), ("-", "after")):
+    for dashes, name in (("--", "before training"), ("-", "after training")):
         axes[2].plot([], [], color="#4b525c", linestyle=dashes, linewidth=1.9, label=name)
     axes[2].legend(loc="lower right")
 

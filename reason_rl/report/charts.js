@@ -253,7 +253,7 @@ function addChart(grid, chart, stage, number) {
   CHARTS.push({chart, series, values, root, axis: `${chart.passAtK ? 'k' : 'step'} ${number}`});
 }
 function addStage(stage, number) {
-  const place = DATA.stages.length > 1 ? `Stage ${number} of ${DATA.stages.length}: ${stage.name}` : stage.name;
+  const place = DATA.num_stages > 1 ? `Stage ${number} of ${DATA.num_stages}: ${stage.name}` : stage.name;
   const root = element('section', {id: `stage-${number}`, class: 'stage', 'aria-label': place}, element('h2', {}, place));
   document.getElementById('stages').append(root);
   for (const section of sectionsOf(stage)) {

@@ -1,8 +1,9 @@
 """Reads and writes the files of a run: one atomic write for a file, one for a folder, JSONL, and plain JSON values.
 
-Everything that is written whole goes through `atomic_write_text` or `atomic_folder`: a reader, or a run that continues after a crash, finds
-the old text or the new one, never a mix. Files that grow line by line (metrics.jsonl) are appended to in log.py instead;
-`read_jsonl` drops the last line of such a file when a crash has cut it off. Left out: binary formats.
+Everything that is written whole goes through `atomic_write_text` or `atomic_folder`: a reader, or a run that
+continues after a crash, finds the old text or the new one, never a mix. Files that grow line by line
+(metrics.jsonl) are appended to in log.py; `read_jsonl` drops the last line of such a file if a crash has cut it
+off. Left out: binary formats.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Row = dict[str, Any]
 def atomic_write_text(path: str | Path, text: str) -> None:
     """Replaces `path` by a file that holds `text`, in UTF-8; after the call it survives a power cut."""
     path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")  # same folder: a rename is atomic in one file system only
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")  # same file system: an atomic rename
     try:
         with scratch.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)

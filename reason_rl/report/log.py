@@ -1,13 +1,13 @@
 """The log of a run: metrics.jsonl, timings.jsonl, rollouts/, TensorBoard events and, when configured, W&B.
 
-The loop logs each step once its numbers are known; every line is flushed to disk before the next step begins. A line is
+The loop logs each step once its numbers are known, one flushed line each:
 
     {"stage": "grpo", "phase": "train", "step": 7, "reward": 0.41, ...}
 
-Phase "train" is an optimizer step, counted from 1; "eval" is an evaluation after `step` steps, 0 for one before the first.
-metrics.jsonl and rollouts/ depend on config and seed only, so an interrupted run that was resumed with `restore` has the
-same files as an uninterrupted one. timings.jsonl holds the seconds. Left out: summary.json, config.toml (run/) and the
-page (page.py).
+Phase "train" is an optimizer step, counted from 1. Phase "eval" is an evaluation after `step` steps; 0 is one
+before the first. metrics.jsonl and rollouts/ depend on config and seed only, so a run that was interrupted
+and continues with `restore` has the files of an uninterrupted one. timings.jsonl holds the seconds. Left out:
+summary.json, config.toml (run/) and the page (page.py).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def rollout_steps(folder: str | Path, stage: str) -> list[int]:
 
 
 class RunLog:
-    """Writes the log in one run's folder. It appends to a log that exists; `restore` sets a stage back first.
+    """Writes the log in one run's folder. It appends to an existing log; `restore` sets a stage back.
 
         log = RunLog(folder)
         log.metrics("grpo", "train", 1, {"reward": 0.4})
@@ -91,10 +91,11 @@ class RunLog:
         return {name: read_log(self.folder, name, stage=stage) for name in (METRICS, TIMINGS)}
 
     def restore(self, stage: str, history: Mapping[str, Sequence[Row]]) -> None:
-        """Sets the log back to `history` of this stage: its other lines, and all stages after it, are removed.
+        """Sets the log back to `history` of this stage: its other lines, and all later stages, are removed.
 
-        The stage's rollouts after the history's last step go too. The history may also be that of another run, which
-        trained the same stage: lines that this log did not hold are then sent to TensorBoard and W&B as well.
+        So are the rollouts of the later stages, and the stage's own after the history's last step. A finished
+        stage that the log already holds must therefore not be restored. The history may come from another run
+        that trained the same stage: lines that are new to this log are sent to TensorBoard and W&B.
         """
         if foreign := {str(line["stage"]) for lines in history.values() for line in lines} - {stage}:
             raise ValueError(f"restore: expected lines of stage {stage!r}, got lines of {sorted(foreign)}")

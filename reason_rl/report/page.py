@@ -2,10 +2,10 @@
 
     python -m reason_rl.report.page runs/program
 
-It can be written at any time: parts that are missing (an unfinished run, no rollouts, no summary) are left out. Text of a
-model is data, never markup: the template embeds it as escaped JSON and the scripts set it with textContent. The page
-loads nothing from the network, and its Content-Security-Policy forbids it. Layout and drawing are in page.html.jinja,
-page.css, charts.js and viewer.js. Left out: comparison of runs (bench/plot.py, TensorBoard).
+The page can be written at any time: it leaves out whatever the run has not written yet. Text of a model is
+data, never markup: the template embeds it as escaped JSON and the scripts set it with textContent. The page
+loads nothing from the network, and its Content-Security-Policy forbids it. Layout and drawing are in
+page.html.jinja, page.css, charts.js and viewer.js. Left out: comparison of runs (bench/plot.py, TensorBoard).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ MAX_POINTS = 600
 """Per curve. Longer ones are thinned evenly; the first and the last point stay."""
 MAX_TOKENS = 500_000
 """Tokens of rollouts on the page, about 10 MB. Past it, the later groups of each step are left out."""
-SHOWN_FROM_SAMPLES = ("pretrain", "grpo")
-"""A run of these stages alone has no supervised step after its base model; the page says so."""
+UNSUPERVISED = ("pretrain", "grpo")
+"""Kinds of stage. A run of these alone has no supervised step after its base model."""
 
 
 def write_report(run_folder: str | Path) -> Path:
@@ -59,12 +59,13 @@ def report_context(folder: Path) -> dict[str, Any]:
     pending = [name for name in kinds if name not in names]
     facts = _facts(metrics, _summary(folder))
     facts["learns_from_samples_alone"] = (any(stage["kind"] == "grpo" for stage in stages)
-                                          and all(stage["kind"] in SHOWN_FROM_SAMPLES for stage in stages))
+                                          and all(stage["kind"] in UNSUPERVISED for stage in stages))
     rollouts, num_left_out = read_rollouts(folder, names)
     return {
         "name": folder.resolve().name, "facts": facts, "tiles": _tiles(facts), "config": config, "num_left_out": num_left_out,
         "cards": [_card(stage) for stage in stages], "pending": pending,
-        "data": finite({"run": folder.resolve().name, "stages": stages, "rollouts": rollouts}),
+        "data": finite({"run": folder.resolve().name, "stages": stages, "num_stages": len(stages) + len(pending),
+                        "rollouts": rollouts}),
         # Our own files: the only text that autoescape skips.
         "css": Markup((HERE / "page.css").read_text(encoding="utf-8")),
         "scripts": [Markup((HERE / name).read_text(encoding="utf-8")) for name in ("charts.js", "viewer.js")],
@@ -82,7 +83,7 @@ def stage_kinds(config: str) -> dict[str, str]:
 
 
 def stage_data(name: str, kind: str, metrics: Sequence[Row], timings: Sequence[Row]) -> Row:
-    """One stage for charts.js: columns of its metrics and timings by phase, and pass@k before and after it."""
+    """One stage for charts.js: columns of metrics and timings by phase, and pass@k before and after."""
     evals = [line for line in metrics if line["phase"] == "eval" and line.get("pass_at_k")]
     return {
         "name": name, "kind": kind,
@@ -94,7 +95,7 @@ def stage_data(name: str, kind: str, metrics: Sequence[Row], timings: Sequence[R
 
 
 def columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Rows as {key: one value per row}, numbers only, None where a row lacks the key; thinned to MAX_POINTS."""
+    """Rows as {key: one number per row}, None if a row lacks the key; thinned to MAX_POINTS."""
     if len(rows) > MAX_POINTS:
         last = len(rows) - 1
         rows = [rows[round(i * last / (MAX_POINTS - 1))] for i in range(MAX_POINTS)]
@@ -103,7 +104,7 @@ def columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
 
 
 def read_rollouts(folder: Path, stages: Sequence[str], max_tokens: int = MAX_TOKENS) -> tuple[list[Row], int]:
-    """([{"stage", "steps": [{"step", "groups": [{"prompt", "samples": [...]}]}]}], number of completions left out)."""
+    """([{"stage", "steps": [{"step", "groups": [{"prompt", "samples"}]}]}], completions left out)"""
     steps = [{"stage": stage, **_nested(step, read_jsonl(rollout_path(folder, stage, step)))}
              for stage in stages for step in rollout_steps(folder, stage)]
     # The first group of every step, then the second, and so on: so every step keeps some.
@@ -174,7 +175,7 @@ def _summary(folder: Path) -> Row:
 
 
 def _facts(metrics: Sequence[Row], summary: Row) -> Row:
-    """Base and final numbers: from summary.json, or from the run's first and last evaluation until it is written."""
+    """Base and final numbers: from summary.json, or, in an unfinished run, its first and last evaluation."""
     evals = [line for line in metrics if line["phase"] == "eval" and "accuracy" in line]
     base = evals[0] if evals and evals[0]["step"] == 0 else {}
     final = evals[-1] if evals and evals[-1] is not base else {}

@@ -1,9 +1,9 @@
 """The terminal view of a run: a live panel on a terminal, plain lines elsewhere.
 
-The loop hands each step's metrics and timings to the view, as it logs them. A view only reads them. Errors while drawing
-are swallowed, so that a view can never end a run; Ctrl-C is not an `Exception` and passes through. `make_view` chooses:
-a silent view on every rank but 0, `LiveView` (rich) on a terminal, `PlainView` for pipes, CI, NO_COLOR and TERM=dumb.
-Left out: detailed curves (page.py).
+The loop hands each step's metrics and timings to the view, as it logs them. Errors while drawing are
+swallowed, so that a view can never end a run; Ctrl-C is not an `Exception` and passes through. `make_view`
+chooses: a silent view on every rank but 0, `LiveView` (rich) on a terminal, `PlainView` for pipes, CI,
+NO_COLOR and TERM=dumb. Left out: detailed curves (page.py).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ COLUMNS: dict[str, Columns] = {
     "pretrain": OPTIMIZER,
     "grpo": (*SAMPLING, *OPTIMIZER, ("ungraded", "ungraded", ".0f")),
 }
-"""By kind of stage. Any other kind shows those of grpo that it logs, then up to `MAX_OTHERS` of its other metrics."""
+"""By kind of stage. Other kinds show the grpo columns that they log, then up to MAX_OTHERS other metrics."""
 MAX_OTHERS = 4
 EVAL_COLUMNS: Columns = (
     ("accuracy", "held-out accuracy", ".1%"), ("mean_thinking_tokens", "thinking", ".1f"), ("thinks_share", "thinks", ".0%"),
@@ -136,8 +136,7 @@ class View:
         self.stage_name, self.kind, self.num_steps = name, kind, num_steps
         self.step = self.first_step = first_step
         self.stage_started_s = time.monotonic()
-        self.latest: dict[str, float] = {}
-        self.rates: dict[str, float] = {}
+        self.latest, self.rates = {}, {}
         self.heldout: list[tuple[int, float]] = []
         """(step, accuracy) of the stage's evaluations."""
         self.thinking: list[tuple[int, float]] = []

@@ -1,7 +1,7 @@
 """A made-up run folder for the tests of the page and the plot: 2,000 pretraining steps, then 90 GRPO steps.
 
-Its curves follow those of a real run: the base model mostly guesses, and accuracy rises within about twenty steps. The
-numbers come from `random.Random(name and seed)`, so they are the same on every machine. No model is involved.
+Its curves follow those of a real run: the base model mostly guesses, and accuracy rises within about twenty
+steps. The numbers come from `random.Random` with a fixed seed, so they are the same on every machine.
 """
 
 from __future__ import annotations

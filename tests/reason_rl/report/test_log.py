@@ -126,7 +126,7 @@ def test_the_reader_drops_a_torn_last_line_and_names_a_damaged_middle_one(tmp_pa
 
 def test_a_log_line_without_a_stage_is_named(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text('{"phase": "rl", "step": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: expected the keys stage, phase and step, got none for \['stage'\]"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: expected the keys .*, got none for \['stage'\]"):
         read_log(tmp_path, METRICS)
 
 
