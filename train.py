@@ -22,7 +22,7 @@ from reason_rl.report.terminal import make_view
 from reason_rl.rl.advantages import compute_advantages
 from reason_rl.rl.packing import pack_samples, select_samples, split_updates
 from reason_rl.rollout.collect import Session, collect_groups, evaluate
-from reason_rl.rollout.metrics import rollout_metrics, update_metrics
+from reason_rl.rollout.metrics import step_stats
 from reason_rl.run.folder import StopSignal, as_begun, open_run
 from reason_rl.run.loop import Run, finish_run, prepare_run
 from reason_rl.stages.pretrain import Interrupted
@@ -36,36 +36,31 @@ def grpo_step(session: Session, step: int) -> StepStats:
     rl, temperature = config.rl, config.sampling.temperature
     start = time.perf_counter()
 
-    batch, sampled, timings = collect_groups(session, step)
+    batch, sampled, clock = collect_groups(session, step)
     estimate = compute_advantages(batch, rl)
     samples = select_samples(batch, estimate.advantages, estimate.mask)
 
-    packed = time.perf_counter()
-    updates = [pack_samples(part, config.optim.microbatch_tokens)
-               for part in split_updates(samples, rl.num_minibatches) if part]
-    policy = session.weights.model
-    if rl.old_logprobs == "recompute":
-        updates = [fill_logprobs(policy, packs, world, temperature=temperature, name="old_logprobs") for packs in updates]
-    if session.reference is not None:
-        updates = [fill_logprobs(session.reference, packs, world, temperature=temperature, name="ref_logprobs")
-                   for packs in updates]
+    with clock("train"):
+        updates = [pack_samples(part, config.optim.microbatch_tokens)
+                   for part in split_updates(samples, rl.num_minibatches) if part]
+        policy = session.weights.model
+        if rl.old_logprobs == "recompute":
+            updates = [fill_logprobs(policy, packs, world, temperature=temperature, name="old_logprobs") for packs in updates]
+        if session.reference is not None:
+            updates = [fill_logprobs(session.reference, packs, world, temperature=temperature, name="ref_logprobs")
+                       for packs in updates]
 
-    factor = lr_factor(config.optim, step, rl.steps)
-    losses = []
-    for packs in updates:
-        losses.append(policy_update(
-            session.model, session.optimizer, packs, world, spec=session.loss_spec, temperature=temperature, lr_factor=factor,
-            max_gap=session.max_gap if not losses else math.inf))  # only the first update of a step is on policy
-        session.policy_changed()
+        factor = lr_factor(config.optim, step, rl.steps)
+        losses: list[dict[str, float]] = []
+        for packs in updates:
+            losses.append(policy_update(
+                session.model, session.optimizer, packs, world, spec=session.loss_spec, temperature=temperature, lr_factor=factor,
+                max_gap=session.max_gap if not losses else math.inf))  # only the first update of a step is on policy
+            session.policy_changed()
 
-    end = time.perf_counter()
-    num_tokens = sum(len(c.token_ids) for group in sampled for c in group.completions)
-    num_packed = sum(pack.num_tokens for packs in updates for pack in packs)
-    timings |= {"train_s": end - packed, "step_s": end - start, "train_tok_s": num_packed / (end - packed),
-                "rollout_tok_s": num_tokens / timings["rollout_s"], "step_tok_s": num_tokens / (end - start)}
-    metrics = rollout_metrics(sampled, session.tokenizer) | update_metrics(losses) | {
-        "lr": factor * config.optim.lr, "groups_without_signal": 1 - float(estimate.has_signal.float().mean())}
-    return StepStats(step, metrics, timings, tuple(batch), tuple(map(tuple, estimate.advantages.tolist())))
+    clock.seconds["step"] = time.perf_counter() - start
+    return step_stats(step, batch, sampled, estimate, updates, losses, session.tokenizer, clock,
+                      lr=factor * config.optim.lr, verifiers=session.grader.service.take_metrics())
 
 
 def train(run: Run) -> None:

@@ -1,7 +1,7 @@
 """Sample and grade: problems in, graded groups out. Training and evaluation share this one path.
 
 `collect` covers two stages of a GRPO step. The engine samples; each completion goes to the verifiers as soon as it ends, so that
-grading overlaps the sampling of the others. `collect_with_signal` adds DAPO's dynamic sampling.
+grading overlaps the sampling of the others. `refill` adds DAPO's dynamic sampling.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from kernels.group_advantage import group_advantage
 from kernels.grpo_loss.spec import LossSpec
 from reason_rl.config import Config
 from reason_rl.data import (
     Tokenizer,
+    TooFewProblems,
     check_problems,
     corpus_documents,
     describe_problems,
@@ -26,7 +26,6 @@ from reason_rl.data import (
     problems_to_check,
     rl_problems,
 )
-from reason_rl.data.problems import TooFewProblems
 from reason_rl.engine import Engine, check_fits
 from reason_rl.model.transformer import Transformer
 from reason_rl.parallel.fsdp import RolloutWeights, shard
@@ -34,15 +33,13 @@ from reason_rl.parallel.world import World
 from reason_rl.records import Completion, Group, Problem, SamplingParams
 from reason_rl.report.clock import Clock
 from reason_rl.reward import Grader, Pending, check_rewards
+from reason_rl.rl.advantages import has_signal
 from reason_rl.rollout.metrics import eval_metrics, pass_at_powers
 from reason_rl.trainer.optimizer import Optimizer
 
 EVAL_KEY = 1 << 40
 """Offset of `step` in evaluations, so that their noise differs from that of rollouts. A run adds it once (pass@k: twice),
 `python -m reason_rl.eval` three times."""
-
-DrawProblems = Callable[[int, int, int, Collection[int]], list[Problem]]
-"""(step, count, round, excluded problem ids) -> `count` problems, the same on every rank."""
 
 
 @dataclass
@@ -121,40 +118,35 @@ def collect(
         return world.gather_shares(graded)
 
 
-def has_signal(group: Group) -> bool:
-    """Whether two graded rewards of the group differ, as `group_advantage` defines it: without, all advantages are 0."""
-    rewards = torch.tensor([[score.value for score in group.scores]], dtype=torch.float32)
-    is_graded = torch.tensor([[score.is_graded for score in group.scores]])
-    return bool(group_advantage(rewards, is_graded)[1])
+def refill(
+    sampled: list[Group], max_rounds: int, *, draw: Callable[[int, int, Collection[int]], list[Problem]],
+    sample: Callable[[Sequence[Problem]], list[Group]],
+) -> list[Group]:
+    """DAPO's dynamic sampling (arXiv:2503.14476, section 3.2): replaces groups without signal by groups of fresh problems.
 
-
-def collect_with_signal(
-    draw: DrawProblems, sample: Callable[[Sequence[Problem]], list[Group]], *, step: int, num_groups: int, extra_rounds: int
-) -> tuple[list[Group], list[Group]]:
-    """DAPO's dynamic sampling (arXiv:2503.14476, section 3.2) -> (the batch of num_groups, all groups that were sampled).
-
-    Up to `extra_rounds` further rounds replace groups without signal by groups of fresh problems. After the last round, or once
-    the task has no more problems, groups without signal fill the remaining places. With 0 extra rounds the batch is the first
-    round, whatever its signal. sample: `collect` with its other arguments bound.
+    Returns a batch as large as `sampled` was, and appends every new group to `sampled`. Each round draws one problem for every
+    place that is still open. After the last round, or once the task has no more problems, groups without signal fill the places.
+    draw: (count, round from 1, ids of all problems so far) -> problems. sample: `collect` with its other arguments bound.
     """
+    num_groups, new = len(sampled), sampled
     batch: list[Group] = []
-    spare: list[Group] = []
-    everything: list[Group] = []
-    for round_number in range(1 + extra_rounds):
+    without_signal: list[Group] = []
+    for round_number in range(1, 2 + max_rounds):
+        # Keep the groups of the latest round that have signal.
+        for group in new:
+            (batch if has_signal(group) else without_signal).append(group)
         missing = num_groups - len(batch)
-        if not missing:
+        if not missing or round_number > max_rounds:
             break
+
+        # Draw and sample a problem for each of the others.
         try:
-            problems = draw(step, missing, round_number, {group.problem.problem_id for group in everything})
+            problems = draw(missing, round_number, {group.problem.problem_id for group in sampled})
         except TooFewProblems:
-            if round_number == 0:
-                raise
             break
-        groups = sample(problems)
-        everything += groups
-        for group in groups:
-            (batch if not extra_rounds or has_signal(group) else spare).append(group)
-    return batch + spare[: num_groups - len(batch)], everything
+        new = sample(problems)
+        sampled += new
+    return batch + without_signal[: num_groups - len(batch)]
 
 
 CHECKED_DOCUMENTS = 512
@@ -173,7 +165,8 @@ class Session:
     engine: Engine
     grader: Grader
     """Its workers start with the first completion."""
-    draw_problems: DrawProblems
+    draw_problems: Callable[[int, int, int, Collection[int]], list[Problem]]
+    """(step, count, round, excluded problem ids) -> `count` problems, the same on every rank."""
     stop_ids: tuple[int, ...]
     reference: Transformer | None
     """The frozen policy of the KL penalty, a plain copy; None without one."""
@@ -238,8 +231,8 @@ def check_task(config: Config, tokenizer: Tokenizer) -> list[str]:
     return [*describe_problems(config, tokenizer)[0], *check_rewards(config, problems[0])]
 
 
-def collect_groups(session: Session, step: int) -> tuple[list[Group], list[Group], dict[str, float]]:
-    """A step's graded groups -> (the batch, all that were sampled, seconds and what this process's verifiers did)."""
+def collect_groups(session: Session, step: int) -> tuple[list[Group], list[Group], Clock]:
+    """A step's graded groups -> (the batch, all that were sampled, their seconds)."""
     rl, clock = session.config.rl, Clock()
     session.grader.service.take_metrics()  # an evaluation's are not this step's
 
@@ -249,10 +242,12 @@ def collect_groups(session: Session, step: int) -> tuple[list[Group], list[Group
             policy_version=session.policy_version, clock=clock,
             with_routed_experts=rl.routing_replay and session.model.config.num_experts > 1)
 
-    batch, everything = collect_with_signal(
-        session.draw_problems, sample, step=step, num_groups=rl.prompts_per_step, extra_rounds=rl.dynamic_sampling)
-    verifiers = {f"verifier/{name}": value for name, value in session.grader.service.take_metrics().items()}
-    return batch, everything, {f"{name}_s": seconds for name, seconds in clock.seconds.items()} | verifiers
+    sampled = sample(session.draw_problems(step, rl.prompts_per_step, 0, ()))
+    batch = sampled
+    if rl.dynamic_sampling:
+        batch = refill(sampled, rl.dynamic_sampling, sample=sample,
+                       draw=lambda count, round, exclude: session.draw_problems(step, count, round, exclude))
+    return batch, sampled, clock
 
 
 def evaluate(

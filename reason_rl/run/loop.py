@@ -90,7 +90,8 @@ class Run:
         self.view.update(number, stats.metrics, stats.timings)
         self._warn(stats)
         if number == 1 or self.is_due(self.config.run.rollout_every, number) or number == self.config.rl.steps:
-            self.log.rollouts(number, rollout_rows(stats.groups, stats.advantages, tokenizer, number, self.config))
+            self.log.rollouts(number, rollout_rows(
+                stats.groups[: self.config.run.rollout_samples], stats.advantages, tokenizer, number))
         if stats.groups:
             group = stats.groups[number % len(stats.groups)]
             score, completion = group.scores[0], group.completions[0]

@@ -16,6 +16,7 @@ import torch
 
 import train
 from reason_rl.config import ConfigError, load_config, parse_command_line
+from reason_rl.data import TooFewProblems
 from reason_rl.model.weights import load_model
 from reason_rl.parallel import world as distributed
 from reason_rl.rollout import collect as session
@@ -251,7 +252,7 @@ def test_dynamic_sampling_goes_on_when_the_problems_run_out(with_base: Path, mon
 
     def few(config, tokenizer, step, count, round_number=0, exclude=()):
         if round_number:
-            raise ValueError("too few problems: none left")
+            raise TooFewProblems("none left")
         return real(config, tokenizer, step, count, round_number, exclude=exclude)
 
     never_stop(monkeypatch)
