@@ -180,7 +180,7 @@ class StepStats:
     """What one RL step has to say. `metrics` follows from config and seed alone; `timings` is the machine's."""
 
     step: int
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     timings: dict[str, float]
     groups: tuple[Group, ...]
     advantages: tuple[tuple[float, ...], ...]

@@ -32,6 +32,12 @@ class Advantages:
     """bool[B]: the group's graded rewards differ."""
 
 
+def has_signal(group: Group) -> bool:
+    """Whether two graded rewards of the group differ, compared in f32 as `group_advantage` does."""
+    rewards = torch.tensor([score.value for score in group.scores if score.is_graded], dtype=torch.float32)
+    return len(rewards) > 1 and bool(rewards.max() > rewards.min())
+
+
 def compute_advantages(groups: Sequence[Group], rl: RLConfig) -> Advantages:
     """Advantages of all groups of a step (of all ranks: "batch_std" reads the whole batch), by rl.advantage."""
     _check_groups(groups)

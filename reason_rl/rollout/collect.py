@@ -10,16 +10,13 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
-from kernels.group_advantage import group_advantage
-from reason_rl.data.problems import TooFewProblems
+from reason_rl.data import TooFewProblems
 from reason_rl.engine import Engine
 from reason_rl.parallel.world import World
 from reason_rl.records import Completion, Group, Problem, SamplingParams
 from reason_rl.report.clock import Clock
 from reason_rl.reward import Grader, Pending
-
+from reason_rl.rl.advantages import has_signal
 
 EVAL_KEY = 1 << 40
 """Offset of `step` in evaluations, so that their noise differs from that of rollouts. A stage adds it once (pass@k: twice),
@@ -102,36 +99,32 @@ def collect(
         return world.gather_shares(graded)
 
 
-def has_signal(group: Group) -> bool:
-    """Whether two graded rewards of the group differ, as `group_advantage` defines it: without, all advantages are 0."""
-    rewards = torch.tensor([[score.value for score in group.scores]], dtype=torch.float32)
-    is_graded = torch.tensor([[score.is_graded for score in group.scores]])
-    return bool(group_advantage(rewards, is_graded)[1])
-
-
 def refill(
-    sampled: list[Group], max_rounds: int, draw: Callable[[int, int, Collection[int]], list[Problem]],
+    sampled: list[Group], max_rounds: int, *, draw: Callable[[int, int, Collection[int]], list[Problem]],
     sample: Callable[[Sequence[Problem]], list[Group]],
 ) -> list[Group]:
-    """DAPO's dynamic sampling (arXiv:2503.14476, section 3.2) -> the batch, as many groups as were `sampled` so far.
+    """DAPO's dynamic sampling (arXiv:2503.14476, section 3.2): replaces groups without signal by groups of fresh problems.
 
-    Groups without signal are replaced by groups of fresh problems, in up to `max_rounds` further rounds; `sampled` is extended by
-    all of them. After the last round, or once the task has no more problems, groups without signal fill the remaining places.
-    draw: (count, round, excluded problem ids) -> problems. sample: problems -> graded groups.
+    Returns a batch as large as `sampled` was, and appends every new group to `sampled`. Each round draws one problem for every
+    place that is still open. After the last round, or once the task has no more problems, groups without signal fill the places.
+    draw: (count, round from 1, ids of all problems so far) -> problems. sample: `collect` with its other arguments bound.
     """
-    num_groups = len(sampled)
-    batch = [group for group in sampled if has_signal(group)]
-    spare = [group for group in sampled if not has_signal(group)]
-    for round_number in range(1, 1 + max_rounds):
+    num_groups, new = len(sampled), sampled
+    batch: list[Group] = []
+    without_signal: list[Group] = []
+    for round_number in range(1, 2 + max_rounds):
+        # Keep the groups of the latest round that have signal.
+        for group in new:
+            (batch if has_signal(group) else without_signal).append(group)
         missing = num_groups - len(batch)
-        if not missing:
+        if not missing or round_number > max_rounds:
             break
+
+        # Draw and sample a problem for each of the others.
         try:
             problems = draw(missing, round_number, {group.problem.problem_id for group in sampled})
         except TooFewProblems:
             break
-        groups = sample(problems)
-        sampled += groups
-        for group in groups:
-            (batch if has_signal(group) else spare).append(group)
-    return batch + spare[: num_groups - len(batch)]
+        new = sample(problems)
+        sampled += new
+    return batch + without_signal[: num_groups - len(batch)]

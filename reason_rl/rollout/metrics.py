@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import comb
 from typing import NamedTuple
 
-from reason_rl.config import Config
 from reason_rl.data import Tokenizer
 from reason_rl.records import Group, Microbatch, Score, StepStats
 from reason_rl.report.clock import Clock
@@ -153,28 +152,36 @@ def pass_at_powers(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def step_stats(
-    index: int, groups: Sequence[Group], sampled: Sequence[Group], advantages: Advantages, minibatches: Sequence[Sequence[Microbatch]],
-    updates: Sequence[dict[str, float]], tokenizer: Tokenizer, clock: Clock, *, lr: float, verifiers: Mapping[str, float],
+    step: int, groups: Sequence[Group], sampled: Sequence[Group], advantages: Advantages,
+    minibatches: Sequence[Sequence[Microbatch]], updates: Sequence[dict[str, float]], tokenizer: Tokenizer, clock: Clock, *,
+    lr: float, verifiers: Mapping[str, float],
 ) -> StepStats:
-    """What a step of RL logs: of all `sampled` groups, of the `updates`, and the seconds of the clock.
+    """The record of one training step.
 
-    groups: those that the advantages are of; with dynamic sampling fewer than were sampled.
+    groups: the batch. sampled: all groups of the step, with those that dynamic sampling replaced. clock: "step", and within it
+    "rollout", "reward" and "train". verifiers: counts of the verifier service.
     """
+    seconds = clock.seconds
+    num_tokens = sum(len(completion.token_ids) for group in sampled for completion in group.completions)
+    num_packed = sum(microbatch.num_tokens for microbatches in minibatches for microbatch in microbatches)
+    timings = {
+        "rollout_s": seconds["rollout"], "reward_s": seconds["reward"],
+        **{f"verifier/{name}": value for name, value in verifiers.items()},
+        "train_s": seconds["train"], "step_s": seconds["step"], "train_tok_s": num_packed / seconds["train"],
+        "rollout_tok_s": num_tokens / seconds["rollout"], "step_tok_s": num_tokens / seconds["step"],
+    }
     metrics = rollout_metrics(sampled, tokenizer) | update_metrics(updates) | {
         "lr": lr, "groups_without_signal": 1 - float(advantages.has_signal.float().mean())}
-    seconds = {f"{name}_s": value for name, value in clock.seconds.items()}
-    num_sampled = sum(len(completion.token_ids) for group in sampled for completion in group.completions)
-    num_packed = sum(microbatch.num_tokens for microbatches in minibatches for microbatch in microbatches)
-    rates = {"train_tok_s": num_packed / seconds["train_s"], "rollout_tok_s": num_sampled / seconds["rollout_s"],
-             "step_tok_s": num_sampled / seconds["step_s"]}
-    return StepStats(index, metrics, seconds | rates | dict(verifiers), tuple(groups),
-                     tuple(map(tuple, advantages.advantages.tolist())))
+    return StepStats(step, metrics, timings, tuple(groups), tuple(map(tuple, advantages.advantages.tolist())))
 
 
 def rollout_rows(
-    groups: Sequence[Group], advantages: Sequence[Sequence[float]], tokenizer: Tokenizer, step: int, config: Config
+    groups: Sequence[Group], advantages: Sequence[Sequence[float]], tokenizer: Tokenizer, step: int
 ) -> list[dict[str, object]]:
-    """The lines of a rollouts/ file: one per completion of the first run.rollout_samples groups."""
+    """The lines of a rollouts/ file: one per completion of the groups.
+
+    advantages: by group and completion; those of further groups are ignored.
+    """
     return [
         {
             "step": step, "problem_id": group.problem.problem_id, "level": group.problem.level, "prompt": group.problem.prompt,
@@ -184,7 +191,6 @@ def rollout_rows(
             "logprobs": list(completion.logprobs), "advantage": advantage, "reward": score.value, "parts": dict(score.parts),
             "is_graded": score.is_graded, "cause": score.cause, "finish_reason": completion.finish_reason,
         }
-        for number, (group, group_advantages) in enumerate(zip(groups, advantages, strict=True))
-        if number < config.run.rollout_samples
-        for completion, score, advantage in zip(group.completions, group.scores, group_advantages, strict=True)
+        for number, group in enumerate(groups)
+        for completion, score, advantage in zip(group.completions, group.scores, advantages[number], strict=True)
     ]

@@ -72,7 +72,7 @@ class Grpo:
                         self.policy, microbatches, self.loss, self.sampling.temperature, lr_factor=self.policy.lr_factor(index),
                         max_gap=math.inf if number else self.max_gap))
         return step_stats(index, groups, sampled, advantages, minibatches, updates, self.tokenizer, clock,
-                          lr=self.policy.lr_factor(index) * self.config.optim.lr, verifiers=self.grader.take_metrics())
+                          lr=self.policy.lr_factor(index) * self.config.optim.lr, verifiers=self.grader.service.take_metrics())
 
     def collect(self, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, key: int, clock: Clock,
                 with_routed_experts: bool = False) -> list[Group]:
@@ -99,7 +99,7 @@ class Grpo:
     def evaluate(self, num_done: int) -> Metrics | None:
         metrics = evaluate_heldout(
             self.config.eval, self.problems, self.sampling, self.tokenizer, self.collect, num_done, self.num_steps)
-        self.grader.take_metrics()  # the verifiers' times of an evaluation are no step's
+        self.grader.service.take_metrics()  # the verifiers' times of an evaluation are no step's
         return metrics
 
     @property

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from reason_rl.config import Config, EngineConfig, ModelConfig, RewardConfig, RLConfig, TaskConfig
-from reason_rl.data import char_tokenizer
-from reason_rl.data.problems import TooFewProblems, rl_problems
+from reason_rl.data import TooFewProblems, char_tokenizer, load_problems
 from reason_rl.engine import Engine
 from reason_rl.model.transformer import Transformer
 from reason_rl.parallel.world import World
 from reason_rl.records import Completion, Group, Problem, SamplingParams, Score
 from reason_rl.report.clock import Clock
 from reason_rl.reward import Grader
-from reason_rl.rollout.collect import build_session, collect, collect_groups, collect_with_signal, evaluate, has_signal
+from reason_rl.rl.advantages import has_signal
+from reason_rl.rollout.collect import build_session, collect, collect_groups, evaluate, refill
 
 CONFIG = Config(
     model=ModelConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
@@ -28,7 +28,7 @@ CONFIG = Config(
 TOKENIZER = char_tokenizer()
 SAMPLING = replace(CONFIG.sampling, stop_ids=TOKENIZER.stop_ids)
 WORLD = World(0, 1, torch.device("cpu"), torch.float32)
-PROBLEMS = rl_problems(CONFIG, TOKENIZER, 0, 4)
+PROBLEMS = load_problems(CONFIG, TOKENIZER).train(0, 4)
 """Sampled 4 times each below, 6 at a time."""
 
 
@@ -217,13 +217,13 @@ def test_a_group_has_signal_if_two_graded_rewards_differ(rewards: tuple[float | 
 
 
 class Task:
-    """Problems 0, 1, 2, ...; those in `dull` give groups without signal."""
+    """Problems 0, 1, 2, ...; those in `dull` give groups without signal. Four of them are a batch."""
 
     def __init__(self, dull: Collection[int], num_problems: int = 100) -> None:
-        self.dull, self.num_problems, self.asked = dull, num_problems, list[tuple[int, int, int, int]]()
+        self.dull, self.num_problems, self.asked = dull, num_problems, list[tuple[int, int, int]]()
 
-    def draw(self, step: int, count: int, round_number: int, exclude: Collection[int]) -> list[Problem]:
-        self.asked.append((step, count, round_number, len(exclude)))
+    def draw(self, count: int, round_number: int, exclude: Collection[int]) -> list[Problem]:
+        self.asked.append((count, round_number, len(exclude)))
         left = [n for n in range(self.num_problems) if n not in exclude]
         if len(left) < count:
             raise TooFewProblems(f"{count} asked for, {len(left)} left")
@@ -232,52 +232,51 @@ class Task:
     def sample(self, problems: Sequence[Problem]) -> list[Group]:
         return [group(p.problem_id, 1.0, 1.0 if p.problem_id in self.dull else 0.0) for p in problems]
 
-    def collect(self, extra_rounds: int) -> tuple[list[int], list[int]]:
-        batch, everything = collect_with_signal(self.draw, self.sample, step=7, num_groups=4, extra_rounds=extra_rounds)
-        return [g.problem.problem_id for g in batch], [g.problem.problem_id for g in everything]
-
-
-def test_without_extra_rounds_the_batch_is_the_first_round() -> None:
-    task = Task(dull={0, 2})
-    assert task.collect(0) == ([0, 1, 2, 3], [0, 1, 2, 3]) and task.asked == [(7, 4, 0, 0)]
+    def refill(self, max_rounds: int) -> tuple[list[int], list[int]]:
+        """-> (ids of the batch, ids of all that were sampled)"""
+        sampled = self.sample([group(n).problem for n in range(4)])
+        batch = refill(sampled, max_rounds, draw=self.draw, sample=self.sample)
+        return [g.problem.problem_id for g in batch], [g.problem.problem_id for g in sampled]
 
 
 def test_groups_without_signal_are_replaced_by_fresh_problems() -> None:
     task = Task(dull={0, 2, 4})
-    assert task.collect(5) == ([1, 3, 5, 6], [0, 1, 2, 3, 4, 5, 6])
-    assert task.asked == [(7, 4, 0, 0), (7, 2, 1, 4), (7, 1, 2, 6)]
+    assert task.refill(5) == ([1, 3, 5, 6], [0, 1, 2, 3, 4, 5, 6])
+    assert task.asked == [(2, 1, 4), (1, 2, 6)]
+
+
+def test_a_batch_with_signal_is_not_refilled() -> None:
+    task = Task(dull=())
+    assert task.refill(5) == ([0, 1, 2, 3], [0, 1, 2, 3]) and task.asked == []
 
 
 def test_after_the_last_round_groups_without_signal_fill_the_batch() -> None:
-    assert Task(dull={0, 2, 4, 5, 6}).collect(1) == ([1, 3, 0, 2], [0, 1, 2, 3, 4, 5])
-    assert Task(dull=range(100)).collect(2)[0] == [0, 1, 2, 3]
+    assert Task(dull={0, 2, 4, 5, 6}).refill(1) == ([1, 3, 0, 2], [0, 1, 2, 3, 4, 5])
+    task = Task(dull=range(100))
+    assert task.refill(2)[0] == [0, 1, 2, 3] and len(task.asked) == 2
 
 
 def test_a_task_without_further_problems_ends_the_rounds() -> None:
-    assert Task(dull={0, 2}, num_problems=5).collect(5) == ([1, 3, 0, 2], [0, 1, 2, 3])
-    with pytest.raises(TooFewProblems, match="4 asked for, 3 left"):
-        Task(dull=(), num_problems=3).collect(5)
+    assert Task(dull={0, 2}, num_problems=5).refill(5) == ([1, 3, 0, 2], [0, 1, 2, 3])
 
 
 def test_another_error_in_drawing_is_not_taken_for_the_end_of_the_problems() -> None:
+    def draw(*given: object) -> list[Problem]:
+        raise ValueError("too few problems: only the text of TooFewProblems")
+
     task = Task(dull={0})
-
-    def draw(step: int, count: int, round_number: int, exclude: Collection[int]) -> list[Problem]:
-        if round_number:
-            raise ValueError("too few problems: so it says")
-        return task.draw(step, count, round_number, exclude)
-
-    with pytest.raises(ValueError, match="so it says"):
-        collect_with_signal(draw, task.sample, step=0, num_groups=4, extra_rounds=2)
+    with pytest.raises(ValueError, match="only the text"):
+        refill(task.sample([group(n).problem for n in range(4)]), 2, draw=draw, sample=task.sample)
 
 
-def test_a_step_reports_what_its_verifiers_did_without_those_of_an_evaluation() -> None:
+def test_a_step_counts_its_own_gradings_without_those_of_an_evaluation() -> None:
     config = replace(CONFIG, rl=RLConfig(prompts_per_step=4, group_size=4))
     session = build_session(config, WORLD, TOKENIZER, Transformer(CONFIG.model, TOKENIZER.vocab_size).initialise(0))
     with session.grader:
         evaluate(session, 0, 4, 2)
-        _, everything, timings = collect_groups(session, 0)
-    assert timings["verifier/gradings"] == 2 * sum(len(group.completions) for group in everything)  # text and custom
-    assert timings["verifier/gradings_per_s"] > 0 and timings["verifier/deadlines_met"] == 1.0
-    assert timings["verifier/worker_restarts"] == 0 and timings["verifier/queue_peak"] >= 1
-    assert timings["rollout_s"] > 0 and timings["reward_s"] >= 0
+        _, sampled, clock = collect_groups(session, 0)
+        verifiers = session.grader.service.take_metrics()
+    assert verifiers["gradings"] == 2 * sum(len(group.completions) for group in sampled)  # text and custom
+    assert verifiers["gradings_per_s"] > 0 and verifiers["deadlines_met"] == 1.0
+    assert verifiers["worker_restarts"] == 0 and verifiers["queue_peak"] >= 1
+    assert clock.seconds.keys() == {"rollout", "reward"}
