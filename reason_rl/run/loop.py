@@ -157,7 +157,7 @@ class StageRun:
         assert self.run.log is not None
         if number in (1, self.stage.num_steps) or is_due(settings.rollout_every, number):
             self.run.log.rollouts(self.name, number, rollout_rows(
-                stats.groups, stats.advantages, tokenizer, number, self.planned.config))
+                stats.groups[: settings.rollout_samples], stats.advantages, tokenizer, number))
         group = stats.groups[number % len(stats.groups)]
         self.run.view.sample(group.problem.prompt, tokenizer.decode_completion(group.completions[0].token_ids),
                              group.scores[0].value, is_right(group.scores[0]) is True)
