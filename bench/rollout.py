@@ -32,7 +32,7 @@ def measure(options: argparse.Namespace) -> Record:
                              decoder="ops" if has_graphs else options.decoder)
     session = workload_session(config, options.workload)
     startup_bytes = peak_rss_bytes()
-    problems = session.draw_problems(0, config.rl.prompts_per_step, 0, ())
+    problems = session.problems.train(0, config.rl.prompts_per_step)
     seconds, groups = [], []
     for _ in range(options.warmup + options.rounds):
         start = time.perf_counter()

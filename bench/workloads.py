@@ -17,7 +17,7 @@ import torch
 
 from bench.harness import copy_gbytes
 from reason_rl.config import Config, load_config
-from reason_rl.data import char_tokenizer
+from reason_rl.data import Problems, Tokenizer, char_tokenizer
 from reason_rl.model.transformer import Transformer
 from reason_rl.parallel.world import init_world
 from reason_rl.records import Problem
@@ -51,18 +51,26 @@ def workload_config(
         *MODELS.get(workload, PEERS_MODEL)])
 
 
+class RandomProblems(Problems):
+    """Prompts of exactly `prompt_tokens` random characters."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_tokens: int) -> None:
+        self._tokenizer, self._prompt_tokens = tokenizer, prompt_tokens
+
+    def train(self, step: int, count: int, round: int = 0, exclude: Collection[int] = ()) -> list[Problem]:
+        rng = random.Random(f"bench/{step}/{round}")
+        prompts = ["".join(rng.choices("0123456789+", k=self._prompt_tokens)) for _ in range(count)]
+        return [Problem(step * count + i, "bench", text, tuple(self._tokenizer.encode(text)), "") for i, text in enumerate(prompts)]
+
+    def heldout(self, count: int, seed: int = 0) -> list[Problem]:
+        return self.train(2**20 + seed, count)
+
+
 def workload_session(config: Config, workload: str) -> Session:
     prompt_tokens = WORKLOADS[workload][1]
     tokenizer, world = char_tokenizer(), init_world(config.run)
     model = Transformer(config.model, VOCAB_SIZES.get(workload, tokenizer.vocab_size)).initialise(0)
-    session = build_session(config, world, tokenizer, model)
-
-    def draw(step: int, count: int, round_number: int, exclude: Collection[int]) -> list[Problem]:
-        rng = random.Random(f"bench/{step}/{round_number}")
-        prompts = ["".join(rng.choices("0123456789+", k=prompt_tokens)) for _ in range(count)]
-        return [Problem(step * count + i, "bench", text, tuple(tokenizer.encode(text)), "") for i, text in enumerate(prompts)]
-
-    session.draw_problems = draw
+    session = build_session(config, world, tokenizer, model, RandomProblems(tokenizer, prompt_tokens))
     session.stop_ids = ()
     return session
 

@@ -14,16 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from reason_rl.config import Config, ConfigError, load_config
-from reason_rl.data import (
-    Tokenizer,
-    check_problems,
-    describe_problems,
-    heldout_problems,
-    is_file_task,
-    load_dataset,
-    problems_digest,
-    rl_problems,
-)
+from reason_rl.data import Problems, Tokenizer, load_problems, problems_digest
 from reason_rl.engine import check_fits
 from reason_rl.eval.folder import fingerprint
 from reason_rl.model.hf_config import read_model_config
@@ -78,7 +69,8 @@ def make_plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
     ks = parse_ks(options.k, options.samples)
     config, has_file = resolve_config(options, overrides, checkpoint)
     config = replace(config, model=replace(model_config, init_from=config.model.init_from))
-    problems = problems_of(config, tokenizer, options.split, options.problems)
+    task = load_problems(config, tokenizer)
+    problems = problems_of(config, task, options.split, options.problems)
     if not problems:
         raise ValueError(f"task {config.task.name!r} has no problem for --split {options.split}")
     max_tokens = config.sampling.max_tokens if has_file else min(
@@ -88,31 +80,30 @@ def make_plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
     config = replace(config, sampling=replace(
         config.sampling, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p,
         max_tokens=sampling.max_tokens))
-    check_problems(problems, config)
+    task.check(problems, config)
     check_fits(problems, sampling.max_tokens, model_config.max_position_embeddings, config.engine.num_blocks)
-    notes = (*describe_problems(config, tokenizer)[0], *check_rewards(config, problems[0]))
+    notes = (*task.describe(), *check_rewards(config, problems[0]))
     out = Path(options.out) if options.out else default_folder(checkpoint, f"{config.task.name}-{options.split}")
     return Plan(checkpoint, config, options.split, options.samples, ks, options.seed, out, tokenizer, problems, notes)
 
 
-def problems_of(config: Config, tokenizer: Tokenizer, split: str, count: int | None) -> list[Problem]:
-    """The first `count` problems of the split, held-out ones in the order of a run's evaluations. None: all of a file's, and of a
-    task that makes its own as many as a run's last evaluation has."""
+def problems_of(config: Config, problems: Problems, split: str, count: int | None) -> list[Problem]:
+    """The first `count` problems of the split, held-out ones in the order of a run's evaluations. None: all of a file; of a
+    generated task as many as a run's last evaluation has."""
     if count is not None and count < 1:
         raise ValueError(f"--problems must be at least 1, got {count}")
-    if not is_file_task(config):
+    if problems.num_train is None:
         count = config.eval.final_problems if count is None else count
         if split == "all":
             raise ValueError(f"task {config.task.name!r} makes its problems without end: --split is heldout or rl")
-        return heldout_problems(config, tokenizer, count) if split == "heldout" else rl_problems(config, tokenizer, 0, count)
-    dataset = load_dataset(config, tokenizer)
+        return problems.heldout(count) if split == "heldout" else problems.train(0, count)
     if split == "heldout":
-        return heldout_problems(config, tokenizer, len(dataset.heldout) if count is None else count)
-    problems = [*dataset.rl, *(dataset.heldout if split == "all" else ())]
-    if count is not None and count > len(problems):
-        raise ValueError(f"--problems {count} were asked for, but --split {split} of task {config.task.name!r} has {len(problems)}")
-    random.Random(f"0/{split}").shuffle(problems)
-    return problems[:count]
+        return problems.heldout(problems.num_heldout or 0 if count is None else count)
+    listed = problems.all_known()[: None if split == "all" else problems.num_train]
+    if count is not None and count > len(listed):
+        raise ValueError(f"--problems {count} were asked for, but --split {split} of task {config.task.name!r} has {len(listed)}")
+    random.Random(f"0/{split}").shuffle(listed)
+    return listed[:count]
 
 
 def parse_ks(text: str | None, num_samples: int) -> tuple[int, ...]:

@@ -8,22 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from kernels.grpo_loss.spec import LossSpec
 from reason_rl.config import Config
-from reason_rl.data import (
-    Tokenizer,
-    check_problems,
-    corpus_documents,
-    describe_problems,
-    heldout_problems,
-    problems_to_check,
-    rl_problems,
-)
+from reason_rl.data import Problems, Tokenizer, TooFewProblems, corpus_documents
 from reason_rl.engine import Engine, check_fits
 from reason_rl.model.transformer import Transformer
 from reason_rl.parallel.fsdp import RolloutWeights, shard
@@ -38,9 +30,6 @@ EVAL_KEY = 1 << 40
 CHECKED_DOCUMENTS = 512
 """Documents of the corpus that are drawn before any work, to see that they fit."""
 
-DrawProblems = Callable[[int, int, int, Collection[int]], list[Problem]]
-"""(step, count, round, ids to leave out) -> `count` problems: the same on every rank."""
-
 
 @dataclass
 class Session:
@@ -54,7 +43,7 @@ class Session:
     engine: Engine
     grader: Grader
     """Its workers start with the first completion."""
-    draw_problems: DrawProblems
+    problems: Problems
     stop_ids: tuple[int, ...]
     reference: Transformer | None
     """The frozen policy of the KL penalty, a plain copy; None without one."""
@@ -83,7 +72,7 @@ class Session:
 
 
 def build_session(
-    config: Config, world: World, tokenizer: Tokenizer, model: Transformer,
+    config: Config, world: World, tokenizer: Tokenizer, model: Transformer, problems: Problems,
     reference_state: dict[str, torch.Tensor] | None = None,
 ) -> Session:
     """From a plain model on the CPU; `reference_state` is the frozen policy's where that is not the model as given."""
@@ -99,24 +88,23 @@ def build_session(
     weights = RolloutWeights(model, world)
     engine = Engine(weights.model, config.engine, config.run.seed)
     optimizer = Optimizer(model, config.optim)
-
-    def draw_problems(step: int, count: int, round_number: int, exclude: Collection[int]) -> list[Problem]:
-        return rl_problems(config, tokenizer, step, count, round_number, exclude=exclude)
-
-    return Session(config, world, tokenizer, model, optimizer, weights, engine, Grader(config, tokenizer), draw_problems,
+    return Session(config, world, tokenizer, model, optimizer, weights, engine, Grader(config, tokenizer), problems,
                    tokenizer.stop_ids, reference)
 
 
-def check_task(config: Config, tokenizer: Tokenizer) -> list[str]:
+def check_task(config: Config, tokenizer: Tokenizer, problems: Problems) -> list[str]:
     """Everything about the task that can fail, before any work: an empty task, prompts that do not fit, a missing reward, a sandbox
     that does not hold. -> what a run should say of it."""
-    count = max(config.eval.final_problems, config.eval.problems)
-    problems = problems_to_check(config, tokenizer, count)
-    check_problems(problems, config)
-    check_fits(problems, config.sampling.max_tokens, config.model.max_position_embeddings, config.engine.num_blocks)
+    checked = problems.to_check(config.rl.prompts_per_step, max(config.eval.final_problems, config.eval.problems))
+    problems.check(checked, config)
+    check_fits(checked, config.sampling.max_tokens, config.model.max_position_embeddings, config.engine.num_blocks)
+    return [*problems.describe(), *check_rewards(config, checked[0])]
+
+
+def check_corpus(config: Config, tokenizer: Tokenizer) -> None:
+    """Before the task's problems are read: a task that cannot be pretrained on is refused first."""
     if not config.model.init_from:
         corpus_documents(config, tokenizer, 0, CHECKED_DOCUMENTS)  # raises where one does not fit
-    return [*describe_problems(config, tokenizer)[0], *check_rewards(config, problems[0])]
 
 
 def sample_and_grade(
@@ -169,9 +157,9 @@ def collect_groups(session: Session, step: int) -> tuple[list[Group], list[Group
             break
         used = {group.problem.problem_id for group in everything}
         try:
-            problems = session.draw_problems(step, missing, round_number, used)
-        except ValueError as error:
-            if round_number == 0 or not str(error).startswith("too few problems"):
+            problems = session.problems.train(step, missing, round_number, used)
+        except TooFewProblems:
+            if round_number == 0:
                 raise
             break
         groups, seconds = sample_and_grade(
@@ -191,7 +179,7 @@ def evaluate(
     start = time.perf_counter()
     config = session.config
     sampling = replace(session.sampling, temperature=config.eval.temperature, top_k=0, top_p=1.0, min_p=0.0)
-    problems = heldout_problems(config, session.tokenizer, num_problems)
+    problems = session.problems.heldout(num_problems)
     groups, _ = sample_and_grade(session, problems, num_samples, sampling, EVAL_KEY + step)
     metrics: dict[str, object] = {"split": "heldout", **eval_metrics(groups, session.tokenizer)}
     if with_pass_at_k and config.eval.pass_at_k:

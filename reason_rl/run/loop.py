@@ -18,7 +18,7 @@ import torch
 
 from kernels.native import ISA, cpu_why_not
 from reason_rl.config import Config, ConfigError, ModelConfig
-from reason_rl.data import Tokenizer, describe_problems, is_file_task, load_dataset, problems_digest, tokenizer_of
+from reason_rl.data import Problems, Tokenizer, load_problems, tokenizer_of
 from reason_rl.model.transformer import Transformer, num_active_parameters, num_parameters
 from reason_rl.model.weights import Source, load_model, read_source
 from reason_rl.parallel.world import World
@@ -26,7 +26,7 @@ from reason_rl.records import StepStats
 from reason_rl.report.log import METRICS, RunLog, read_jsonl
 from reason_rl.report.page import write_report
 from reason_rl.report.terminal import View
-from reason_rl.rollout.collect import Session, build_session, check_task
+from reason_rl.rollout.collect import Session, build_session, check_corpus, check_task
 from reason_rl.rollout.metrics import is_right, rollout_rows
 from reason_rl.run.folder import RunFolder, begin_run, config_table, describe_source, write_summary
 from reason_rl.stages.pretrain import HISTORY_FILE, make_base, pretrain_seconds
@@ -144,21 +144,22 @@ def prepare_run(config: Config, world: World, folder: RunFolder, view: View, sho
     started = time.perf_counter()
     tokenizer = tokenizer_of(config)
     given = load_model(config.model.init_from) if config.model.init_from else None
-    for line in check_task(config if given is None else _as_given(config, given, tokenizer), tokenizer):
+    check_corpus(config, tokenizer)
+    problems = load_problems(config, tokenizer)
+    for line in check_task(config if given is None else _as_given(config, given, tokenizer), tokenizer, problems):
         view.message(line)
     for line in [] if given is None else _outvoted(config, given):
         view.message(line)
     if config.engine.decoder == "native" and cpu_why_not(world.device):
         raise ConfigError(f"engine.decoder='native' cannot run here: {cpu_why_not(world.device)}")
-    problems = _digest(config, tokenizer)
-    if folder.compute.get("problems", problems) != problems:
+    if folder.compute.get("problems", problems.digest) != problems.digest:
         raise ConfigError(f"{folder.path} was begun with other problems than {config.task.path} gives now: a file, the template or "
                           "the tokenizer has changed. --resume never begins afresh in a new folder")
-    log = _begin(config, folder, world, problems) if world.is_main else None
-    if left_out := describe_problems(config, tokenizer)[1] if log is not None else ():
-        (folder.path / LEFT_OUT_FILE).write_text("\n".join(left_out) + "\n", encoding="utf-8")
+    log = _begin(config, folder, world, problems.digest) if world.is_main else None
+    if log is not None and problems.left_out:
+        (folder.path / LEFT_OUT_FILE).write_text("\n".join(problems.left_out) + "\n", encoding="utf-8")
     try:
-        return _prepare(config, world, folder, view, should_stop, log, tokenizer, given, started)
+        return _prepare(config, world, folder, view, should_stop, log, tokenizer, problems, given, started)
     except BaseException:  # Ctrl-C in pretraining too: what was logged must be on disk
         if log is not None:
             log.close()
@@ -167,7 +168,7 @@ def prepare_run(config: Config, world: World, folder: RunFolder, view: View, sho
 
 def _prepare(
     config: Config, world: World, folder: RunFolder, view: View, should_stop: Callable[[], bool], log: RunLog | None,
-    tokenizer: Tokenizer, given: Transformer | None, started: float,
+    tokenizer: Tokenizer, problems: Problems, given: Transformer | None, started: float,
 ) -> Run:
     base, seconds, base_s = Path(config.model.init_from), {"pretrain_s": 0.0}, 0.0
     if given is None:
@@ -187,7 +188,7 @@ def _prepare(
     if folder.resume_from is not None:
         progress, optimizer_state = load_checkpoint(folder.resume_from, policy)
         view.message(f"Resuming from {folder.resume_from}")
-    session = build_session(config, world, tokenizer, policy, reference_state)
+    session = build_session(config, world, tokenizer, policy, problems, reference_state)
     run = Run(config, folder, session, log, view, should_stop, base, read_source(base), seconds=seconds)
     if progress is not None and optimizer_state is not None:
         session.optimizer.load_state_dict(optimizer_state)
@@ -215,15 +216,7 @@ def describe_machine(session: Session) -> str:
             f"{num_parameters(model):,} parameters, {num_active_parameters(model):,} of them active for a token.")
 
 
-def _digest(config: Config, tokenizer: Tokenizer) -> str:
-    """Of the problems that stand in files; "" of a task that makes its own."""
-    if not is_file_task(config):
-        return ""
-    dataset = load_dataset(config, tokenizer)
-    return problems_digest([*dataset.rl, *dataset.heldout])
-
-
-def _begin(config: Config, folder: RunFolder, world: World, problems: str) -> RunLog:
+def _begin(config: Config, folder: RunFolder, world: World, problems_digest: str) -> RunLog:
     """The log first, as it may be refused (a package that is missing); then config.toml makes the folder a run's."""
     was_there = folder.path.exists()
     try:
@@ -232,7 +225,7 @@ def _begin(config: Config, folder: RunFolder, world: World, problems: str) -> Ru
         if not was_there:
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
-    begin_run(folder, config, world, problems)
+    begin_run(folder, config, world, problems_digest)
     return log
 
 

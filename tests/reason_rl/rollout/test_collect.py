@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from reason_rl.config import Config, EngineConfig, ModelConfig, RewardConfig, RLConfig, TaskConfig
-from reason_rl.data import char_tokenizer
+from reason_rl.data import char_tokenizer, load_problems
 from reason_rl.model.transformer import Transformer
 from reason_rl.parallel.world import World
 from reason_rl.records import SamplingParams
@@ -19,8 +19,8 @@ from reason_rl.rollout.collect import EVAL_KEY, Session, build_session, collect_
 from tests.reason_rl.tiny import grade_group
 
 CONFIG = Config(
-    model=ModelConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=1, moe_intermediate_size=32,
-                      max_position_embeddings=64),
+    model=ModelConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                      num_experts=1, moe_intermediate_size=32, max_position_embeddings=64),
     task=TaskConfig(min_level=2, max_level=3, heldout_share=0.1, rl_share=0.2), rl=RLConfig(prompts_per_step=4, group_size=4),
     sampling=SamplingParams(max_tokens=24), engine=EngineConfig(max_num_seqs=6),
     reward=RewardConfig(custom="tests.reason_rl.run.train_rewards:by_hash"))
@@ -30,7 +30,8 @@ CONFIG = Config(
 def session() -> Iterator[Session]:
     tokenizer = char_tokenizer()
     model = Transformer(CONFIG.model, tokenizer.vocab_size).initialise(0)
-    session = build_session(CONFIG, World(0, 1, torch.device("cpu"), torch.float32), tokenizer, model)
+    session = build_session(CONFIG, World(0, 1, torch.device("cpu"), torch.float32), tokenizer, model,
+                            load_problems(CONFIG, tokenizer))
     yield session
     session.grader.close()
 
@@ -50,7 +51,7 @@ def test_completions_are_graded_while_others_are_sampled(session: Session, monke
 
     monkeypatch.setattr(session.grader, "submit", submit_and_note)
     monkeypatch.setattr(session.engine, "generate", generate_and_note)
-    problems = session.draw_problems(0, 4, 0, ())
+    problems = session.problems.train(0, 4)
     groups, seconds = sample_and_grade(session, problems, 4, session.sampling, 0)
     assert events == ["submitted"] * 16 + ["all sampled"]
     assert seconds.keys() == {"rollout_s", "reward_s"} and [group.problem for group in groups] == problems
@@ -58,7 +59,7 @@ def test_completions_are_graded_while_others_are_sampled(session: Session, monke
 
 
 def test_scores_are_those_of_the_finished_groups(session: Session) -> None:
-    groups, _ = sample_and_grade(session, session.draw_problems(0, 4, 0, ()), 4, session.sampling, 0)
+    groups, _ = sample_and_grade(session, session.problems.train(0, 4), 4, session.sampling, 0)
     reasons = {completion.finish_reason for group in groups for completion in group.completions}
     assert reasons == {"stop", "length"}  # both ways of ending were seen
     with Grader(CONFIG) as grader:
@@ -69,13 +70,13 @@ def test_scores_are_those_of_the_finished_groups(session: Session) -> None:
 
 def test_each_of_several_end_tokens_ends_a_completion(session: Session) -> None:
     session.stop_ids = (session.tokenizer.eos_id, *session.tokenizer.encode("abc<"))
-    groups, _ = sample_and_grade(session, session.draw_problems(0, 4, 0, ()), 4, session.sampling, 0)
+    groups, _ = sample_and_grade(session, session.problems.train(0, 4), 4, session.sampling, 0)
     ended = [c.token_ids for group in groups for c in group.completions if c.finish_reason == "stop"]
     assert len({ids[-1] for ids in ended}) > 1 and all(set(session.stop_ids) & set(ids) == {ids[-1]} for ids in ended)
 
 
 def test_a_problem_that_is_drawn_twice_has_its_own_scores(session: Session) -> None:
-    problem = session.draw_problems(0, 1, 0, ())[0]
+    problem = session.problems.train(0, 1)[0]
     groups, _ = sample_and_grade(session, [problem, replace(problem)], 2, session.sampling, 0)
     assert len(groups) == 2 and groups[0].scores == groups[1].scores  # same noise, same completions
 
@@ -92,7 +93,7 @@ def test_a_verifier_that_dies_leaves_its_completion_ungraded_and_the_step_goes_o
     session.grader.close()
     session.config = replace(CONFIG, reward=RewardConfig(custom="tests.reason_rl.run.train_rewards:dies_at_times"))
     session.grader = Grader(session.config)
-    groups, _ = sample_and_grade(session, session.draw_problems(0, 4, 0, ()), 4, session.sampling, EVAL_KEY)
+    groups, _ = sample_and_grade(session, session.problems.train(0, 4), 4, session.sampling, EVAL_KEY)
     graded = [score.is_graded for group in groups for score in group.scores]
     assert 0 < sum(graded) < len(graded)
     assert {score.cause for group in groups for score in group.scores} == {"", "custom crash: the worker died: exit status 3"}

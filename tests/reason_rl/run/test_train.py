@@ -16,6 +16,8 @@ import torch
 
 import train
 from reason_rl.config import ConfigError, load_config, parse_command_line
+from reason_rl.data import TooFewProblems
+from reason_rl.data.generated import GeneratedProblems
 from reason_rl.model.weights import load_model
 from reason_rl.parallel import world as distributed
 from reason_rl.rollout import collect as session
@@ -247,15 +249,15 @@ def test_a_run_that_breaks_off_closes_its_log(error: type[BaseException], with_b
 
 
 def test_dynamic_sampling_goes_on_when_the_problems_run_out(with_base: Path, monkeypatch: pytest.MonkeyPatch):
-    real: Callable[..., list] = session.rl_problems
+    real: Callable[..., list] = GeneratedProblems.train
 
-    def few(config, tokenizer, step, count, round_number=0, exclude=()):
-        if round_number:
-            raise ValueError("too few problems: none left")
-        return real(config, tokenizer, step, count, round_number, exclude=exclude)
+    def few(self, step, count, round=0, exclude=()):
+        if round:
+            raise TooFewProblems("none left")
+        return real(self, step, count, round, exclude)
 
     never_stop(monkeypatch)
-    monkeypatch.setattr(session, "rl_problems", few)
+    monkeypatch.setattr(GeneratedProblems, "train", few)
     assert run_here(with_base, "--rl.dynamic_sampling=3", "--rl.steps=1", "--reward.custom=tests.reason_rl.run.train_rewards:always_raises") == 0
     assert rows(with_base / "tiny", phase="rl")[0]["ungraded"] == 16
 
