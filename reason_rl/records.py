@@ -33,7 +33,7 @@ class Problem:
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What the verifier needs beyond `answer`; e.g. countdown's `{"numbers": [9, 8, 7], "target": 16}`."""
     level: int = 0
-    """Difficulty in the task's own unit: lines of a program, digits of a sum, numbers of a countdown."""
+    """Difficulty in the task's own unit: lines of a program, numbers of a countdown."""
     completion_prefix: str = ""
     """What the prompt ends with and the completion is taken to begin with, such as "<think>": verifiers read both as one."""
 

@@ -21,7 +21,7 @@ import train
 from kernels.attention import attention, plan_segments
 from kernels.native import cpu_unsupported_reason
 from reason_rl.config import ModelConfig, load_config, parse_command_line
-from reason_rl.data import Tokenizer, heldout_problems, load_dataset
+from reason_rl.data import Tokenizer, load_problems
 from reason_rl.eval import __main__ as command
 from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import load_model
@@ -131,7 +131,7 @@ def test_the_result_is_a_folder_that_transformers_reads_with_equal_logits(finish
 def test_prompts_are_what_transformers_makes_of_them(finished: Path):
     config, final = load_config(finished / "config.toml"), finished / "checkpoints" / "final"
     ours, theirs = Tokenizer.load(config.model.init_from), transformers.AutoTokenizer.from_pretrained(final)
-    for problem in heldout_problems(config, ours, 3):
+    for problem in load_problems(config, ours).heldout(3):
         asked = problem.prompt.removeprefix("<|im_start|>user\n").removesuffix("<|im_end|>\n<|im_start|>assistant\n")
         messages = [{"role": "user", "content": asked}]
         assert tuple(theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)) == problem.prompt_ids
@@ -167,8 +167,9 @@ def test_a_folder_is_measured_by_the_preset_and_what_is_measured_filters_problem
     rates.write_text("".join(json.dumps(row) + "\n" for row in written))
     config = load_config(PRESET, [f"--task.path={data}", f"--task.pass_rates={rates}", "--task.min_pass_rate=0.4",
                                   "--task.max_pass_rate=0.6"])
-    taken = {problem.problem_id for problem in load_dataset(config, Tokenizer.load(folder)).rl}
-    held = {problem.problem_id for problem in load_dataset(config, Tokenizer.load(folder)).heldout}
+    problems = load_problems(config, Tokenizer.load(folder))
+    ids = [problem.problem_id for problem in problems.all_known()]
+    taken, held = set(ids[: problems.num_train]), set(ids[problems.num_train :])
     assert taken == {row["problem_id"] for row in written if row["num_right"] == 1} - held and 0 < len(taken) < 9
     (data / "test.jsonl").write_text((data / "test.jsonl").read_text().replace("3 days", "three days"))
     assert command.main([str(folder), *arguments, f"--out={out}"]) == 1 and "prompts: " in capsys.readouterr().err

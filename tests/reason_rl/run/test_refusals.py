@@ -19,7 +19,7 @@ BAD = [
     (["--model.init_from=nowhere"], "no checkpoint folder at nowhere"),
     (["--task.name=programm"], "unknown task.name 'programm'"),
     (["--task.heldout_share=0"], "heldout.*share is 0.0: raise it"),
-    (["--task.rl_share=0"], "rl ones of task 'program'"),
+    (["--task.rl_share=0"], "train problems of task 'program'"),
     (["--sampling.max_tokens=60"], "max_position_embeddings = 64 less sampling.max_tokens = 60 leaves 4"),
     (["--engine.num_blocks=3"], "needs 4 KV blocks of 16, but engine.num_blocks = 3"),
     (["--reward.custom=nowhere:f"], "importing 'nowhere' failed"),
