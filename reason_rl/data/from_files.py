@@ -36,7 +36,7 @@ class FileProblems(Problems):
         self._has_unused_chat_template = tokenizer.chat is not None and task.template == "plain"
 
         # Read the rows and split them. A text that is held out is removed from train wherever it occurs.
-        reader, (path, heldout_path) = RowReader(task, verifier_of(task.name, config.reward), tokenizer), find_files(task)
+        reader, (path, heldout_path) = RowReader(task, verifier_of(task.name, config.reward.verifier), tokenizer), find_files(task)
         rows = list(reader.exercises(path))
         held = [row for row in rows if split_of(row[1].key, task) == "heldout"]
         if heldout_path is not None:

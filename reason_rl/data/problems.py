@@ -12,11 +12,11 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 
-from reason_rl.config import Config
+from reason_rl.config import Config, ConfigError
 from reason_rl.records import Problem
 
 
-class TooFewProblems(ValueError):
+class TooFewProblems(ConfigError):
     """A split has fewer problems than were asked for."""
 
 
@@ -66,7 +66,7 @@ class Problems(ABC):
         way_out = "" if self.num_train is None else "; task.max_prompt_tokens leaves longer ones out"
         for problem in problems:
             if len(problem.prompt_ids) > context - max_tokens:
-                raise ValueError(
+                raise ConfigError(
                     f"the prompt {problem.prompt[:60]!r} has {len(problem.prompt_ids)} tokens, but model.max_position_embeddings = "
                     f"{context} less sampling.max_tokens = {max_tokens} leaves {context - max_tokens}{way_out}")
 

@@ -20,7 +20,15 @@ from kernels.native import DTYPES
 from kernels.sample import check_tokens, sample
 from reason_rl.engine.cache import DecodeAttend, KVCache
 from reason_rl.engine.graphs import StepGraphs
-from reason_rl.engine.native_decode import DecodeBatch, DecodeModel, LayerWeights, cpu_unsupported_reason, decode, pack_layer, pack_weight
+from reason_rl.engine.native_decode import (
+    DecodeBatch,
+    DecodeModel,
+    LayerWeights,
+    cpu_unsupported_reason,
+    decode,
+    pack_layer,
+    pack_weight,
+)
 from reason_rl.engine.scheduler import Prompt, Sequence, num_blocks_for
 from reason_rl.model.transformer import MLP, Block, RouteTape, Transformer
 from reason_rl.records import SamplingParams

@@ -114,7 +114,7 @@ class Grpo:
     def check(config: Config, tokenizer: Tokenizer, problems: Problems) -> list[str]:
         """Problems that are too few, prompts that do not fit, a reward that is missing, a sandbox that does not hold."""
         settings = config.eval
-        first = problems.train(0, config.rl.prompts_per_step) + problems.heldout(max(settings.final_problems, settings.problems))
-        known = problems.all_known() or first
+        known = problems.to_check(config.rl.prompts_per_step, max(settings.final_problems, settings.problems))
+        problems.check(known, config)
         check_fits(known, config.sampling.max_tokens, config.model.max_position_embeddings, config.engine.num_blocks)
         return [*problems.describe(), *check_rewards(config, known[0])]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from reason_rl.run.folder import describe_source
 from reason_rl.run import stage_folder
+from reason_rl.run.folder import describe_source
 from reason_rl.stages.pretrain import Pretrain
 from tests.reason_rl.run.tiny_run import never_stop, run_apart, run_here, stop_after
 
