@@ -34,6 +34,7 @@ def begin_run(config: Config, world: World, folder: RunFolder, view: View, shoul
     """Checks the recipe, its stages and their problems; then opens the folder and the log -> a run that is ready to go."""
     started_s = time.perf_counter()
     tokenizer, recipe = tokenizer_of(config), plan_recipe(config)
+    view.recipe([stage.name for stage in recipe])
     if config.engine.decoder == "native" and cpu_unsupported_reason(world.device):
         raise ConfigError(f"engine.decoder='native' cannot run here: {cpu_unsupported_reason(world.device)}")
     problems = {stage.name: load_problems(stage.config, tokenizer) for stage in recipe}
