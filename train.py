@@ -31,7 +31,7 @@ def main(config: Config) -> int:
             return 0
         world = as_begun(world, folder)
         recipe = plan_recipe(config)
-        with make_view(f"reason_rl · {config.run.name}", world.rank, stages=[stage.name for stage in recipe]) as view:
+        with make_view(f"reason_rl · {config.run.name}", world.rank) as view:
             try:
                 with begin_run(config, recipe, world, folder, view, StopSignal(view.message)) as run:
                     for stage in recipe:

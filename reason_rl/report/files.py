@@ -1,4 +1,4 @@
-"""Reads and writes the files of a run: one atomic write for a file, one for a folder, JSONL, and plain JSON values.
+"""Reads and writes the files of a run: atomic writes of a file and of a folder, JSONL, and plain JSON values.
 
 Everything that is written whole goes through `atomic_write_text` or `atomic_folder`: a reader, or a run that
 continues after a crash, finds the old text or the new one, never a mix. Files that grow line by line
@@ -42,16 +42,16 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `path` when the block ends: at every moment `path` is whole, old or new.
+    """Yields a new folder to fill, which replaces `path` when the block ends: `path` is always whole, old or new.
 
-    An error in the block leaves `path` as it was.
+    An error in the block leaves `path` unchanged.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        for content in (*partial.rglob("*"), partial):  # before the rename: else a crash can leave the new name with no data
+        for content in (*partial.rglob("*"), partial):  # before the rename, as above
             _sync(content)
         if path.exists():
             _exchange(partial, path)  # a rename cannot replace a folder that has files
@@ -63,7 +63,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _exchange(a: Path, b: Path) -> None:
-    """Swaps two names in one step (renameat2, Linux); on a file system without it, by way of a third name."""
+    """Swaps two names in one step (renameat2, Linux); in three renames on a file system without it."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0:
         return

@@ -70,10 +70,9 @@ def never_raises(method: Method) -> Method:
 class View:
     """The silent view. It also holds the state that the other two draw."""
 
-    def __init__(self, title: str = "", stages: Sequence[str] = ()) -> None:
+    def __init__(self, title: str = "") -> None:
         self.title = title
-        self.stages = tuple(stages)
-        """The names of the recipe's stages in order; () leaves out the stage's position."""
+        self.recipe_stages: tuple[str, ...] = ()
         self.started_s = time.monotonic()
         self._begin("", "", 0, 0)
 
@@ -82,6 +81,11 @@ class View:
 
     def __exit__(self, *exception: object) -> None:
         return None
+
+    @never_raises
+    def recipe(self, stages: Sequence[str]) -> None:
+        """The names of all stages in order; from now on the view shows a stage's position among them."""
+        self.recipe_stages = tuple(stages)
 
     @never_raises
     def stage(self, name: str, kind: str, num_steps: int, first_step: int = 0) -> None:
@@ -117,9 +121,9 @@ class View:
 
     def heading(self) -> str:
         """'stage 2 of 2: grpo'"""
-        if self.stage_name not in self.stages:
+        if self.stage_name not in self.recipe_stages:
             return self.stage_name
-        return f"stage {self.stages.index(self.stage_name) + 1} of {len(self.stages)}: {self.stage_name}"
+        return f"stage {self.recipe_stages.index(self.stage_name) + 1} of {len(self.recipe_stages)}: {self.stage_name}"
 
     def time_left_s(self) -> float | None:
         """Seconds to the end of the stage at the pace so far; None before its first step."""
@@ -160,8 +164,8 @@ class View:
 class PlainView(View):
     """One line per event, for logs. Steps are thinned out to about `PLAIN_LINES` lines a stage."""
 
-    def __init__(self, title: str, console: Console, stages: Sequence[str] = ()) -> None:
-        super().__init__(title, stages)
+    def __init__(self, title: str, console: Console) -> None:
+        super().__init__(title)
         self.console = console
         self.printed_step: int | None = None
 
@@ -204,8 +208,8 @@ class PlainView(View):
 class LiveView(View):
     """One panel, redrawn 4 times a second: progress, latest numbers, the stage's curves, and a sample."""
 
-    def __init__(self, title: str, console: Console, stages: Sequence[str] = ()) -> None:
-        super().__init__(title, stages)
+    def __init__(self, title: str, console: Console) -> None:
+        super().__init__(title)
         self.console = console
         self.shown_sample: RenderableType | None = None
         self.sample_since_s = -SAMPLE_EVERY_S
@@ -286,14 +290,14 @@ class LiveView(View):
         return table
 
 
-def make_view(title: str, rank: int = 0, console: Console | None = None, stages: Sequence[str] = ()) -> View:
-    """The view for this output, a context manager. `stages` are the names of the recipe's stages in order."""
+def make_view(title: str, rank: int = 0, console: Console | None = None) -> View:
+    """The view that fits this output; use it as a context manager."""
     if rank != 0:
-        return View(title, stages)
+        return View(title)
     console = console or Console()
     is_plain = (os.environ.get("NO_COLOR") or os.environ.get("CI") or os.environ.get("TERM") == "dumb"
                 or not console.is_terminal)
-    return PlainView(title, console, stages) if is_plain else LiveView(title, console, stages)
+    return PlainView(title, console) if is_plain else LiveView(title, console)
 
 
 def rate_words(rates: Mapping[str, float]) -> list[tuple[str, float]]:

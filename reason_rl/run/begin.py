@@ -35,6 +35,7 @@ def begin_run(config: Config, recipe: list[PlannedStage], world: World, folder: 
     """Checks the recipe, its stages and their problems; then opens the folder and the log -> a run that is ready to go."""
     started_s = time.perf_counter()
     tokenizer = tokenizer_of(config)
+    view.recipe([stage.name for stage in recipe])
     if config.engine.decoder == "native" and cpu_unsupported_reason(world.device):
         raise ConfigError(f"engine.decoder='native' cannot run here: {cpu_unsupported_reason(world.device)}")
     problems = {stage.name: load_problems(stage.config, tokenizer) for stage in recipe}

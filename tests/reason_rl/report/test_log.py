@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from reason_rl.report.files import atomic_write_text, finite, read_jsonl
+from reason_rl.report.files import atomic_folder, atomic_write_text, finite, read_jsonl
 from reason_rl.report.log import METRICS, TIMINGS, RunLog, read_log, rollout_path, rollout_steps
 
 STAGES = ("pretrain", "grpo", "grpo-2")
@@ -167,6 +167,23 @@ def test_a_failed_atomic_write_keeps_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         atomic_write_text(tmp_path / "x.txt", "new \ud800")
     assert contents(tmp_path) == {"x.txt": b"old"}
+
+
+def test_an_atomic_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    for number in ("1", "2"):
+        with atomic_folder(tmp_path / "out") as folder:
+            (folder / number).write_text(number)
+            assert not (tmp_path / "out" / number).exists()
+    assert contents(tmp_path) == {"out/2": b"2"}
+
+
+def test_a_failed_atomic_folder_keeps_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "1").write_text("1")
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out") as folder:
+        (folder / "2").write_text("2")
+        raise RuntimeError
+    assert contents(tmp_path) == {"out/1": b"1"}
 
 
 def test_wandb_asked_for_but_absent_is_a_clear_error_before_files_change(

@@ -11,7 +11,6 @@ from rich.console import Console
 from reason_rl.report.terminal import LiveView, PlainView, View, make_view
 from reason_rl.report.text import count, duration, sparkline, split_completion
 
-STAGES = ("pretrain", "grpo")
 GRPO = {"reward": 1.05, "accuracy": 0.95, "thinking_tokens": 29.3, "length": 37.1, "kl": 0.01, "approx_kl": 0.002, "entropy": 0.08,
       "max_abs_logprob_gap": 0.0, "thinks_share": 1.0}
 RATES = {"rollout_s": 0.3, "rollout_tok_s": 32100.0, "train_tok_s": 30500.0}
@@ -34,6 +33,7 @@ def written(view: Any) -> str:
 
 def run_through(view: View) -> None:
     with view:
+        view.recipe(("pretrain", "grpo"))
         view.stage("pretrain", "pretrain", 4)
         for step in range(1, 5):
             view.train(step, {"loss": 2.0 / step, "lr": 1e-3}, {"train_tok_s": 29000.0})
@@ -47,7 +47,7 @@ def run_through(view: View) -> None:
 
 
 def test_a_pipe_gets_plain_lines_with_every_number_and_no_escape_codes() -> None:
-    view = make_view("program, seed 0", stages=STAGES, console=console(terminal=False))
+    view = make_view("program, seed 0", console=console(terminal=False))
     assert isinstance(view, PlainView)
     run_through(view)
     text = written(view)
@@ -63,7 +63,7 @@ def test_a_pipe_gets_plain_lines_with_every_number_and_no_escape_codes() -> None
 
 
 def test_a_terminal_gets_the_live_view_with_curve_and_sample() -> None:
-    view = make_view("program, seed 0", stages=STAGES, console=console(terminal=True))
+    view = make_view("program, seed 0", console=console(terminal=True))
     assert isinstance(view, LiveView)
     run_through(view)
     text = written(view)
