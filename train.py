@@ -20,7 +20,7 @@ from reason_rl.records import StepStats
 from reason_rl.report.page import write_report
 from reason_rl.report.terminal import make_view
 from reason_rl.rl.advantages import compute_advantages
-from reason_rl.rl.packing import pack_samples, select_samples, split_updates
+from reason_rl.rl.packing import pack
 from reason_rl.rollout.collect import Session, collect_groups, evaluate
 from reason_rl.rollout.metrics import rollout_metrics, update_metrics
 from reason_rl.run.folder import StopSignal, as_begun, open_run
@@ -37,12 +37,10 @@ def grpo_step(session: Session, step: int) -> StepStats:
     start = time.perf_counter()
 
     batch, sampled, timings = collect_groups(session, step)
-    estimate = compute_advantages(batch, rl)
-    samples = select_samples(batch, estimate.advantages, estimate.mask)
+    estimate = compute_advantages(batch, rl, world.device)
 
     packed = time.perf_counter()
-    updates = [pack_samples(part, config.optim.microbatch_tokens)
-               for part in split_updates(samples, rl.num_minibatches) if part]
+    updates = pack(batch, estimate, rl.num_minibatches, config.optim.microbatch_tokens)
     policy = session.weights.model
     if rl.old_logprobs == "recompute":
         updates = [fill_logprobs(policy, packs, world, temperature=temperature, name="old_logprobs") for packs in updates]
@@ -60,7 +58,7 @@ def grpo_step(session: Session, step: int) -> StepStats:
 
     end = time.perf_counter()
     num_tokens = sum(len(c.token_ids) for group in sampled for c in group.completions)
-    num_packed = sum(pack.num_tokens for packs in updates for pack in packs)
+    num_packed = sum(microbatch.num_tokens for packs in updates for microbatch in packs)
     timings |= {"train_s": end - packed, "step_s": end - start, "train_tok_s": num_packed / (end - packed),
                 "rollout_tok_s": num_tokens / timings["rollout_s"], "step_tok_s": num_tokens / (end - start)}
     metrics = rollout_metrics(sampled, session.tokenizer) | update_metrics(losses) | {

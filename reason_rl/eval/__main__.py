@@ -146,7 +146,7 @@ def sample_missing(plan: Plan, world: World, folder: EvalFolder, missing: Sequen
     """This process's share of the problems that have no row yet."""
     mine = world.share(missing)
     model = load_model(plan.checkpoint, world.dtype, weights_dtype=world.dtype).to(world.device).requires_grad_(False)
-    model.use_gemm("torch" if plan.config.run.exact == "off" else "auto")
+    model.set_batch_invariant(plan.config.run.exact != "off")
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Grader(plan.config, plan.tokenizer) as grader, Progress(
             *columns, console=Console(stderr=True), transient=True, disable=not world.is_main) as progress:

@@ -55,7 +55,7 @@ class RolloutWeights:
             self.model = model
             return
         self.model = Transformer(model.config, model.vocab_size, world.dtype).hold_in(world.dtype).to(world.device)
-        self.model.use_gemm(model.gemm)
+        self.model.set_batch_invariant(model.batch_invariant)
         self.refresh()
 
     @torch.no_grad()

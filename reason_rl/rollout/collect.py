@@ -30,6 +30,7 @@ from reason_rl.parallel.fsdp import RolloutWeights, shard
 from reason_rl.parallel.world import World
 from reason_rl.records import Completion, Group, Problem, SamplingParams
 from reason_rl.reward import Grader, Pending, check_rewards
+from reason_rl.rl.advantages import has_signal
 from reason_rl.rollout.metrics import eval_metrics, pass_at_powers
 from reason_rl.trainer.optimizer import Optimizer
 
@@ -89,11 +90,11 @@ def build_session(
     """From a plain model on the CPU; `reference_state` is the frozen policy's where that is not the model as given."""
     reference = None
     model.compute_dtype = world.dtype
-    model.use_gemm("torch" if config.run.exact == "off" else "auto")
+    model.set_batch_invariant(config.run.exact != "off")
     if config.loss.kl_coef > 0:
         reference = Transformer(model.config, model.vocab_size, world.dtype)
         reference.load_state_dict(reference_state or model.state_dict())
-        reference.use_gemm(model.gemm).to(world.device).requires_grad_(False)
+        reference.set_batch_invariant(model.batch_invariant).to(world.device).requires_grad_(False)
     model.to(world.device)
     shard(model, world)
     weights = RolloutWeights(model, world)
@@ -120,7 +121,7 @@ def check_task(config: Config, tokenizer: Tokenizer) -> list[str]:
 
 
 def sample_and_grade(
-    session: Session, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, step: int, with_routes: bool = False
+    session: Session, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, step: int, with_routed_experts: bool = False
 ) -> tuple[list[Group], dict[str, float]]:
     """Each rank samples and grades its share; every rank gets all groups, in order -> (groups, seconds).
 
@@ -135,19 +136,13 @@ def sample_and_grade(
 
     mine = session.engine.generate(
         session.world.share(problems), group_size, sampling, step=step, policy_version=session.policy_version, on_finish=submit,
-        with_routes=with_routes)
+        with_routed_experts=with_routed_experts)
     sampled = time.perf_counter()
     graded = [group.with_scores(tuple(pending[id(group.problem), c.sample_index].score() for c in group.completions))
               for group in mine]
     reward_s = time.perf_counter() - sampled
     groups = session.world.gather_shares(graded)
     return groups, {"rollout_s": time.perf_counter() - start - reward_s, "reward_s": reward_s}
-
-
-def has_signal(group: Group) -> bool:
-    """Its graded rewards differ, so that its advantages do not vanish: in f32, as `group_advantage` compares them."""
-    values = torch.tensor([score.value for score in group.scores if score.is_graded], dtype=torch.float32)
-    return len(values) > 1 and bool(values.max() > values.min())
 
 
 def collect_groups(session: Session, step: int) -> tuple[list[Group], list[Group], dict[str, float]]:

@@ -19,7 +19,7 @@ from reason_rl.rollout.collect import EVAL_KEY, Session, build_session, collect_
 from tests.reason_rl.tiny import grade_group
 
 CONFIG = Config(
-    model=ModelConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=1, moe_intermediate_size=32,
+    model=ModelConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=1, intermediate_size=32,
                       max_position_embeddings=64),
     task=TaskConfig(min_level=2, max_level=3, heldout_share=0.1, rl_share=0.2), rl=RLConfig(prompts_per_step=4, group_size=4),
     sampling=SamplingParams(max_tokens=24), engine=EngineConfig(max_num_seqs=6),
