@@ -137,7 +137,7 @@ def prepare(options: argparse.Namespace, overrides: Sequence[str], stack: ExitSt
     model = None
     if missing:
         model = load_model(plan.checkpoint, world.dtype, weights_dtype=world.dtype).to(world.device).requires_grad_(False)
-        model.use_gemm("torch" if plan.config.run.exact == "off" else "auto")
+        model.set_batch_invariant(plan.config.run.exact != "off")
     return Evaluation(plan, world, folder, missing, model)
 
 

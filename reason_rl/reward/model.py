@@ -18,11 +18,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kernels.attention import attention, plan_segments
 from reason_rl.answers.verdict import Verdict, graded, ungradable
 from reason_rl.data import Tokenizer
+from reason_rl.model.scoring import packed_hidden
 from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import load_model
+from reason_rl.records import Microbatch
 
 HEAD_FILE = "reward_head.safetensors"
 
@@ -47,9 +48,12 @@ class RewardModel:
     @torch.no_grad()
     def score(self, token_ids: torch.Tensor) -> float:
         length = len(token_ids)
-        plan = plan_segments(torch.tensor([[0, length, 0, 0]], dtype=torch.int32), length, token_ids.device)
-        hidden = self.model(token_ids, torch.arange(length), lambda layer, q, k, v: attention(q, k, v, plan)).hidden  # [T, D]
-        return float(torch.sigmoid(hidden[-1].float() @ self.weight + self.bias))
+        # One sequence without targets; the head reads its last hidden state.
+        hidden, _ = packed_hidden(self.model, Microbatch(
+            token_ids=token_ids, position_ids=torch.arange(length, dtype=torch.int32),
+            segments=torch.tensor([[0, length, 0, 0]], dtype=torch.int32), logits_index=torch.tensor([length - 1]),
+            target_ids=torch.zeros(0, dtype=torch.int64), sequence_index=torch.zeros(0, dtype=torch.int32), num_sequences=1))
+        return float(torch.sigmoid(hidden[0].float() @ self.weight + self.bias))  # [D] @ [D]
 
 
 @lru_cache(maxsize=1)

@@ -285,7 +285,7 @@ def test_a_completion_is_trained_on_as_it_was_sampled_and_never_encoded_again(tm
     assert text == "apples 4" and tuple(tokenizer.encode(text)) != sampled[:-1]  # encoding gives fewer
     completion = Completion(sampled, (-1.0,) * len(sampled), (0.0,) * len(sampled), "stop", 0, 0)
     group = Group(Problem(0, "test", "Tom", tuple(tokenizer.encode("Tom")), "4"), (completion,))
-    (pack,) = pack_samples([Sample(group, 0, 0, 1.0)], 1000)
+    (pack,) = pack_samples([Sample(group, 0, 0)], torch.ones(1, 1), 1000)
     assert tuple(pack.target_ids.tolist()) == sampled
 
 

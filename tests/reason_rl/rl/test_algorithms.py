@@ -179,7 +179,7 @@ def our_loss(config: Config, batch: Batch) -> tuple[torch.Tensor, dict[str, floa
             Completion((5,) * len(old), tuple(old.tolist()), (0.0,) * len(old), "stop", 0, i)
             for i, old in enumerate(olds))
         groups.append(Group(problem, completions, tuple(Score(r, {"accuracy": r}) for r in rewards)))
-    result = compute_advantages(groups, config.rl)
+    result = compute_advantages(groups, config.rl, torch.device("cpu"))
     kept = [(b, i) for b, i in result.mask.nonzero().tolist()]
     tables = batch.logprobs, batch.old_logprobs, batch.ref_logprobs
     new, old, ref = ([table[b][i] for b, i in kept] for table in tables)

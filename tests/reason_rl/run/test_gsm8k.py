@@ -23,12 +23,11 @@ from kernels.native import cpu_unsupported_reason
 from reason_rl.config import ModelConfig, load_config, parse_command_line
 from reason_rl.data import Tokenizer, load_problems
 from reason_rl.eval import __main__ as command
+from reason_rl.model.scoring import token_logprobs
 from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import load_model
-from reason_rl.rl.packing import pack_samples
-from reason_rl.trainer.update import token_logprobs
 from tests.reason_rl.run.tiny_run import ROOT, never_stop, rows
-from tests.reason_rl.tiny import CPU, VOCAB_SIZE, hand_made_group, samples_of
+from tests.reason_rl.tiny import CPU, VOCAB_SIZE, hand_made_group, packed
 
 transformers = pytest.importorskip("transformers")
 
@@ -192,7 +191,7 @@ def test_what_is_left_to_fill_in_is_one_clear_error(
 def kept_for_backward(config: ModelConfig) -> tuple[int, int]:
     """(bytes, packed tokens) of a forward pass in bf16, the weights' own storage aside."""
     model = Transformer(config, VOCAB_SIZE, torch.bfloat16).initialise(0)
-    (pack,) = pack_samples(samples_of([hand_made_group(0, 32, [64, 100])]), 1 << 20)
+    (pack,) = packed([hand_made_group(0, 32, [64, 100])])
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -208,8 +207,8 @@ def kept_for_backward(config: ModelConfig) -> tuple[int, int]:
 
 @pytest.mark.skipif(bool(cpu_unsupported_reason(CPU)), reason="the reference ops keep more")
 def test_a_layer_keeps_what_the_presets_comment_works_out():
-    config = ModelConfig(num_hidden_layers=1, hidden_size=192, num_attention_heads=6, num_key_value_heads=2, head_dim=32, num_experts=1, moe_intermediate_size=640,
-                         qk_norm="none", max_position_embeddings=256)
+    config = ModelConfig(num_hidden_layers=1, hidden_size=192, num_attention_heads=6, num_key_value_heads=2, head_dim=32,
+                         num_experts=1, intermediate_size=640, qk_norm="none", max_position_embeddings=256)
     (one, num_tokens), (two, _) = kept_for_backward(config), kept_for_backward(replace(config, num_hidden_layers=2))
     expected = 2 * (4 * 192 + 3 * 640 + 2 * 6 * 32 + 2 * 2 * 32)
     # 2 %: beside these an attention keeps two f32 a row and head.

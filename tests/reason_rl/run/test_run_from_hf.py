@@ -52,4 +52,4 @@ def test_a_run_from_a_hugging_face_folder_ends_in_one(tmp_path: Path, monkeypatc
     moved = {name for name, value in trained.state_dict().items() if not torch.equal(value, start.state_dict()[name])}
     assert moved == {name for name, _ in trained.named_parameters()}
     ours = load_model(folder)
-    assert torch.equal(ours.blocks[1].mlp.gate_up, trained.state_dict()["model.layers.1.mlp.experts.gate_up_proj"])  # type: ignore[union-attr]
+    assert torch.equal(ours.blocks[1].mlp.gate_up_proj, trained.state_dict()["model.layers.1.mlp.experts.gate_up_proj"])  # type: ignore[union-attr]

@@ -13,15 +13,14 @@ import torch
 from kernels.dispatch import Implementation, Op
 from kernels.triton_ops import IS_INTERPRETED
 from reason_rl.parallel.world import World
-from reason_rl.rl.packing import pack_samples
 from tests.reason_rl.tiny import (
     CPU,
     MOE,
     different_bits,
     hand_made_group,
     make_engine,
+    packed,
     problem,
-    samples_of,
     sampling,
     tiny_model,
     trainer_logprobs,
@@ -59,7 +58,7 @@ def assert_on_kernels(ran: dict[str, str], ops: set[str]) -> None:
 def test_an_update_runs_on_kernels_and_its_gradients_are_those_of_the_cpus(
     ran: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ):
-    packs, world = pack_samples(samples_of([hand_made_group(0, 4, [5, 1, 9])]), 10**6), World(0, 1, DEVICE, torch.float32)
+    packs, world = packed([hand_made_group(0, 4, [5, 1, 9])], 10**6), World(0, 1, DEVICE, torch.float32)
     gradients, metrics = policy_gradients(tiny_model(CONFIG).to(DEVICE), packs, world=world)
     assert_on_kernels(ran, UPDATE_OPS)
     monkeypatch.undo()
@@ -73,6 +72,6 @@ def test_a_rollout_runs_on_kernels_and_its_logprobs_are_the_trainers(ran: dict[s
     model = tiny_model(CONFIG).to(DEVICE)
     groups = make_engine(model, decoder="ops").generate([problem(0, 5), problem(1, 3)], 2, sampling(max_tokens=4), step=0)
     assert_on_kernels(ran, ROLLOUT_OPS)
-    (pack,) = pack_samples(samples_of(groups), 10**6)
+    (pack,) = packed(groups, 10**6)
     assert pack.rollout_logprobs is not None
     assert different_bits(pack.rollout_logprobs, trainer_logprobs(model, [pack.to(DEVICE)]).cpu()) == 0
