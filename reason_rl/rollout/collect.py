@@ -85,7 +85,7 @@ def collect(
         with clock("rollout"):
             sampled = engine.generate(
                 world.share(problems), group_size, sampling, step=step, policy_version=policy_version, on_finish=grading.add,
-                with_routes=with_routed_experts)
+                with_routed_experts=with_routed_experts)
     except BaseException:
         if on_group is not None:
             grading.finish()
