@@ -15,7 +15,8 @@ import torch
 
 import train
 from reason_rl.config import ConfigError, load_config, parse_command_line
-from reason_rl.data.problems import GeneratedProblems, TooFewProblems
+from reason_rl.data import TooFewProblems
+from reason_rl.data.generated import GeneratedProblems
 from reason_rl.model.weights import load_model
 from reason_rl.parallel import world as distributed
 from reason_rl.run import stage_folder as stage_folder_module
