@@ -63,4 +63,5 @@ def load_reward(entry_point: str, key: str = "reward.custom") -> tuple[Callable[
     if unknown:
         raise CustomRewardError(f"{key} = {entry_point!r}: a reward takes any of {', '.join(ARGUMENTS)} by name, "
                                 f"got {', '.join(unknown)}")
-    return function, tuple(p.name for p in parameters if p.name in ARGUMENTS)
+    takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    return function, tuple(ARGUMENTS) if takes_all else tuple(p.name for p in parameters if p.name in ARGUMENTS)

@@ -61,10 +61,9 @@ def test_scores_are_those_of_the_finished_groups(session: Session) -> None:
     groups, _ = sample_and_grade(session, session.draw_problems(0, 4, 0, ()), 4, session.sampling, 0)
     reasons = {completion.finish_reason for group in groups for completion in group.completions}
     assert reasons == {"stop", "length"}  # both ways of ending were seen
-    with Grader(CONFIG) as grader:
+    with Grader(CONFIG, session.tokenizer) as grader:
         for group in groups:
-            texts = [session.tokenizer.decode_completion(c.token_ids) for c in group.completions]
-            assert grade_group(replace(group, scores=()), texts, grader) == group
+            assert grade_group(replace(group, scores=()), grader) == group
 
 
 def test_each_of_several_end_tokens_ends_a_completion(session: Session) -> None:
@@ -91,7 +90,7 @@ def test_a_step_says_what_its_verifiers_did_and_an_evaluation_is_not_counted(ses
 def test_a_verifier_that_dies_leaves_its_completion_ungraded_and_the_step_goes_on(session: Session) -> None:
     session.grader.close()
     session.config = replace(CONFIG, reward=RewardConfig(custom="tests.reason_rl.run.train_rewards:dies_at_times"))
-    session.grader = Grader(session.config)
+    session.grader = Grader(session.config, session.tokenizer)
     groups, _ = sample_and_grade(session, session.draw_problems(0, 4, 0, ()), 4, session.sampling, EVAL_KEY)
     graded = [score.is_graded for group in groups for score in group.scores]
     assert 0 < sum(graded) < len(graded)
