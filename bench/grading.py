@@ -1,11 +1,12 @@
-"""Gradings a second through the verifier service, with the workers' round trip; and math-verify's, if it is installed.
+"""Gradings a second through the verifier service, with the workers' round trip; and math-verify's, if it is
+installed.
 
     .venv/bin/python -m bench.grading [--json bench/results/grading_cpu.json]
 
-A request is a completion of about 100 words and its right answer, as the trainer sends it; workers are warm. The result is the best of several
-rounds, since other programs on the machine can only slow a round down. math-verify runs in this process, without the service, on the same
-answers; and the command lists answers on which the two differ.
-"""
+A request is a completion of about 100 words and its right answer, as the trainer sends it; workers are warm.
+The result is the best of several rounds, since other programs on the machine can only slow a round down.
+math-verify runs in this process, without the service, on the same answers; and the command lists answers on
+which the two differ. """
 
 from __future__ import annotations
 
@@ -94,7 +95,7 @@ def main() -> None:
         for name, value in record["math-verify"]["gradings_per_s"].items():
             print(f"{name:16} {value:9,.0f} a second by math-verify {record['math-verify']['version']}, in one process")
         for dispute in record["math-verify"]["disputed"]:
-            print(f"{dispute['given']:>12} for {dispute['answer']:14} ours {dispute['reason_rl']:6} math-verify {dispute['math-verify']}")
+            print("{given:>12} for {answer:14} ours {reason_rl:6} math-verify {math-verify}".format(**dispute))
     write_json(record, options.json)
 
 

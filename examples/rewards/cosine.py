@@ -1,13 +1,14 @@
-"""The cosine length reward (arXiv:2502.03373, section 4.2): right answers should be short, wrong ones may think longer.
+"""The cosine length reward (arXiv:2502.03373, section 4.2): right answers should be short, wrong ones may
+think longer.
 
     .venv/bin/python train.py configs/gsm8k.toml --name cosine --reward.accuracy=0 --reward.custom=examples.rewards.cosine:cosine
 
     short + (long - short) (1 - cos(pi length / max)) / 2      (short, long): the ends below, for right and for wrong
     cut at max                                                 CUT
 
-It decides right or wrong with the math verifier, so use it for tasks whose answers that verifier reads. It includes the
-accuracy, hence --reward.accuracy=0. Combine it with the repetition penalty: it has been exploited by repetition.
-"""
+It decides right or wrong with the math verifier, so use it for tasks whose answers that verifier reads. It
+includes the accuracy, hence --reward.accuracy=0. Combine it with the repetition penalty: it has been
+exploited by repetition. """
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
-"""The fraction of the thought that is in the prompt's language (as in R1, arXiv:2501.12948, 2.3.2), from 0 to 1.
+"""The fraction of the thought that is in the prompt's language (as in R1, arXiv:2501.12948, 2.3.2), from 0 to
+1.
 
     .venv/bin/python train.py --name language --reward.custom=examples.rewards.language:same_language --reward.custom_weight=0.1
 
-Counts words of two letters or more (in languages without spaces, characters). Digits, formulas, LaTeX commands and
-single letters have no language. Languages are distinguished by script; those of the Latin script by their most common
-words, if both prompt and thought have some. A thought without words scores 1.
+Counts words of two letters or more (in languages without spaces, characters). Digits, formulas, LaTeX
+commands and single letters have no language. Languages are distinguished by script; those of the Latin script
+by their most common words, if both prompt and thought have some. A thought without words scores 1.
 
-Left out: languages that share a script and are not in COMMON. A language model would distinguish them, as a judge.
-"""
+Left out: languages that share a script and are not in COMMON. A language model would distinguish them, as a
+judge. """
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from collections.abc import Iterator
 
 from reason_rl.records import Problem
 
-# First and last code point of each script. Japanese mixes kana and Han, so a text with kana counts both as one.
+# First and last code point of each script. Japanese mixes kana and Han, so a text with kana counts both as
+# one.
 SCRIPTS = [(0x41, 0x24F, "latin"), (0x370, 0x3FF, "greek"), (0x400, 0x52F, "cyrillic"), (0x590, 0x5FF, "hebrew"),
            (0x600, 0x6FF, "arabic"), (0x900, 0x97F, "devanagari"), (0xE00, 0xE7F, "thai"), (0x3040, 0x30FF, "kana"),
            (0x3400, 0x9FFF, "han"), (0xAC00, 0xD7AF, "hangul")]

@@ -116,7 +116,8 @@ class Evaluator:
         sampled = self._open.setdefault(problem.problem_id, Sampled(problem))
         text, index = self.plan.tokenizer.decode_completion(completion.token_ids), completion.sample_index
         sampled.completions[index] = completion
-        sampled.answers[index] = answer_of(problem.completion_prefix + text, verifier_of(problem.task, self.plan.config.reward.verifier))
+        verifier = verifier_of(problem.task, self.plan.config.reward.verifier)
+        sampled.answers[index] = answer_of(problem.completion_prefix + text, verifier)
         sampled.pending[index] = self.grader.submit(problem, completion)
         self.on_completion(completion)
         if len(sampled.pending) == self.plan.num_samples:

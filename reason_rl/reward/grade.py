@@ -1,9 +1,10 @@
-"""`Grader`: submits a completion to the verifiers that its problem and the config ask for, and returns a `Score`.
+"""`Grader`: submits a completion to the verifiers that its problem and the config ask for, and returns a
+`Score`.
 
-Third stage of a step, in the trainer's process. `submit` takes a completion as soon as it is sampled and returns at
-once; `Pending.score` waits for the verdicts and takes the weighted sum of all parts. If one verdict is ungradable, the
-completion is ungraded, with the cause, and takes no part in the update. No verifier can end the run.
-"""
+Third stage of a step, in the trainer's process. `submit` takes a completion as soon as it is sampled and
+returns at once; `Pending.score` waits for the verdicts and takes the weighted sum of all parts. If one
+verdict is ungradable, the completion is ungraded, with the cause, and takes no part in the update. No
+verifier can end the run. """
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ GIB = 1 << 30
 
 
 def check_rewards(config: Config, problem: Problem) -> list[str]:
-    """Checks before any work that the functions, the model, the sandbox and the facts that the rewards need exist.
+    """Checks before any work that the functions, the model, the sandbox and the facts that the rewards need
+    exist.
 
     problem: any problem of the task. Returns lines for the run to print; raises ConfigError.
     """
@@ -89,8 +91,8 @@ class Pending:
 
     service: VerifierService
     verdicts: dict[str, tuple[str, Future[Verdict]]]
-    """By part: (kind, verdict). The text kind's verdict also contains the format; it is the accuracy if the answer is
-    compared as text, and listed as "text" otherwise."""
+    """By part: (kind, verdict). The text kind's verdict also contains the format; it is the accuracy if the
+    answer is compared as text, and listed as "text" otherwise."""
     num_tokens: int
     finish_reason: FinishReason
     config: Config

@@ -1,4 +1,5 @@
-"""`python -m reason_rl.sandbox [any|namespaces|landlock|all]`: prints what holds here; exit status 1 if it is too little."""
+"""`python -m reason_rl.sandbox [any|namespaces|landlock|all]`: prints what holds here; exit status 1 if it is
+too little."""
 
 import sys
 

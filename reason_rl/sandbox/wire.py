@@ -1,9 +1,9 @@
 """The channel's format: plain values as JSON messages with a length prefix.
 
-Hostile code writes the messages that leave a jail, so they are never unpickled. They build values of exactly the types
-below and no subclass, so that no `__eq__` of the candidate's reaches a comparison. An object of any other type stays in
-its process, and the other side gets a `Remote`. Imported inside the jail: standard library only.
-"""
+Hostile code writes the messages that leave a jail, so they are never unpickled. They build values of exactly
+the types below and no subclass, so that no `__eq__` of the candidate's reaches a comparison. An object of any
+other type stays in its process, and the other side gets a `Remote`. Imported inside the jail: standard
+library only. """
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ Find = Callable[[Any], Any]
 
 
 def encode(value: Any, keep: Keep) -> Any:
-    """The value as JSON. keep: stores an object that does not travel and returns its index (or a builtin's name)."""
+    """The value as JSON. keep: stores an object that does not travel and returns its index (or a builtin's
+    name)."""
     kind = type(value)
     if value is None or kind in (bool, float, str):
         return value
