@@ -6,7 +6,8 @@ installed.
 A request is a completion of about 100 words and its right answer, as the trainer sends it; workers are warm.
 The result is the best of several rounds, since other programs on the machine can only slow a round down.
 math-verify runs in this process, without the service, on the same answers; and the command lists answers on
-which the two differ. """
+which the two differ.
+"""
 
 from __future__ import annotations
 

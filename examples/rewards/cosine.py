@@ -3,12 +3,13 @@ think longer.
 
     .venv/bin/python train.py configs/gsm8k.toml --name cosine --reward.accuracy=0 --reward.custom=examples.rewards.cosine:cosine
 
-    short + (long - short) (1 - cos(pi length / max)) / 2      (short, long): the ends below, for right and for wrong
+    short + (long - short) (1 - cos(pi length / max)) / 2      (short, long): RIGHT or WRONG, below
     cut at max                                                 CUT
 
 It decides right or wrong with the math verifier, so use it for tasks whose answers that verifier reads. It
 includes the accuracy, hence --reward.accuracy=0. Combine it with the repetition penalty: it has been
-exploited by repetition. """
+exploited by repetition.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ commands and single letters have no language. Languages are distinguished by scr
 by their most common words, if both prompt and thought have some. A thought without words scores 1.
 
 Left out: languages that share a script and are not in COMMON. A language model would distinguish them, as a
-judge. """
+judge.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@
 
 The n-grams are of words, signs and, in languages without spaces, characters (arXiv:2502.03373, appendix;
 TRL's open-r1 recipe has the same penalty). A completion of fewer than NGRAM words scores 0. All prose repeats
-something, so the weight should be small. """
+something, so the weight should be small.
+"""
 
 from __future__ import annotations
 

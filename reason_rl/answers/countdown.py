@@ -3,7 +3,8 @@
 TinyZero's rules: + - * / and parentheses, each given number once, no unary minus. A walk over the syntax tree
 computes the value in exact fractions. It accepts integers and those four operators only: no `**`, `//`,
 names, calls or floats. Length, digits and nesting are bounded before parsing. Python never evaluates the
-text. """
+text.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Which verifier grades a task's answers, and whether that verifier can read the right answer.
 
 `data` calls this for every row before training: a right answer that no verifier can read makes the row a bad
-row. Left out: grading completions (math/, countdown.py, and programs in reason_rl/reward). """
+row. Left out: grading completions (math/, countdown.py, and programs in reason_rl/reward).
+"""
 
 from __future__ import annotations
 

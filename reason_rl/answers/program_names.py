@@ -3,7 +3,8 @@
 In `assert isclose(f(2), 0.5)` without an import of `isclose`, a program that defines both names receives 0.5
 and always passes. So without entry points, the tests may use one function that they do not define. They may
 also use undefined classes (capitalised names) if the objects only go into that function's arguments: `assert
-f([Pair(1, 2)]) == 3`. All other tests are refused as ambiguous. """
+f([Pair(1, 2)]) == 3`. All other tests are refused as ambiguous.
+"""
 
 from __future__ import annotations
 

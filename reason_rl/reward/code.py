@@ -4,7 +4,8 @@
 the outcome into a verdict. A failure that the program causes (a hang, a crash, too much memory or output) is
 wrong, with that word as its cause. Ungradable are a jail that could not be made, and tests that no program
 can pass: they do not compile, leave open which names the program defines (answers/program_names.py), or pass
-objects that cannot be sent. """
+objects that cannot be sent.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def grade_code(request: Mapping[str, Any], sandbox: str = "any", mechanisms: Seq
     them) and "entry_points" (the names in them that the program defines).
 
     mechanisms: those that the trainer found to hold, so that a worker need not test them; (): they are tested
-    here. """
+    here.
+    """
     try:
         use = tuple(mechanisms) or usable_mechanisms(sandbox)
     except (SandboxError, OSError) as error:
@@ -78,7 +80,8 @@ def extract_code(text: str) -> str | None:
     there is one.
 
     An answer block without fences is a program as a whole. None: no program, several answer blocks, or a
-    fence that never closes. """
+    fence that never closes.
+    """
     # The text to search: after the thought, inside the answer block.
     answer = text.rpartition("</think>")[2]
     has_tags = "<answer>" in answer or "</answer>" in answer

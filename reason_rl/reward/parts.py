@@ -30,7 +30,8 @@ def grade_text(request: Request) -> Verdict:
     length.
 
     request: "text", "answer", "facts", "finish_reason", "verifier". The verdict is the accuracy if the
-    verifier is one of `TEXT_VERIFIERS`; the format is a part of it. """
+    verifier is one of `TEXT_VERIFIERS`; the format is a part of it.
+    """
     text = request["text"]
     parts = {"format": format_reward(text, request["finish_reason"])}
     verdict = _accuracy(request) if request["verifier"] in TEXT_VERIFIERS else RIGHT
@@ -56,8 +57,7 @@ TEXT_VERIFIERS: dict[str, Callable[[Request, str], bool]] = {"text": _is_same_te
 
 
 def format_reward(text: str, finish_reason: FinishReason) -> float:
-    """1.0 or 0.0. text: the completion without its end token; finish_reason "length": it was cut before
-    one."""
+    """1.0 or 0.0. text: the completion without its end token; finish_reason "length": it was cut."""
     is_well_formed = (finish_reason == "stop"
                       and all(text.count(tag) == 1 for tag in TAGS)
                       and text.startswith("<think>")

@@ -2,7 +2,8 @@
 requests.
 
 Nothing here is trusted: the program shares this process and may rewrite all of it. It gains nothing but to
-send other values; the comparison happens in another process, which it cannot reach. """
+send other values; the comparison happens in another process, which it cannot reach.
+"""
 
 from __future__ import annotations
 

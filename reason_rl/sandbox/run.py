@@ -8,7 +8,8 @@ Whatever a program does to its jails counts as its failure: a hang, a crash, too
 "tests" (no program can pass them) and "sandbox" (no jail could be made) are not its fault.
 
 Left out: programs judged by their output, functions judged by changes to their arguments, packages besides
-Python's standard library. """
+Python's standard library.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ with each. `require_sandbox` then runs a hostile program (trial.py) in a jail wi
 any attempt succeeded.
 
 Left out: control groups (they need a delegated subtree, which most machines lack); numpy and other packages
-inside. """
+inside.
+"""
 
 from __future__ import annotations
 
@@ -66,8 +67,7 @@ class Jail:
     """One interpreter that locks itself in. `status()` is "held", or the mechanism that failed and why."""
 
     def __init__(self, role: str, task: dict[str, Any], limits: Limits, use: tuple[str, ...], channel: socket.socket) -> None:
-        """role: "candidate" or "examiner". use: the mechanisms. channel: this jail's end, which is closed
-        here."""
+        """role: "candidate" or "examiner". use: the mechanisms. channel: the jail's end; closed here."""
         # The scratch folder, the pipes, and the task with the numbers of their descriptors.
         self.scratch, self._lock = ("", -1) if "namespaces" in use else make_scratch()
         self._is_ended, self.final_status = False, ""
@@ -110,11 +110,12 @@ class Jail:
         return text.decode() or "start: the jail ended without a status"
 
     def end(self) -> int:
-        """Kills everything left inside, waits for it, removes the scratch folder; returns the exit status
-        modulo 256."""
+        """Kills all processes inside, waits, removes the scratch folder; returns the exit status % 256."""
         if self._is_ended:
             return int(self.process.returncode)
         self._is_ended = True
+
+        # Kill the process tree.
         if self.process.poll() is None:
             self.process.terminate()  # the keeper kills the payload and waits for it
             try:
@@ -122,6 +123,8 @@ class Jail:
             except subprocess.TimeoutExpired:
                 self.process.kill()  # the payload dies too, by its parent-death signal
                 self.process.wait()
+
+        # The status pipe is complete now; close and remove everything.
         assert self.process.stdout is not None
         self.process.stdout.close()
         self.final_status = self.status()
@@ -135,8 +138,7 @@ class Jail:
             remove_scratch(self.scratch, self._lock)
 
     def overflows(self, limits: Limits) -> bool:
-        """Does the scratch folder exceed its limit? For jails without namespaces, whose folder the kernel
-        does not bound."""
+        """Does the scratch folder exceed its limit? Without namespaces the kernel does not bound it."""
         with contextlib.suppress(OSError), os.scandir(self.scratch) as entries:
             first = itertools.islice(entries, MAX_SCRATCH_FILES + 1)
             sizes = [entry.stat(follow_symlinks=False).st_blocks * 512 for entry in first]
@@ -152,8 +154,7 @@ def held_mechanisms() -> dict[str, str]:
 
 
 def make_scratch() -> tuple[str, int]:
-    """(a folder, a descriptor that holds a lock on it). The kernel frees the lock when this process ends,
-    however it ends."""
+    """(a folder, a descriptor with a lock on it). The kernel frees the lock when this process ends."""
     for _ in range(10):
         folder = tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}_")
         if (lock := _lock(folder)) >= 0:
@@ -168,8 +169,7 @@ def remove_scratch(folder: str, lock: int) -> None:
 
 
 def _lock(folder: str | Path) -> int:
-    """A descriptor with the folder's lock; -1 if another process holds it, or the folder is gone or cannot be
-    opened."""
+    """A descriptor with the folder's lock; -1 if another process holds it, or the folder cannot be opened."""
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
@@ -205,8 +205,7 @@ def _why_not(use: tuple[str, ...]) -> str:
 
 
 TRIED: dict[str, tuple[str, ...] | SandboxError] = {}
-"""The result of the trial in this process, by the required set. A second trial would take as long and end the
-same."""
+"""The result of the trial in this process, by the required set. A second one would end the same."""
 
 
 def usable_mechanisms(sandbox: str = "any") -> tuple[str, ...]:
@@ -253,8 +252,7 @@ def _try_mechanisms(sandbox: str) -> tuple[str, ...]:
 
 
 def require_sandbox(sandbox: str = "any") -> str:
-    """A line with the mechanisms that hold here, for a run to print. Raises SandboxError if they do not
-    suffice."""
+    """A line with the mechanisms that hold here, for a run to print. Raises SandboxError if too few do."""
     use = usable_mechanisms(sandbox)
     words = {"namespaces": "namespaces", "landlock": "Landlock", "seccomp": "seccomp"}
     if "landlock" in use:
@@ -274,8 +272,8 @@ def _scratch() -> Iterator[str]:
 
 
 def run_trial(use: tuple[str, ...]) -> list[str]:
-    """The attempts of the trial program that succeeded in a jail of these mechanisms; [] if the jail
-    holds."""
+    """The attempts of the trial program that succeeded in a jail of these mechanisms."""
+    # A secret file and a listening port outside of the jail.
     limits = Limits(memory_bytes=256 << 20, file_bytes=1 << 20, threads=8)
     ours, theirs = socket.socketpair()
     task = {"source": (HERE / "trial.py").read_text()}
@@ -284,6 +282,8 @@ def run_trial(use: tuple[str, ...]) -> list[str]:
         (Path(outside) / "secret").write_text("secret")
         for path, mode in ((outside, 0o777), (f"{outside}/secret", 0o666)):
             os.chmod(path, mode)  # so that nothing but the sandbox protects them
+
+        # Run the program, with the places that it should try.
         ours.settimeout(TRIAL_DEADLINE_S)
         parent = 0 if "namespaces" in use else os.getpid()  # in a namespace the id would name another process
         port = server.getsockname()[1]

@@ -18,8 +18,7 @@ from typing import Any
 
 
 def trial(outside: str, port: int, parent: int, memory_bytes: int, file_bytes: int, threads: int) -> list[str]:
-    """The names of the attempts that succeeded. parent: a process id, or 0 in a namespace, where it names
-    another."""
+    """The names of the attempts that succeeded. parent: its process id, or 0 in a namespace."""
     # Files, the network, programs, limits.
     secret = Path(outside, "secret")
     tries: dict[str, Callable[[], Any]] = {

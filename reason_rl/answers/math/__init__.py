@@ -8,7 +8,8 @@ the second line of defence. A right answer that cannot be read is an error in th
 completion has the same text.
 
 Left out: sympy and math-verify. Answers need a small grammar and their values, and code that reads hostile
-texts should be small enough to review. """
+texts should be small enough to review.
+"""
 
 from __future__ import annotations
 
@@ -105,8 +106,7 @@ def is_same_text(gold: str, given: str) -> bool:
 
 
 def spelled(text: str) -> str:
-    """The text without wrappers, without white space around signs, and without the brackets around a choice's
-    letter. Lower case if it contains a word."""
+    """Drops wrappers, white space around signs and a choice's brackets; words become lower case."""
     text = LOOSE_SPACE.sub("", SPACE.sub(" ", WRAPPED.sub(r" \1 ", text).strip(" $"))).rstrip(".")
     if re.fullmatch(r"\([A-Za-z]\)", text):
         return text[1]

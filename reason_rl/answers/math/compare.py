@@ -3,7 +3,8 @@
 If the right answer is a plain number, the completion must give a number with no arithmetic left to do: 48+24,
 2^3 and 48/2 are not 72, 8 and 24. Otherwise a policy could learn to repeat the question as its answer. All
 other answers are compared by value: two fractions exactly, other numbers to 20 digits, expressions with names
-at random points (seeded by the right answer's text). """
+at random points (seeded by the right answer's text).
+"""
 
 from __future__ import annotations
 
@@ -92,8 +93,7 @@ class Comparison:
         return node
 
     def same_chain(self, gold: Node, given: Node) -> bool:
-        """48 + 24 = 72: every value equals the right one, and the first or the last is an answer without the
-        others."""
+        """48 + 24 = 72: every value equals the right one, and the first or the last alone is an answer."""
         ends, equal = (given.args[-1], given.args[0]), self.same if gold.op in STRUCTURED else self.equal_values
         return any(self.same(gold, end) for end in ends) and all(equal(gold, part) for part in given.args)
 
@@ -159,7 +159,8 @@ class Comparison:
         point.
 
         If the right answer is real at enough points, only those count: sqrt(x) is compared where x is not
-        negative. """
+        negative.
+        """
         names = sorted(names_in(gold) | names_in(given))
         pairs: list[tuple[Value, Value]] = []
         failure: Unreadable | None = None
@@ -198,8 +199,7 @@ def is_named(name: Node, values: Sequence[Node]) -> bool:
 
 
 def solved(node: Node) -> tuple[Node, str, Node] | None:
-    """(x, ">", 5) for x > 5 and for 5 < x: a name, the sign, a value without names. None for other
-    relations."""
+    """(x, ">", 5) for x > 5 and for 5 < x: a name, a sign, a value without names. None for the rest."""
     if node.op != "relation" or len(node.args) != 2:
         return None
     (left, right), sign = node.args, str(node.value)
@@ -215,8 +215,7 @@ def names_in(node: Node) -> frozenset[str]:
 
 
 def is_plain(node: Node) -> bool:
-    """Is this a number without arithmetic: whole, decimal, fraction, mixed or scientific, possibly
-    negative?"""
+    """Is this a number without arithmetic: whole, decimal, fraction, mixed, scientific; maybe negative?"""
     match node.op, node.args:
         case ("number", _):
             return True
@@ -300,8 +299,7 @@ def turned(node: Node) -> tuple[Node, list[str]]:
 
 
 def as_region(node: Node, wanted: str) -> Node:
-    """Turns x > 5 into (5, infinity) if a "bracket" is wanted, and "x < 1 or x > 3" into a union; else the
-    node itself."""
+    """Turns x > 5 into (5, infinity) if a "bracket" is wanted, "x < 1 or x > 3" into a union."""
     if node.op == "list" and wanted == "union":
         parts = tuple(as_region(part, "bracket") for part in node.args)
         return Node("union", parts) if all(part.op == "bracket" for part in parts) else node

@@ -2,7 +2,8 @@
 
 The caller assigns values to names, so that two expressions can be compared at points. Every operation that
 could grow without bound (powers, factorials, functions of huge arguments) is bounded before it is computed. A
-tree beyond a bound or without a value (1/0) raises `Unreadable`. Nothing here calls Python's eval. """
+tree beyond a bound or without a value (1/0) raises `Unreadable`. Nothing here calls Python's eval.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +26,7 @@ MAX_EXPONENT = 10_000
 MAX_ARGUMENT = 10**6
 MAX_FACTORIAL = 2500
 RELATIVE_ERROR = mp.mpf(10) ** -20
-"""Above the rounding of some hundred operations on 40 digits, and far below any difference between
-answers."""
+"""Above the rounding of some hundred operations on 40 digits, far below any difference of two answers."""
 ZERO = mp.mpf(10) ** -30
 CONSTANTS = {"pi": mp.mpc(mp.pi), "e": mp.mpc(mp.e), "i": mp.mpc(0, 1)}
 

@@ -7,7 +7,7 @@ separate several values; they are right only if the right answer has as many. Ne
     answer    relation (, relation)*     sum      term (+- term)*
     relation  union (= union)*           term     power ((* | / | nothing) power)*
     union     ratio (\\cup ratio)*       power    primary (! | % | degree)* [^ power]
-    ratio     quantity (: quantity)*     primary  number, name, \\frac, \\sqrt, function, brackets, |...|, matrix
+    ratio     quantity (: quantity)*     primary  number, name, \\frac, \\sqrt, call, brackets, |...|, matrix
     quantity  [currency] sum [unit]
 """
 
@@ -221,6 +221,7 @@ class _Reader:
         return self.power()
 
     def power(self) -> Node:
+        # Postfix signs, then an exponent.
         node = self.primary()
         while True:
             if self.at("!"):
@@ -280,8 +281,7 @@ class _Reader:
         return Node("const", (), text) if text in ("e", "i") else Node("name", (), text)
 
     def argument(self) -> Node:
-        """The argument of \\frac, \\sqrt and _: a group in braces, else one token; one digit of a number
-        (\\frac12)."""
+        """The argument of \\frac, \\sqrt and _: a group in braces, else one token (one digit: \\frac12)."""
         if self.at("{"):
             self.take()
             node = self.several("}")
@@ -315,8 +315,7 @@ class _Reader:
         raise Unreadable(f"the command \\{text}")
 
     def function(self, text: str) -> Node:
-        """\\sin^2 x, \\log_2 8, \\cos(x), \\sin 2x: without brackets the argument is the following
-        product."""
+        """\\sin^2 x, \\log_2 8, \\cos(x), \\sin 2x: without brackets the next product."""
         # The base and the exponent between the function's name and its argument.
         base, exponent = None, None
         if self.at("_"):
@@ -357,9 +356,11 @@ class _Reader:
     def matrix(self, environment: str) -> Node:
         if environment not in ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix"):
             raise Unreadable(f"the environment {environment}")
-        if environment == "array" and self.at("{"):  # the columns' alignment
+        if environment == "array" and self.at("{"):  # skip the columns' alignment
             while self.take().kind != "}":
                 pass
+
+        # Values separated by &, rows by \\\\; a last \\\\ starts no row.
         rows: list[list[Node]] = [[]]
         while not self.at("end"):
             rows[-1].append(self.relation())

@@ -46,8 +46,7 @@ class Kind:
     """Limit of a worker's address space; 0: none."""
     options: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[..., Any] | None = None
-    """Called with the options at a worker's start, for loading that should not count against a request's
-    deadline."""
+    """Called with the options at a worker's start, for loading outside of any request's deadline."""
     batch: int = 64
     """Most requests sent to a worker at once: 1 for slow kinds."""
     num_workers: int = 0
@@ -135,7 +134,8 @@ class VerifierService:
         """Waits as long as verdicts of this kind keep coming.
 
         Each worker gives one within the deadlines of its start and of a request. If none comes in that time
-        plus SLACK_S, the service is broken and the request ungradable. """
+        plus SLACK_S, the service is broken and the request ungradable.
+        """
         patience_s = START_DEADLINE_S + self.kinds[kind].deadline_s + GRACE_S + SLACK_S
         while True:
             seen = self._state.num_done[kind]
@@ -150,8 +150,7 @@ class VerifierService:
         return [self.result(kind, future) for future in [self.submit(kind, request) for request in requests]]
 
     def take_metrics(self) -> dict[str, float]:
-        """Counts since the last call. gradings_per_s counts only the time in which some request was
-        pending."""
+        """Counts since the last call. gradings_per_s excludes the time without pending requests."""
         state = self._state
         with state.changed:
             now = time.monotonic()
@@ -250,8 +249,7 @@ def _put_back(state: _State, name: str, tasks: Sequence[_Task]) -> None:
 
 
 def _take(state: _State, kind: Kind, num_workers: int) -> list[_Task]:
-    """Takes the next batch: this worker's fraction of the queue, at most kind.batch. [] once the service is
-    closed."""
+    """Takes the next batch: this worker's fraction of the queue, at most kind.batch; [] once closed."""
     queue = state.queues[kind.name]
     with state.changed:
         state.idle[kind.name] += 1
@@ -280,6 +278,7 @@ def _start(state: _State, kind: Kind, is_restart: bool) -> WorkerProcess:
         worker = WorkerProcess(kind.function, kind.options, kind.deadline_s, kind.memory_bytes, kind.prepare)
     except OSError as error:  # the machine is out of processes, memory or descriptors
         raise WorkerStartError(f"{type(error).__name__}: {error}") from error
+    # Register it, so that close() kills it; the service may have been closed while it started.
     with state.changed:
         state.processes.add(worker)
         state.counts["restarts"] += is_restart

@@ -3,7 +3,8 @@
 Started by handle.py in a fresh interpreter. It dies with the trainer (the kernel sends SIGKILL, and its
 socket closes) and limits its own memory. At a request's deadline a timer interrupts the function; only a main
 thread can have such a timer. Anything that a function raises, SystemExit included, becomes a verdict. Imports
-the standard library and `Verdict` only; unpickling the function imports its module. """
+the standard library and `Verdict` only; unpickling the function imports its module.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +34,7 @@ Verify = Callable[..., Verdict]
 
 
 class Deadline(BaseException):
-    """Raised in the function at its deadline. A BaseException, so that no `except Exception` in it hides
-    it."""
+    """Raised in the function at its deadline. A BaseException, so that no `except Exception` hides it."""
 
 
 def main(parent_pid: int, connection_fd: int, progress_fd: int) -> None:
@@ -95,6 +95,7 @@ def _grade_batch(
 
 def grade_one(verify: Verify, request: bytes, options: Mapping[str, Any], deadline_s: float) -> Verdict:
     """The function's verdict on a pickled request; ungradable if it raises. Raises nothing itself."""
+    # The timer covers unpickling too, and is off before anything else runs.
     try:
         signal.setitimer(signal.ITIMER_REAL, deadline_s)
         try:
