@@ -341,7 +341,8 @@ def test_a_broken_reward_leaves_completions_ungraded_and_the_run_goes_on(
     ["--rl.dynamic_sampling=2", "--rl.drop_truncated=true"], ["--loss.ratio=sequence", "--loss.normalizer=sequence"],
     ["--loss.normalizer=constant", "--rl.advantage=mean", "--rl.drop_no_signal=false"],
     ["--rl.num_minibatches=16"], ["--dtype=bfloat16", "--optim.name=muon"],
-    ["--model.num_experts=1", "--model.intermediate_size=24"], ["--run.exact=on", "--dtype=bfloat16"], ["--rl.routing_replay=true", "--run.exact=on"],
+    ["--model.num_experts=1", "--model.intermediate_size=24"], ["--run.exact=on", "--dtype=bfloat16"],
+    ["--rl.routing_replay=true", "--run.exact=on"],
     ["--rl.routing_replay=true", "--model.num_experts=1", "--model.intermediate_size=24"], ["--engine.decoder=ops"], FAR_FROM_DEFAULT,
 ], ids=lambda more: more[0])  # fmt: skip
 def test_every_way_of_training_stops_and_goes_on_to_the_same_bits(
