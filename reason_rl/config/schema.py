@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from kernels.grpo_loss.spec import LossSpec
 from reason_rl.config.reward import RewardConfig
@@ -65,7 +66,7 @@ class ModelConfig:
     num_experts_per_tok: int = 2
     """Ignored when dense."""
     moe_intermediate_size: int = 96
-    """Inner width of one expert (of the MLP when dense)."""
+    """Width of one expert. Ignored when dense."""
     num_shared_experts: int = 0
     """Experts that every token goes through, beside the routed ones."""
     router_score: Literal["softmax", "sigmoid"] = "softmax"
@@ -78,7 +79,7 @@ class ModelConfig:
     num_dense_layers: int = 0
     """The first so many layers have one MLP in place of the experts."""
     intermediate_size: int = 0
-    """Inner width of that MLP."""
+    """Width of a dense layer's MLP."""
     tie_word_embeddings: bool = True
     rope_theta: float = 10000.0
     partial_rotary_factor: float = 1.0
@@ -204,7 +205,31 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """A [[stage]] of a recipe: what runs, from which weights, and the keys in which it differs from the recipe's sections.
+
+        [[stage]]
+        kind = "grpo"
+        name = "reasoning"
+        [stage.rl]
+        steps = 40
+    """
+
+    kind: str
+    """The kind of stage: pretrain, grpo, ... (reason_rl/stages)."""
+    name: str
+    """Unique in the recipe; the kind where it is left out."""
+    after: str = ""
+    """The stage whose output this one starts from; the stage before it where left out."""
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """section -> key -> value, for this stage alone."""
+
+
+@dataclass(frozen=True)
 class Config:
+    """A recipe: sections that hold for all stages, and the stages. Without stages: pretrain, then grpo; or grpo alone where
+    model.init_from names a checkpoint."""
+
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -218,3 +243,4 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    stages: tuple[StageConfig, ...] = field(default=(), metadata={"is_section": False})

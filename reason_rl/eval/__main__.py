@@ -86,7 +86,7 @@ class Votes:
 
     def add(self, group: Group) -> None:
         problem = group.problem
-        verifier = verifier_of(problem.task, self.plan.config.reward)
+        verifier = verifier_of(problem.task, self.plan.config.reward.verifier)
         texts = [self.plan.tokenizer.decode_completion(completion.token_ids) for completion in group.completions]
         answers = [answer_of(problem.completion_prefix + text, verifier) for text in texts]
         votes = None
@@ -137,7 +137,7 @@ def prepare(options: argparse.Namespace, overrides: Sequence[str], stack: ExitSt
     model = None
     if missing:
         model = load_model(plan.checkpoint, world.dtype, weights_dtype=world.dtype).to(world.device).requires_grad_(False)
-        model.use_gemm("torch" if plan.config.run.exact == "off" else "auto")
+        model.set_batch_invariant(plan.config.run.exact != "off")
     return Evaluation(plan, world, folder, missing, model)
 
 

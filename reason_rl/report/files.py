@@ -1,18 +1,24 @@
-"""Reads and writes the text files of a run: one atomic write, JSONL, and plain JSON values.
+"""Reads and writes the files of a run: atomic writes of a file and of a folder, JSONL, and plain JSON values.
 
-Every file that is written whole goes through `atomic_write_text`: a reader, or a run that continues after a crash, finds
-the old text or the new one, never a mix. Files that grow line by line (metrics.jsonl) are appended to in log.py instead;
-`read_jsonl` drops the last line of such a file when a crash has cut it off. Left out: formats other than text.
+Everything that is written whole goes through `atomic_write_text` or `atomic_folder`: a reader, or a run that
+continues after a crash, finds the old text or the new one, never a mix. Files that grow line by line
+(metrics.jsonl) are appended to in log.py; `read_jsonl` drops the last line of such a file if a crash has cut it
+off. Left out: binary formats.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 Row = dict[str, Any]
 """One object of a JSONL file."""
@@ -21,7 +27,7 @@ Row = dict[str, Any]
 def atomic_write_text(path: str | Path, text: str) -> None:
     """Replaces `path` by a file that holds `text`, in UTF-8; after the call it survives a power cut."""
     path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")  # same folder: a rename is atomic in one file system only
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")  # same file system: an atomic rename
     try:
         with scratch.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
@@ -31,11 +37,48 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)  # the rename itself
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields a new folder to fill, which replaces `path` when the block ends: `path` is always whole, old or new.
+
+    An error in the block leaves `path` unchanged.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
-        os.fsync(folder)  # the rename itself
+        yield partial
+        for content in (*partial.rglob("*"), partial):  # before the rename, as above
+            _sync(content)
+        if path.exists():
+            _exchange(partial, path)  # a rename cannot replace a folder that has files
+        else:
+            os.rename(partial, path)
+        _sync(path.parent)
     finally:
-        os.close(folder)
+        shutil.rmtree(partial, ignore_errors=True)  # the old folder, or what an error left
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swaps two names in one step (renameat2, Linux); in three renames on a file system without it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0:
+        return
+    spare = a.with_name(f"{a.name}.old")
+    os.rename(b, spare)
+    os.rename(a, b)
+    os.rename(spare, a)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def read_jsonl(path: str | Path) -> list[Row]:

@@ -6,39 +6,20 @@ grading overlaps the sampling of the others. `refill` adds DAPO's dynamic sampli
 
 from __future__ import annotations
 
-import math
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import torch
-
-from kernels.grpo_loss.spec import LossSpec
-from reason_rl.config import Config
-from reason_rl.data import (
-    Tokenizer,
-    TooFewProblems,
-    check_problems,
-    corpus_documents,
-    describe_problems,
-    heldout_problems,
-    problems_to_check,
-    rl_problems,
-)
-from reason_rl.engine import Engine, check_fits
-from reason_rl.model.transformer import Transformer
-from reason_rl.parallel.fsdp import RolloutWeights, shard
+from reason_rl.data import TooFewProblems
+from reason_rl.engine import Engine
 from reason_rl.parallel.world import World
 from reason_rl.records import Completion, Group, Problem, SamplingParams
 from reason_rl.report.clock import Clock
-from reason_rl.reward import Grader, Pending, check_rewards
+from reason_rl.reward import Grader, Pending
 from reason_rl.rl.advantages import has_signal
-from reason_rl.rollout.metrics import eval_metrics, pass_at_powers
-from reason_rl.trainer.optimizer import Optimizer
 
 EVAL_KEY = 1 << 40
-"""Offset of `step` in evaluations, so that their noise differs from that of rollouts. A run adds it once (pass@k: twice),
+"""Offset of `step` in evaluations, so that their noise differs from that of rollouts. A stage adds it once (pass@k: twice),
 `python -m reason_rl.eval` three times."""
 
 
@@ -104,7 +85,7 @@ def collect(
         with clock("rollout"):
             sampled = engine.generate(
                 world.share(problems), group_size, sampling, step=step, policy_version=policy_version, on_finish=grading.add,
-                with_routes=with_routed_experts)
+                with_routed_experts=with_routed_experts)
     except BaseException:
         if on_group is not None:
             grading.finish()
@@ -147,123 +128,3 @@ def refill(
         new = sample(problems)
         sampled += new
     return batch + without_signal[: num_groups - len(batch)]
-
-
-CHECKED_DOCUMENTS = 512
-"""Documents of the corpus that are drawn before any work, to see that they fit."""
-
-
-@dataclass
-class Session:
-    config: Config
-    world: World
-    tokenizer: Tokenizer
-    model: Transformer
-    """What the optimizer updates; sharded when there are several processes."""
-    optimizer: Optimizer
-    weights: RolloutWeights
-    engine: Engine
-    grader: Grader
-    """Its workers start with the first completion."""
-    draw_problems: Callable[[int, int, int, Collection[int]], list[Problem]]
-    """(step, count, round, excluded problem ids) -> `count` problems, the same on every rank."""
-    stop_ids: tuple[int, ...]
-    reference: Transformer | None
-    """The frozen policy of the KL penalty, a plain copy; None without one."""
-    policy_version: int = 0
-
-    @property
-    def sampling(self) -> SamplingParams:
-        return replace(self.config.sampling, stop_ids=self.stop_ids)
-
-    @property
-    def loss_spec(self) -> LossSpec:
-        spec = self.config.loss
-        return spec if spec.constant_length else replace(spec, constant_length=self.config.sampling.max_tokens)
-
-    @property
-    def max_gap(self) -> float:
-        """How far the engine's logprobs may be from the trainer's on policy, in nats."""
-        if self.config.run.exact == "on":
-            return 0.0
-        return self.config.rl.max_logprob_gap or math.inf
-
-    def policy_changed(self) -> None:
-        """After an update: the engine samples with the new weights."""
-        self.policy_version += 1
-        self.weights.refresh()
-
-
-def build_session(
-    config: Config, world: World, tokenizer: Tokenizer, model: Transformer,
-    reference_state: dict[str, torch.Tensor] | None = None,
-) -> Session:
-    """From a plain model on the CPU; `reference_state` is the frozen policy's where that is not the model as given."""
-    reference = None
-    model.compute_dtype = world.dtype
-    model.use_gemm("torch" if config.run.exact == "off" else "auto")
-    if config.loss.kl_coef > 0:
-        reference = Transformer(model.config, model.vocab_size, world.dtype)
-        reference.load_state_dict(reference_state or model.state_dict())
-        reference.use_gemm(model.gemm).to(world.device).requires_grad_(False)
-    model.to(world.device)
-    shard(model, world)
-    weights = RolloutWeights(model, world)
-    engine = Engine(weights.model, config.engine, config.run.seed)
-    optimizer = Optimizer(model, config.optim)
-
-    def draw_problems(step: int, count: int, round_number: int, exclude: Collection[int]) -> list[Problem]:
-        return rl_problems(config, tokenizer, step, count, round_number, exclude=exclude)
-
-    return Session(config, world, tokenizer, model, optimizer, weights, engine, Grader(config, tokenizer), draw_problems,
-                   tokenizer.stop_ids, reference)
-
-
-def check_task(config: Config, tokenizer: Tokenizer) -> list[str]:
-    """Everything about the task that can fail, before any work: an empty task, prompts that do not fit, a missing reward, a sandbox
-    that does not hold. -> what a run should say of it."""
-    count = max(config.eval.final_problems, config.eval.problems)
-    problems = problems_to_check(config, tokenizer, count)
-    check_problems(problems, config)
-    check_fits(problems, config.sampling.max_tokens, config.model.max_position_embeddings, config.engine.num_blocks)
-    if not config.model.init_from:
-        corpus_documents(config, tokenizer, 0, CHECKED_DOCUMENTS)  # raises where one does not fit
-    return [*describe_problems(config, tokenizer)[0], *check_rewards(config, problems[0])]
-
-
-def collect_groups(session: Session, step: int) -> tuple[list[Group], list[Group], Clock]:
-    """A step's graded groups -> (the batch, all that were sampled, their seconds)."""
-    rl, clock = session.config.rl, Clock()
-    session.grader.service.take_metrics()  # an evaluation's are not this step's
-
-    def sample(problems: Sequence[Problem]) -> list[Group]:
-        return collect(
-            session.engine, session.grader, problems, rl.group_size, session.sampling, world=session.world, step=step,
-            policy_version=session.policy_version, clock=clock,
-            with_routed_experts=rl.routing_replay and session.model.config.num_experts > 1)
-
-    sampled = sample(session.draw_problems(step, rl.prompts_per_step, 0, ()))
-    batch = sampled
-    if rl.dynamic_sampling:
-        batch = refill(sampled, rl.dynamic_sampling, sample=sample,
-                       draw=lambda count, round, exclude: session.draw_problems(step, count, round, exclude))
-    return batch, sampled, clock
-
-
-def evaluate(
-    session: Session, step: int, num_problems: int, num_samples: int, with_pass_at_k: bool = False
-) -> tuple[dict[str, object], float]:
-    """The policy on the first `num_problems` held-out problems -> (metrics, seconds)."""
-    start = time.perf_counter()
-    config = session.config
-    sampling = replace(session.sampling, temperature=config.eval.temperature, top_k=0, top_p=1.0, min_p=0.0)
-    problems = heldout_problems(config, session.tokenizer, num_problems)
-    groups = collect(session.engine, session.grader, problems, num_samples, sampling, world=session.world, step=EVAL_KEY + step,
-                     policy_version=session.policy_version)
-    metrics: dict[str, object] = {"split": "heldout", **eval_metrics(groups, session.tokenizer)}
-    if with_pass_at_k and config.eval.pass_at_k:
-        # Noise keys differ by step alone, so this evaluation takes a step of its own.
-        extra = collect(session.engine, session.grader, problems[: config.eval.problems], config.eval.pass_at_k, sampling,
-                        world=session.world, step=2 * EVAL_KEY + step, policy_version=session.policy_version)
-        metrics["pass_at_k"] = pass_at_powers(extra)
-    return metrics, time.perf_counter() - start
