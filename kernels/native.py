@@ -1,9 +1,10 @@
 """Loads the compiled kernels of csrc/: the best library that this CPU runs, or a reason why none is loaded.
 
-`make` builds one CPU library per instruction set (kernels/_native_<isa>.so, see CMakeLists.txt). The best one is loaded once, at
-import. REASON_RL_ISA requests another one, for tests and comparisons: the bits of a value do not depend on the batch, but do depend
-on the instruction set. REASON_RL_NATIVE_DIR looks for libraries in another folder (`make sanitize`).
-In a checkout, a library is loaded only if it was built from the present contents of csrc/, because its ops may differ otherwise.
+`make` builds one CPU library per instruction set (kernels/_native_<isa>.so, see CMakeLists.txt). The best one
+is loaded once, at import. REASON_RL_ISA requests another one, for tests and comparisons: the bits of a value
+depend on the instruction set, though not on the batch. REASON_RL_NATIVE_DIR looks for libraries in another
+folder (`make sanitize`). In a checkout, a library is loaded only if it was built from the present contents of
+csrc/, because its ops may differ otherwise.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ def library(isa: str) -> Path:
 
 @functools.cache
 def source_hash(sources: Path) -> str:
-    """sha256 of the lines "<sha256> <path>" of all compiled files, as computed by CMakeLists.txt; takes 1 to 2 ms."""
+    """sha256 of the lines "<sha256> <path>" of all compiled files, as in CMakeLists.txt; takes 1 to 2 ms."""
     paths = {path.relative_to(sources).as_posix(): path for end in ("cpp", "cu", "h") for path in sources.rglob(f"[!.]*.{end}")}
     lines = (f"{hashlib.sha256(paths[name].read_bytes()).hexdigest()} {name}\n" for name in sorted(paths))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def is_stale(path: Path) -> bool:
-    """Was the library built from other sources than the present csrc/? Searches the file, without loading it."""
+    """Was the library built from other sources than the present csrc/? Reads the file without loading it."""
     if not (SOURCES / "bindings.cpp").is_file():
         return False
     if not path.stat().st_size:
@@ -95,7 +96,7 @@ def load(requested: str) -> tuple[str, str]:
         reason = f"{library(isa).name} does not load: {str(error).splitlines()[0]}"
         if requested:
             raise ValueError(f"REASON_RL_ISA={requested}, but {reason}") from error
-        # For example, an old build with a new torch. The reference ops still work; the dispatch table shows the reason.
+        # For example, an old build with a new torch: the reference ops still work.
         return "", reason
     return isa, missing
 
@@ -135,7 +136,7 @@ def cuda_why_not(device: torch.device) -> str:
 
 
 def has_fast_bf16() -> bool:
-    """Does the loaded library multiply bf16 at twice the rate of f32? Only then is bf16 the faster dtype on a CPU."""
+    """Does the library multiply bf16 at twice the rate of f32? Only then is bf16 faster on a CPU."""
     return ISA == "avx512_bf16"
 
 
