@@ -29,7 +29,7 @@ def problem_row(group: Group, answers: Sequence[str | None], votes: Verdict | No
     """A graded group as a line of problems.jsonl.
 
     answers: of each sample, None where it has none. votes: of the samples that have one and were not truncated, in order, which of
-    them say the same (reward/votes.py); None for a verifier whose answers are not compared.
+    them say the same (answers/votes.py); None for a verifier whose answers are not compared.
     """
     problem = group.problem
     voters = [n for n, sample in enumerate(group.completions) if may_vote(answers[n], sample.finish_reason)]
