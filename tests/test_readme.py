@@ -41,7 +41,6 @@ def test_the_loss_recipe_is_a_config_that_loads(folder: Path):
     assert config.run.name == "my_loss" and config.loss.ratio == "sequence"
 
 
-@pytest.mark.filterwarnings("ignore:.*no kernel implements")
 def test_the_surrogate_recipe_trains_by_its_function(folder: Path, monkeypatch: pytest.MonkeyPatch):
     block = block_with("# my_surrogate.py")
     (folder / "my_surrogate.py").write_text(block)

@@ -19,8 +19,9 @@ from tests.reason_rl.run.tiny_run import ROOT, never_stop, run_here, said
 
 EASY = ["--rl.steps=1", "--pretrain.steps=300", "--pretrain.tokens_per_step=512", "--task.min_level=1", "--task.max_level=2",
         "--task.heldout_share=0.3", "--task.rl_share=0.3", "--pretrain.direct_share=0", "--pretrain.worked_share=1",
-        "--optim.lr=1e-5", "--model.num_experts=1", "--model.intermediate_size=24", "--model.hidden_size=64", "--reward.custom=",
-        "--eval.final_problems=16", "--eval.final_samples=8"]
+        "--optim.lr=1e-5", "--model.num_experts=1", "--model.intermediate_size=96", "--model.hidden_size=64",
+        "--reward.custom=", "--eval.final_problems=16",
+        "--eval.final_samples=8"]
 """A run whose final policy is sometimes right and sometimes wrong, so that its accuracy is between 0 and 1."""
 AS_THE_RUN = ["--samples=8", "--temperature=1", "--top-p=1"]
 
