@@ -16,8 +16,8 @@ from reason_rl.parallel.world import close_world, end_process, init_world
 from reason_rl.report.page import write_report
 from reason_rl.report.terminal import make_view
 from reason_rl.run.begin import begin_run
-from reason_rl.run.folder import StopSignal, as_begun, open_run
-from reason_rl.run.loop import how_to_talk
+from reason_rl.run.folder import StopSignal, as_begun, how_to_talk, open_run
+from reason_rl.run.recipe import plan_recipe
 from reason_rl.run.stage_folder import Interrupted
 
 
@@ -30,10 +30,11 @@ def main(config: Config) -> int:
                 print(f"{folder.path} is finished: see {write_report(folder.path)}. --resume never runs it again, in a new folder.")
             return 0
         world = as_begun(world, folder)
+        recipe = plan_recipe(config)
         with make_view(f"reason_rl · {config.run.name}", world.rank) as view:
             try:
-                with begin_run(config, world, folder, view, StopSignal(view.message)) as run:
-                    for stage in run.recipe:
+                with begin_run(config, recipe, world, folder, view, StopSignal(view.message)) as run:
+                    for stage in recipe:
                         run.complete(stage)  # reused, or trained from where it stopped
                     run.finish()
             except Interrupted as stopped:

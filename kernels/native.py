@@ -1,10 +1,10 @@
-"""Loads the compiled kernels of csrc/: the best library that this CPU runs, or a reason why none is loaded.
+"""Loads the compiled kernels of csrc/, or records why it cannot.
 
-`make` builds one CPU library per instruction set (kernels/_native_<isa>.so, see CMakeLists.txt). The best one
-is loaded once, at import. REASON_RL_ISA requests another one, for tests and comparisons: the bits of a value
-depend on the instruction set, though not on the batch. REASON_RL_NATIVE_DIR looks for libraries in another
-folder (`make sanitize`). In a checkout, a library is loaded only if it was built from the present contents of
-csrc/, because its ops may differ otherwise.
+`make` builds one library per instruction set (kernels/_native_<isa>.so, see CMakeLists.txt). The best one
+that is built and that this CPU runs is loaded, once. REASON_RL_ISA names another, for tests and comparisons:
+a value has the same bits in any batch, but not on every instruction set. REASON_RL_NATIVE_DIR names another
+folder to search (`make sanitize`). In a checkout, a library is loaded only if it was built from the current
+csrc/: ops of other sources may differ.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ FLAGS = {
     "avx2": ("avx2", "fma"),
     "portable": (),
 }
-"""Instruction sets, best first, with the flags of /proc/cpuinfo that each needs."""
+"""Instruction sets, best first, and the flags of /proc/cpuinfo that each needs."""
 FOLDER = Path(os.environ.get("REASON_RL_NATIVE_DIR") or Path(__file__).parent).resolve()
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
-"""csrc/ of a checkout; an installed package does not have it."""
+"""A checkout has this folder next to kernels/; an installed package has none."""
 HASH_MARK = b"reason_rl_source_hash="
-"""Precedes the hash of the sources in each library (CMakeLists.txt)."""
+"""Precedes the hash in each library (CMakeLists.txt)."""
 STALE = "built from other sources (run `make native`)"
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """The CPU's flags; none without /proc/cpuinfo, so that only the portable library is loaded."""
+    """The CPU flags that Linux lists; empty without /proc/cpuinfo (then only the portable library is
+    loaded)."""
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():
             key, _, value = line.partition(":")
@@ -49,14 +50,16 @@ def library(isa: str) -> Path:
 
 @functools.cache
 def source_hash(sources: Path) -> str:
-    """sha256 of the lines "<sha256> <path>" of all compiled files, as in CMakeLists.txt; takes 1 to 2 ms."""
+    """sha256 over the lines "<sha256 of a file> <its path>" of all compiled files, as CMakeLists.txt computes
+    it."""
     paths = {path.relative_to(sources).as_posix(): path for end in ("cpp", "cu", "h") for path in sources.rglob(f"[!.]*.{end}")}
     lines = (f"{hashlib.sha256(paths[name].read_bytes()).hexdigest()} {name}\n" for name in sorted(paths))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def is_stale(path: Path) -> bool:
-    """Was the library built from other sources than the present csrc/? Reads the file without loading it."""
+    """True if the library was built from other sources than this checkout's. Reads the file, since a loaded
+    library stays loaded."""
     if not (SOURCES / "bindings.cpp").is_file():
         return False
     if not path.stat().st_size:
@@ -66,20 +69,23 @@ def is_stale(path: Path) -> bool:
 
 
 def pick_isa(requested: str, flags: frozenset[str]) -> tuple[str, str]:
-    """-> (the instruction set to load, "") or ("", the reason for none). A request that cannot be fulfilled raises."""
-    runnable = [isa for isa, needed in FLAGS.items() if flags.issuperset(needed)]
+    """-> (the instruction set to load, "") or ("", the reason for none). A requested one that cannot be
+    loaded raises."""
+    able = [isa for isa, needed in FLAGS.items() if flags.issuperset(needed)]
     built = [isa for isa in FLAGS if library(isa).is_file()]
+    # REASON_RL_ISA: that library or an error.
     if requested:
         if requested not in FLAGS:
             raise ValueError(f"REASON_RL_ISA must be one of {list(FLAGS)}, got {requested!r}")
         if requested not in built:
             raise ValueError(f"REASON_RL_ISA={requested}, but {library(requested)} was not built")
-        if requested not in runnable:
-            raise ValueError(f"REASON_RL_ISA={requested}, but this CPU runs only {runnable}")
+        if requested not in able:
+            raise ValueError(f"REASON_RL_ISA={requested}, but this CPU runs only {able}")
         if is_stale(library(requested)):
             raise ValueError(f"REASON_RL_ISA={requested}, but {library(requested)} was {STALE}")
         return requested, ""
-    usable = [isa for isa in runnable if isa in built]
+    # Otherwise the best library that is up to date.
+    usable = [isa for isa in able if isa in built]
     for isa in usable:
         if not is_stale(library(isa)):
             return isa, ""
@@ -87,17 +93,18 @@ def pick_isa(requested: str, flags: frozenset[str]) -> tuple[str, str]:
 
 
 def load(requested: str) -> tuple[str, str]:
-    """Loads the library that `pick_isa` picks, and returns the same pair."""
+    """Loads the library that `pick_isa` picks; returns the same pair."""
     isa, missing = pick_isa(requested, cpu_flags())
     try:
         if isa:
             torch.ops.load_library(str(library(isa)))
     except OSError as error:
-        reason = f"{library(isa).name} does not load: {str(error).splitlines()[0]}"
+        problem = f"{library(isa).name} does not load: {str(error).splitlines()[0]}"
         if requested:
-            raise ValueError(f"REASON_RL_ISA={requested}, but {reason}") from error
-        # For example, an old build with a new torch: the reference ops still work.
-        return "", reason
+            raise ValueError(f"REASON_RL_ISA={requested}, but {problem}") from error
+        # For example a build for another version of torch. The reference ops still work, and `python -m
+        # kernels` gives the reason.
+        return "", problem
     return isa, missing
 
 
@@ -105,17 +112,17 @@ ISA, _MISSING = load(os.environ.get("REASON_RL_ISA", ""))
 
 OPS: Any = torch.ops.reason_rl
 DTYPES = (torch.float32, torch.bfloat16)
-"""The compute dtypes of the native ops."""
+"""The dtypes of the native ops."""
 
 
-def cpu_why_not(device: torch.device) -> str:
-    """Why csrc/'s CPU ops cannot run on the device, or ""; for `Implementation.why_not`."""
+def cpu_unsupported_reason(device: torch.device) -> str:
+    """`Implementation.unsupported_reason` of the C++ ops for the CPU."""
     return "CPU only" if device.type != "cpu" else _MISSING
 
 
 @functools.cache
 def _load_cuda() -> str:
-    """Loads the library of the CUDA kernels on first use; returns "" or the reason why it is not loaded."""
+    """Loads the library of the CUDA kernels at its first use -> "", or the reason why it cannot."""
     path = FOLDER / "_native_cuda.so"
     if not torch.cuda.is_available():
         return "no CUDA device"
@@ -130,18 +137,19 @@ def _load_cuda() -> str:
     return ""
 
 
-def cuda_why_not(device: torch.device) -> str:
-    """Why csrc/'s CUDA ops cannot run on the device, or ""; for `Implementation.why_not`."""
+def cuda_unsupported_reason(device: torch.device) -> str:
+    """`Implementation.unsupported_reason` of the CUDA C++ ops."""
     return "CUDA only" if device.type != "cuda" else _load_cuda()
 
 
 def has_fast_bf16() -> bool:
-    """Does the library multiply bf16 at twice the rate of f32? Only then is bf16 faster on a CPU."""
+    """True if this CPU multiplies bf16 at twice the rate of f32: only then is bf16 faster on the CPU."""
     return ISA == "avx512_bf16"
 
 
 def _register_fakes() -> None:
-    """Fake kernels for torch.compile. They do nothing, because the ops only write into existing tensors."""
+    """torch.compile traces an op through its fake kernel. Ours return nothing: the ops write into their
+    arguments."""
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("reason_rl::"):
             torch.library.register_fake(name, lambda *args: None)

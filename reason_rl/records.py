@@ -1,9 +1,10 @@
-"""Every dataclass that crosses a room.
+"""The dataclasses that rooms pass to each other.
 
-A GRPO step passes these along: `Problem` (data) -> `Group` of `Completion`s (engine) -> `Score` (reward)
--> `Microbatch` (rl.packing) -> `StepStats` (trainer). They hold facts, so they are frozen; what computes lives in the rooms.
+A GRPO step passes them on in this order: `Problem` (data) -> `Group` of `Completion`s (engine) -> `Score` (reward)
+-> `Microbatch` (rl) -> `StepStats` (stages). They hold facts, so they are frozen; code that computes is in the rooms.
 
-Letters: B prompts, G group size, S segments, T packed tokens, N loss tokens, V vocabulary, L layers, K experts per token.
+Letters: B prompts, G group size, S segments, T packed tokens, N loss tokens, V vocabulary, P prompt tokens,
+n completion tokens, M layers with experts, k experts per token.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:  # named in annotations alone: a verifier's worker reads `Problem` from here and must start without torch
+if TYPE_CHECKING:  # for annotations alone: a verifier's worker imports `Problem` and must start without torch
     import torch
 
 FinishReason = Literal["stop", "length"]
@@ -20,29 +21,33 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Problem:
-    """A task's row: what the policy sees, and what the verifier knows."""
+    """One problem of a task: the prompt for the policy, and the facts for the verifier.
+
+    Problem(7, "countdown", "Make 16 from 9, 8 and 7.", (31, 4, ...), "9*8/7", {"numbers": [9, 8, 7], "target": 16}, level=3)
+    """
 
     problem_id: int
-    """Non-negative and stable: the sampler's noise is keyed by it, so it never depends on the batch."""
+    """Non-negative, and the same in every run: it keys the sampler's noise, so it must not depend on the batch."""
     task: str
     prompt: str
-    """The text as given to the policy, template included."""
+    """The full text given to the policy, template included."""
     prompt_ids: tuple[int, ...]
+    """`prompt` as tokens."""
     answer: str
-    """The right answer (for tasks with one), or an example of one (countdown)."""
+    """The right answer, or one example where many are right (countdown)."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What the verifier needs beyond `answer`; e.g. countdown's `{"numbers": [9, 8, 7], "target": 16}`."""
+    """Further input of the verifier; for countdown the numbers and the target."""
     level: int = 0
-    """Difficulty in the task's own unit: lines of a program, digits of a sum, numbers of a countdown."""
+    """Difficulty in the task's own unit: lines of a program, numbers of a countdown."""
     completion_prefix: str = ""
-    """What the prompt ends with and the completion is taken to begin with, such as "<think>": verifiers read both as one."""
+    """The end of the prompt that verifiers read as the start of the completion, such as "<think>"."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn: the [sampling] section of a config, and what the engine takes.
+    """How tokens are drawn: the [sampling] section of a config, and the engine's argument.
 
-    `SamplingParams(temperature=0.6, top_p=0.95, max_tokens=512, stop_ids=(1,))`
+    SamplingParams(temperature=0.6, top_p=0.95, max_tokens=512, stop_ids=(1,))
     """
 
     temperature: float = 1.0
@@ -73,46 +78,65 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Completion:
-    """The tokens one sample drew, stop token included, exactly as sampled: they are never re-tokenised."""
+    """The tokens after one prompt, exactly as sampled: they are never tokenised again.
+
+    A completion of 4 tokens, of which the third is a tool's result (for the policy it is context):
+        token_ids       (12, 40, 77, 1)
+        logprobs        (-0.3, -1.2, 0.0, -0.1)
+        kept_logmass    (0.0, -0.05, 0.0, 0.0)          token 40 was drawn from 95% of the mass
+        token_mask      (True, True, False, True)
+        finish_reason   "stop"                          token 1 is a stop id
+    """
 
     token_ids: tuple[int, ...]
+    """Stop token included."""
     logprobs: tuple[float, ...]
     """Per token, in nats: log of the full softmax at the rollout temperature."""
     kept_logmass: tuple[float, ...]
-    """Per token, the log of the mass that truncation (top-k, top-p, min-p) kept; 0.0 where nothing was cut.
+    """Per token: log of the mass that truncation (top-k, top-p, min-p) kept; 0.0 without truncation.
     The truncated policy's logprob is `logprobs - kept_logmass`."""
     finish_reason: FinishReason
     policy_version: int
-    """How many optimizer steps the sampling weights had seen."""
+    """Optimizer steps of the weights that sampled it."""
     sample_index: int
     """0..G-1 within the group; part of the noise key."""
-    routes: torch.Tensor | None = field(default=None, compare=False)
-    """i32[n - 1, L, k] where asked for: the experts of each of the n tokens but the last, which no forward saw."""
+    routed_expert_ids: torch.Tensor | None = field(default=None, compare=False)
+    """i32[n - 1, M, k], if recorded: the experts of each token but the last, which no forward pass processed."""
+    token_mask: tuple[bool, ...] | None = None
+    """Per token: sampled by the policy (True), or inserted, such as a tool's result. None: all were sampled."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What the verifiers said of one completion."""
+    """The verifiers' result for one completion.
+
+    Score(1.1, {"accuracy": 1.0, "format": 1.0}) with weights 1.0 and 0.1; or
+    Score(0.0, {}, is_graded=False, cause="accuracy raised: KeyError: 'target'")
+    """
 
     value: float
-    """The weighted sum that the advantage is computed from."""
+    """The weighted sum of the parts; advantages are computed from it."""
     parts: Mapping[str, float]
-    """Each reward part before weighting, by name."""
+    """Each reward before weighting, by name."""
     is_graded: bool = True
-    """False when a reward raised or returned NaN: the completion then takes no part in the update."""
+    """False if a reward raised or returned NaN: the completion takes no part in the update."""
     cause: str = ""
     """Why it was not graded."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The G completions of one prompt, with their scores once graded."""
+    """The G completions of one prompt, and their scores once graded.
+
+    Group(problem, (first, second)).with_scores((Score(1.0, {"accuracy": 1.0}), Score(0.0, {"accuracy": 0.0})))
+    """
 
     problem: Problem
     completions: tuple[Completion, ...]
     scores: tuple[Score, ...] = ()
-    prompt_routes: torch.Tensor | None = field(default=None, compare=False)
-    """i32[P, L, k] where asked for: the experts of the prompt's tokens."""
+    """One per completion; empty before grading."""
+    prompt_routed_expert_ids: torch.Tensor | None = field(default=None, compare=False)
+    """i32[P, M, k], if recorded: the experts of the prompt's tokens."""
 
     def with_scores(self, scores: tuple[Score, ...]) -> Group:
         return replace(self, scores=scores)
@@ -120,15 +144,20 @@ class Group:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One packed forward pass: each group's prompt stands once, its completions follow it.
+    """One packed forward pass: each group's prompt once, followed by its completions.
 
-    Worked example, one group, prompt [a b c], completions [x y w] and [z]:
-        token_ids        a b c | x y              T = 5: a completion's last token predicts nothing, so it has no row
+    One group, prompt [a b c], completions [x y w] and [z]:
+        token_ids        a b c | x y              T = 5: a completion's last token predicts nothing, so it is left out
         position_ids     0 1 2 | 3 4
         segments         (0,3,0,0) (3,2,0,3)      (start, length, prefix_start, prefix_length)
-        logits_index  2 3 4 | 2                N = 4: `c` predicts x and z, `x` predicts y, `y` predicts w
+        logits_index     2 3 4 | 2                N = 4: `c` predicts x and z, `x` predicts y, `y` predicts w
         target_ids       x y w | z
         sequence_index   0 0 0 | 1
+
+    If y was inserted, token_mask (True, False, True), it is context and no target; the first three lines are the same:
+        logits_index     2 4 | 2                  N = 3
+        target_ids       x w | z
+        sequence_index   0 0 | 1
     """
 
     token_ids: torch.Tensor
@@ -136,16 +165,16 @@ class Microbatch:
     position_ids: torch.Tensor
     """i32[T]"""
     segments: torch.Tensor
-    """i32[S, 4], on the CPU (the lengths shape the launch)."""
+    """i32[S, 4], always on the CPU: the lengths determine the kernel launch."""
     logits_index: torch.Tensor
-    """i64[N]: the row of the hidden states that predicts loss token n."""
+    """i64[N]: the index in 0..T-1 of the hidden state that predicts loss token n."""
     target_ids: torch.Tensor
     """i64[N]"""
     sequence_index: torch.Tensor
     """i32[N]: 0..num_sequences-1, ascending."""
     num_sequences: int
     advantages: torch.Tensor | None = None
-    """f32[N]; None for a supervised microbatch (pretraining, SFT)."""
+    """f32[N], on the device they were computed on; None for a supervised microbatch (pretraining, SFT)."""
     rollout_logprobs: torch.Tensor | None = None
     """f32[N], as the engine recorded them: the full softmax at the rollout temperature."""
     kept_logmass: torch.Tensor | None = None
@@ -153,9 +182,9 @@ class Microbatch:
     old_logprobs: torch.Tensor | None = None
     """f32[N], of the policy before the step's first update."""
     ref_logprobs: torch.Tensor | None = None
-    """f32[N], of the frozen reference."""
-    routes: torch.Tensor | None = None
-    """i32[T, L, k] with routing replay: the experts that the sampler chose for each row."""
+    """f32[N], of the frozen reference policy."""
+    routed_expert_ids: torch.Tensor | None = None
+    """i32[T, M, k], with routing replay: the experts that the sampler recorded for each token."""
 
     @property
     def num_tokens(self) -> int:
@@ -166,7 +195,7 @@ class Microbatch:
         return int(self.target_ids.numel())
 
     def to(self, device: torch.device) -> Microbatch:
-        """Everything but `segments` on `device`."""
+        """Every tensor but `segments` on `device`."""
         moved = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
@@ -177,11 +206,20 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one RL step has to say. `metrics` follows from config and seed alone; `timings` is the machine's."""
+    """The results of one RL step, for the log.
+
+    StepStats(12, {"reward": 0.61, "accuracy": 0.58, ...}, {"rollout_s": 1.9, "train_s": 1.2, ...}, groups,
+              ((0.7, -0.7), (0.0, 0.0)))
+    """
 
     step: int
-    metrics: dict[str, float]
-    timings: dict[str, float]
-    groups: tuple[Group, ...]
-    advantages: tuple[tuple[float, ...], ...]
-    """Per group and completion; 0.0 where the completion took no part."""
+    metrics: Mapping[str, float | None]
+    """A function of config and seed: the same on every run. None where nothing could be measured."""
+    timings: Mapping[str, float]
+    """Seconds and rates of this machine."""
+    groups: tuple[Group, ...] = ()
+    """Of a step that samples."""
+    advantages: tuple[tuple[float, ...], ...] = ()
+    """Per group and completion; 0.0 for a completion that takes no part in the update."""
+    warnings: Mapping[str, str] = field(default_factory=dict)
+    """Cause -> text: what the user should see, once a run for each cause."""

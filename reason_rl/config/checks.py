@@ -28,7 +28,7 @@ POSITIVE = (
     "eval.temperature", "task.min_level", "pretrain.min_level", "run.keep_checkpoints", "sampling.top_p", "optim.lr",
     "optim.muon_lr", "optim.eps", "pretrain_optim.lr", "pretrain_optim.muon_lr", "pretrain_optim.eps",
     "reward.code_deadline_s", "reward.code_cpu_s", "reward.code_memory_mb", "reward.code_file_mb", "reward.code_output_kb",
-    "reward.code_threads", "reward.repetition_ngram", "reward.custom_deadline_s", "reward.judge_deadline_s", "reward.judge_workers",
+    "reward.code_threads", "reward.custom_deadline_s", "reward.judge_deadline_s", "reward.judge_workers",
     "reward.model_deadline_s", "reward.math_deadline_s", "reward.workers", "reward.max_queued",
     "task.code_shown_tests",
 )
@@ -103,9 +103,9 @@ def check_model(model: ModelConfig) -> None:
     if model.num_dense_layers >= model.num_hidden_layers:
         raise ConfigError(f"model.num_dense_layers must be below model.num_hidden_layers = {model.num_hidden_layers}, "
                           f"got {model.num_dense_layers}")
-    if (model.num_dense_layers > 0) != (model.intermediate_size > 0):
-        raise ConfigError(f"model.num_dense_layers and model.intermediate_size go together, got {model.num_dense_layers} and "
-                          f"{model.intermediate_size}")
+    if (model.num_experts == 1 or model.num_dense_layers) and not model.intermediate_size > 0:
+        raise ConfigError(f"model.intermediate_size, the width of a dense MLP, must be above 0 with model.num_experts = "
+                          f"{model.num_experts} and model.num_dense_layers = {model.num_dense_layers}, got {model.intermediate_size}")
 
 
 def _check_names(config: Config) -> None:

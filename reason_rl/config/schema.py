@@ -66,7 +66,7 @@ class ModelConfig:
     num_experts_per_tok: int = 2
     """Ignored when dense."""
     moe_intermediate_size: int = 96
-    """Inner width of one expert (of the MLP when dense)."""
+    """Width of one expert. Ignored when dense."""
     num_shared_experts: int = 0
     """Experts that every token goes through, beside the routed ones."""
     router_score: Literal["softmax", "sigmoid"] = "softmax"
@@ -79,7 +79,7 @@ class ModelConfig:
     num_dense_layers: int = 0
     """The first so many layers have one MLP in place of the experts."""
     intermediate_size: int = 0
-    """Inner width of that MLP."""
+    """Width of a dense layer's MLP."""
     tie_word_embeddings: bool = True
     rope_theta: float = 10000.0
     partial_rotary_factor: float = 1.0

@@ -1,4 +1,4 @@
-"""The paged KV cache, and the two `attend` functions of the engine: prefill (packed, then stored) and decode (paged)."""
+"""The paged KV cache, and the engine's two `attn_fn`s: prefill (packed, then stored) and decode (paged)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def bytes_per_block(config: ModelConfig, dtype: torch.dtype) -> int:
 class KVCache:
     """keys and values: [L, K, num_blocks, BLOCK_SIZE, C] each; slot = block * BLOCK_SIZE + offset.
 
-    With `is_native` a block's memory is laid out as the native `decode` reads it, and only that may read it.
+    With `is_native` each block has the memory layout of the native `decode`, and nothing else can read it.
     """
 
     def __init__(
@@ -31,16 +31,19 @@ class KVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
-        """k and v [T, K, C] into slots i64[T] of every kv head."""
+        """Writes k and v [T, K, C] to slots i64[T] of every kv head."""
         if self.is_native:
             store_keys(self.keys[layer], self.values[layer], k, v, slots)
             return
-        for cache, rows in ((self.keys[layer], k), (self.values[layer], v)):
-            cache.view(cache.shape[0], -1, cache.shape[3]).index_copy_(1, slots, rows.transpose(0, 1))
+        for cache, new in ((self.keys[layer], k), (self.values[layer], v)):
+            by_slot = cache.view(cache.shape[0], -1, cache.shape[3])  # [K, num_blocks * BLOCK_SIZE, C]
+            by_slot.index_copy_(1, slots, new.transpose(0, 1))
 
 
 @dataclass(frozen=True)
-class PrefillAttend:
+class PrefillAttention:
+    """`attn_fn` of a prefill pass: stores keys and values, and attends over the pack itself."""
+
     cache: KVCache
     plan: SegmentPlan
     slots: torch.Tensor
@@ -52,10 +55,12 @@ class PrefillAttend:
 
 
 @dataclass(frozen=True)
-class DecodeAttend:
+class DecodeAttention:
+    """`attn_fn` of a decode step: stores each sequence's newest key and value, and attends over its block table."""
+
     cache: KVCache
     slots: torch.Tensor
-    """i64[R]: where each sequence's newest key goes."""
+    """i64[R], one for each running sequence."""
     pages: Pages
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""The rollout engine: `generate(problems, group_size, sampling, ...)` -> one `Group` a problem.
+"""The rollout engine: `generate(problems, group_size, sampling, ...)` -> one `Group` for each problem.
 
-The loop: admit sequences while blocks are free; prefill the new prompts, once a group; then decode all running sequences, a token
-or several at a time, each recorded with its logprob. It calls the trainer's own model with the trainer's own ops, so its
-logprobs are the ones the trainer will compute.
+The loop: admit sequences while blocks are free; prefill each new prompt once for its group; decode one or more tokens for
+every running sequence; record tokens and logprobs. It runs the trainer's model on the trainer's ops, or a native decode
+with the same bits, so its logprobs are the ones that the trainer computes.
 
 Left out: speculative decoding, prefix caching across prompts, several sampling settings in one call.
 """
@@ -21,35 +21,35 @@ from kernels.attention import BLOCK_SIZE, plan_segments
 from kernels.sample import sample
 from reason_rl.config import EngineConfig
 from reason_rl.engine.blocks import BlockPool
-from reason_rl.engine.cache import KVCache, PrefillAttend, bytes_per_block
+from reason_rl.engine.cache import KVCache, PrefillAttention, bytes_per_block
 from reason_rl.engine.decoders import Decoder, Drawn, NativeDecoder, OpDecoder, one_each, picks_native
 from reason_rl.engine.graphs import StepGraphs
 from reason_rl.engine.scheduler import Prompt, Scheduler, Sequence, num_blocks_for
-from reason_rl.model.transformer import RouteTape, Transformer
+from reason_rl.model.transformer import RoutedExperts, Transformer
 from reason_rl.records import Completion, FinishReason, Group, Problem, SamplingParams
 
 WAITING_HORIZON = 4
-"""Most tokens drawn in one call while sequences wait for the place of one that ends."""
+"""Most tokens drawn in one call while sequences wait: a finished sequence should make room soon."""
 GIB = 1 << 30
 OnToken = Callable[[Problem, int, int], None]
 """(problem, sample_index, token_id), called as each token is sampled."""
 OnFinish = Callable[[Problem, Completion], None]
-"""(problem, completion), called as each completion ends, while others are still sampled."""
+"""(problem, completion), called as each completion ends, while others are still being sampled."""
 
 
 def noise_key(run_seed: int, step: int, problem_id: int, sample_index: int) -> int:
-    """63 bits that key all the noise of one completion; the token's position is the counter (kernels/sample/philox.py)."""
+    """63 bits: the key of one completion's noise. The token's position is the counter (kernels/sample/philox.py)."""
     text = f"{run_seed}/{step}/{problem_id}/{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def num_blocks_needed(prompt_length: int, max_tokens: int) -> int:
-    """By a pool that one sequence can run in: block 0 is nobody's."""
+    """The smallest pool that one sequence can run in, with the null block."""
     return 1 + num_blocks_for(prompt_length) + num_blocks_for(max_tokens)
 
 
 def check_fits(problems: SequenceOf[Problem], max_tokens: int, max_position_embeddings: int, num_blocks: int) -> None:
-    """Raises when a prompt is empty, or leaves no room for max_tokens in the context or in a cache of num_blocks (0: any)."""
+    """ValueError if a prompt is empty, or leaves no room for max_tokens in the context or in num_blocks (0: no limit)."""
     longest = max(len(p.prompt_ids) for p in problems)
     if min(len(p.prompt_ids) for p in problems) == 0:
         raise ValueError("a prompt must hold at least one token, got an empty one")
@@ -63,7 +63,7 @@ def check_fits(problems: SequenceOf[Problem], max_tokens: int, max_position_embe
 
 
 class Engine:
-    """Holds the KV cache; the weights are whatever `model` holds when `generate` is called."""
+    """Owns the KV cache. `generate` samples with the weights that `model` has at the time of the call."""
 
     def __init__(self, model: Transformer, config: EngineConfig, run_seed: int) -> None:
         self.model, self.config, self.run_seed = model, config, run_seed
@@ -76,15 +76,18 @@ class Engine:
     def generate(
         self, problems: SequenceOf[Problem], group_size: int, sampling: SamplingParams, *,
         step: int, policy_version: int = 0, on_token: OnToken | None = None, on_finish: OnFinish | None = None,
-        with_routes: bool = False,
+        with_routed_experts: bool = False,
     ) -> list[Group]:
-        """`group_size` completions of each problem, in the problems' order. `step` is part of the noise key. `with_routes` keeps
-        the experts of every token, for routing replay. With `on_token`, tokens are drawn one at a time, to be shown at once."""
+        """`group_size` completions of each problem, in the problems' order. `step` is part of the noise key.
+
+        `with_routed_experts` records the experts of every token, for routing replay. With `on_token`, each decode call
+        draws one token, so that a stream shows it at once.
+        """
         if not problems:
             return []
         scheduler = Scheduler(self._pool(problems, group_size, sampling), self.config.max_num_seqs)
         rollout = _Rollout(scheduler, sampling, policy_version, on_token, on_finish)
-        decoder = self._decoder(with_routes)
+        decoder = self._decoder(with_routed_experts)
         sequences = [
             Sequence(prompt, index, noise_key(self.run_seed, step, prompt.problem.problem_id, index))
             for prompt in map(Prompt, problems)
@@ -92,116 +95,136 @@ class Engine:
         ]
         for sequence in sequences:
             scheduler.add(sequence)
+
         while scheduler.has_work:
             admitted = scheduler.admit()
-            assert scheduler.running, "nothing runs and nothing can be admitted: _pool must size the pool for one sequence"
-            self._prefill(admitted, with_routes)
-            fresh = [s for s in admitted if not s.token_ids]
-            if fresh:
-                rollout.record(fresh, self._first_tokens(fresh, sampling))
+            assert scheduler.running, "nothing runs and nothing can be admitted: the pool is smaller than one sequence"
+            self._prefill(admitted, with_routed_experts)
+            new = [s for s in admitted if not s.token_ids]
+            if new:
+                rollout.record(new, self._first_tokens(new, sampling))
             scheduler.grow()
             if scheduler.running:
                 rollout.decode(decoder)
         self.num_preemptions += scheduler.num_preemptions
+
+        # Back to the problems' order.
         done = [rollout.completions[sequence] for sequence in sequences]
         return [
-            Group(problem, tuple(done[row * group_size : (row + 1) * group_size]),
-                  prompt_routes=sequences[row * group_size].prompt.routes)
-            for row, problem in enumerate(problems)
+            Group(problem, tuple(done[i * group_size : (i + 1) * group_size]),
+                  prompt_routed_expert_ids=sequences[i * group_size].prompt.routed_expert_ids)
+            for i, problem in enumerate(problems)
         ]
 
     def _pool(self, problems: SequenceOf[Problem], group_size: int, sampling: SamplingParams) -> BlockPool:
-        """Makes the cache large enough for the longest sequence at least."""
+        """An empty block pool, and a KV cache at least as large; the cache of an earlier call is reused if it fits."""
         check_fits(problems, sampling.max_tokens, self.model.config.max_position_embeddings, self.config.num_blocks)
         num_blocks = self.config.num_blocks or self._num_blocks(problems, group_size, sampling.max_tokens)
         dtype, is_native = self.model.compute_dtype, picks_native(self.model, self.config.decoder)
         cache = self._cache
         if cache is None or cache.keys.shape[2] < num_blocks or cache.keys.dtype != dtype or cache.is_native != is_native:
-            cache = self._cache = None  # before the new one is made, so that there are never two
+            cache = self._cache = None  # freed before the new one is allocated
             if self.graphs is not None:
                 self.graphs.forget()
             self._cache = KVCache(self.model.config, num_blocks, dtype, self.device, is_native)
         return BlockPool(num_blocks)
 
     def _num_blocks(self, problems: SequenceOf[Problem], group_size: int, max_tokens: int) -> int:
-        """Enough for all that may run at once, plus what `Scheduler.admit` keeps in hand; less where engine.cache_gib is less."""
+        """Enough for max_num_seqs sequences and the reserve of `Scheduler.admit`, but at most engine.cache_gib."""
         longest = max(len(p.prompt_ids) for p in problems)
         num_seqs = min(self.config.max_num_seqs, len(problems) * group_size)
-        own, shared = num_seqs * num_blocks_for(max_tokens), min(num_seqs, len(problems)) * num_blocks_for(longest)
-        ample = 1 + own + shared + num_seqs // 4
-        fitting = int(self.config.cache_gib * GIB) // bytes_per_block(self.model.config, self.model.compute_dtype)
-        return min(ample, max(fitting, num_blocks_needed(longest, max_tokens)))
+        num_own = num_seqs * num_blocks_for(max_tokens)
+        num_prompt = min(num_seqs, len(problems)) * num_blocks_for(longest)
+        ample = 1 + num_own + num_prompt + num_seqs // 4
+        affordable = int(self.config.cache_gib * GIB) // bytes_per_block(self.model.config, self.model.compute_dtype)
+        return min(ample, max(affordable, num_blocks_needed(longest, max_tokens)))
 
-    def _decoder(self, with_routes: bool) -> Decoder:
-        """Made anew for every rollout: it may hold the weights in a layout of its own."""
+    def _decoder(self, with_routed_experts: bool) -> Decoder:
+        """One decoder per call of `generate`: the native one copies the weights."""
         assert self._cache is not None
         if self._cache.is_native:
-            return NativeDecoder(self.model, self._cache, with_routes)
-        return OpDecoder(self.model, self._cache, with_routes, self.graphs)
+            return NativeDecoder(self.model, self._cache, with_routed_experts)
+        return OpDecoder(self.model, self._cache, with_routed_experts, self.graphs)
 
-    def _prefill(self, admitted: list[Sequence], with_routes: bool) -> None:
-        """Compute the keys of new prompts, and of the tokens that preempted sequences had; in passes of bounded size."""
+    def _prefill(self, admitted: list[Sequence], with_routed_experts: bool) -> None:
+        """Computes the keys of new prompts and of the tokens of preempted sequences, in passes of prefill_tokens."""
+        # Prompts with work to do, and their sequences.
         pending: dict[Prompt, list[Sequence]] = {}
         for sequence in admitted:
             if not sequence.prompt.is_cached or len(sequence.token_ids) > 1:
                 pending.setdefault(sequence.prompt, []).append(sequence)
+
+        # Greedy passes: a prompt and its returning sequences are never split.
         batch: list[tuple[Prompt, list[Sequence]]] = []
         used = 0
         for prompt, sequences in pending.items():
             returning = [s for s in sequences if len(s.token_ids) > 1]
             cost = prompt.length + sum(len(s.token_ids) - 1 for s in returning)
             if batch and used + cost > self.config.prefill_tokens:
-                self._prefill_pass(batch, with_routes)
+                self._prefill_pass(batch, with_routed_experts)
                 batch, used = [], 0
             batch.append((prompt, returning))
             used += cost
         if batch:
-            self._prefill_pass(batch, with_routes)
+            self._prefill_pass(batch, with_routed_experts)
 
-    def _prefill_pass(self, batch: list[tuple[Prompt, list[Sequence]]], with_routes: bool) -> None:
-        """One pack: each prompt, then its returning sequences' tokens but the newest (that one is decoded next)."""
+    def _prefill_pass(self, batch: list[tuple[Prompt, list[Sequence]]], with_routed_experts: bool) -> None:
+        """One packed forward: each prompt, then its returning sequences' tokens except the newest, which is decoded next."""
         assert self._cache is not None
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        segments: list[tuple[int, int, int, int]] = []
-        last_rows: list[int] = []
+        pack = _PrefillPack()
+        last_index: list[int] = []  # of each prompt's last token
         for prompt, returning in batch:
-            start = len(token_ids)
-            segments.append((start, prompt.length, 0, 0))
-            token_ids += prompt.problem.prompt_ids
-            positions += range(prompt.length)
-            slots += [prompt.blocks[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in range(prompt.length)]
-            last_rows.append(len(token_ids) - 1)
+            start = len(pack.token_ids)
+            pack.add(prompt.problem.prompt_ids, prompt.blocks)
+            last_index.append(len(pack.token_ids) - 1)
             for sequence in returning:
-                own = sequence.token_ids[:-1]
-                segments.append((len(token_ids), len(own), start, prompt.length))
-                token_ids += own
-                positions += range(prompt.length, prompt.length + len(own))
-                slots += [sequence.blocks[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in range(len(own))]
-        plan = plan_segments(torch.tensor(segments, dtype=torch.int32), len(token_ids), self.device)
-        attend = PrefillAttend(self._cache, plan, self._tensor(slots))
-        tape = RouteTape() if with_routes else None
-        hidden = self.model(self._tensor(token_ids), self._tensor(positions), attend, tape=tape).hidden
-        routes = tape.routes().cpu() if tape is not None else None
-        for (prompt, _), row in zip(batch, last_rows, strict=True):
-            prompt.first_hidden, prompt.is_cached = hidden[row].clone(), True
-            prompt.routes = None if routes is None else routes[row + 1 - prompt.length : row + 1].clone()
+                pack.add(sequence.token_ids[:-1], sequence.blocks, prefix=(start, prompt.length))
 
-    def _first_tokens(self, fresh: list[Sequence], sampling: SamplingParams) -> Drawn:
+        plan = plan_segments(torch.tensor(pack.segments, dtype=torch.int32), len(pack.token_ids), self.device)
+        attn_fn = PrefillAttention(self._cache, plan, self._tensor(pack.slots))
+        recorder = RoutedExperts() if with_routed_experts else None
+        hidden = self.model(
+            self._tensor(pack.token_ids), self._tensor(pack.position_ids), attn_fn, routed_experts=recorder).hidden  # [T, D]
+
+        expert_ids = None if recorder is None else recorder.expert_ids().cpu()  # i32[T, M, k]
+        for (prompt, _), last in zip(batch, last_index, strict=True):
+            prompt.last_hidden, prompt.is_cached = hidden[last].clone(), True
+            if expert_ids is not None:
+                prompt.routed_expert_ids = expert_ids[last + 1 - prompt.length : last + 1].clone()
+
+    def _first_tokens(self, new: list[Sequence], sampling: SamplingParams) -> Drawn:
         """The first token of each new sequence, from the last hidden state of its prompt."""
-        hidden = torch.stack([s.prompt.first_hidden for s in fresh if s.prompt.first_hidden is not None])
+        hidden = torch.stack([s.prompt.last_hidden for s in new if s.prompt.last_hidden is not None])  # [R, D]
         return one_each(*sample(
-            hidden, self.model.head_weight, self._tensor([s.key for s in fresh]), self._tensor([0] * len(fresh)),
+            hidden, self.model.head_weight, self._tensor([s.noise_key for s in new]), self._tensor([0] * len(new)),
             temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p))
 
     def _tensor(self, values: list[int] | np.ndarray) -> torch.Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64)).to(self.device, non_blocking=True)
 
 
+@dataclass
+class _PrefillPack:
+    """Tokens packed for one prefill pass, with their positions and KV slots."""
+
+    token_ids: list[int] = field(default_factory=list)
+    position_ids: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    segments: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """(start, length, prefix_start, prefix_length)"""
+
+    def add(self, token_ids: SequenceOf[int], blocks: list[int], prefix: tuple[int, int] = (0, 0)) -> None:
+        """Appends one segment that attends to `prefix` = (start, length) and to itself, stored in `blocks`."""
+        first_position = prefix[1]
+        self.segments.append((len(self.token_ids), len(token_ids), *prefix))
+        self.token_ids += token_ids
+        self.position_ids += range(first_position, first_position + len(token_ids))
+        self.slots += [blocks[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in range(len(token_ids))]
+
+
 @dataclass(frozen=True)
 class _Rollout:
-    """What one `generate` was asked for, and the completions that have ended."""
+    """The arguments of one `generate`, and the completions that have ended."""
 
     scheduler: Scheduler
     sampling: SamplingParams
@@ -211,7 +234,7 @@ class _Rollout:
     completions: dict[Sequence, Completion] = field(default_factory=dict)
 
     def decode(self, decoder: Decoder) -> None:
-        """More tokens for every running sequence: one, or as many as the decoder draws in a call and all have room for."""
+        """Draws more tokens for every running sequence: up to the decoder's horizon, the room in its blocks, max_tokens."""
         scheduler, most = self.scheduler, self.sampling.max_tokens
         running = scheduler.running[:]
         horizon = min(decoder.horizon, WAITING_HORIZON) if scheduler.waiting else decoder.horizon
@@ -223,12 +246,12 @@ class _Rollout:
         self.record(running, decoder.decode(running, limits, self.sampling))
 
     def record(self, sequences: list[Sequence], drawn: Drawn) -> None:
-        """Add what was drawn to each sequence, and end the sequences that are done."""
-        for sequence, tokens, logprobs, kept, routes in zip(sequences, *drawn, strict=True):
+        """Appends the drawn tokens to their sequences, and finishes those that stopped or reached max_tokens."""
+        for sequence, tokens, logprobs, kept_logmass, routed_expert_ids in zip(sequences, *drawn, strict=True):
             sequence.token_ids += tokens
             sequence.logprobs += logprobs
-            sequence.kept_logmass += kept
-            sequence.routes += routes
+            sequence.kept_logmass += kept_logmass
+            sequence.routed_expert_ids += routed_expert_ids
             if self.on_token is not None:
                 for token in tokens:
                     self.on_token(sequence.prompt.problem, sequence.sample_index, token)
@@ -241,6 +264,6 @@ class _Rollout:
         self.scheduler.finish(sequence)
         completion = self.completions[sequence] = Completion(
             tuple(sequence.token_ids), tuple(sequence.logprobs), tuple(sequence.kept_logmass), reason, self.policy_version,
-            sequence.sample_index, torch.cat(sequence.routes) if sequence.routes else None)
+            sequence.sample_index, torch.cat(sequence.routed_expert_ids) if sequence.routed_expert_ids else None)
         if self.on_finish is not None:
             self.on_finish(sequence.prompt.problem, completion)

@@ -1,11 +1,12 @@
-"""Decode steps as CUDA graphs: captured once for each padded batch size, replayed for every step after.
+"""Decode steps as CUDA graphs: captured once for each padded batch size, then replayed.
 
-A decode step is hundreds of small launches; on a GPU it would wait for Python. A graph holds addresses, not values: what changes
-from step to step (`StepInputs`) stands in buffers that stay, and is copied there in one piece; weights and cache are read where
-they are, so new weights in the same tensors need no new graph. A batch is padded to a power of two by rows that read and write
-block 0, which is nobody's: a row's bits do not depend on the rows beside it. `Engine` drops the graphs with the cache.
+A decode step is hundreds of small kernel launches, and a GPU would wait for Python between them. A graph holds addresses,
+not values. The inputs that change from step to step (`StepInputs`) are copied into fixed buffers, in one transfer.
+Weights and KV cache are read in place, so new weights in the same tensors need no new capture. A batch is padded to a
+power of two with sequences that read and write the null block; the ops are batch-invariant, so padding does not change
+the others' bits. `Engine` drops the graphs together with the cache.
 
-Left out: prefill, whose packs have a shape of their own each time.
+Left out: prefill, since each pack has a different shape.
 """
 
 from __future__ import annotations
@@ -16,30 +17,33 @@ import numpy as np
 import torch
 
 Outputs = tuple[torch.Tensor, ...]
-"""Of a step, each with a row a sequence."""
+"""The tensors that a step returns; the first dimension of each is the sequence."""
 Step = Callable[[Mapping[str, torch.Tensor]], Outputs]
-"""From a step's inputs, i64 each: newest, noise_keys, own_lens, prefix_index [R]; own_table [R, NO]; prefix_table [B, NP];
-prefix_lens [B]."""
+"""Inputs -> outputs. Inputs are i64: newest, noise_keys, own_lens, prefix_index [R]; own_table [R, blocks];
+prefix_table [P, blocks]; prefix_lens [P]; for R sequences of P prompts."""
 Capture = Callable[[Callable[[], Outputs]], tuple[Outputs, Callable[[], None]]]
-"""A function -> its outputs, and what makes it run again into the same outputs."""
+"""A function -> (its outputs, a function that runs it again into the same outputs)."""
 
 
 class StepInputs:
-    """Room for `rows` sequences and their prefixes, and one prefix more, empty, for the rows that pad."""
+    """Fixed input buffers for `num_seqs` sequences and their prompts, plus one empty prompt for the padding."""
 
-    def __init__(self, rows: int, prefix_blocks: int, own_blocks: int, device: torch.device) -> None:
+    def __init__(self, num_seqs: int, prefix_blocks: int, own_blocks: int, device: torch.device) -> None:
         shapes = {
-            "newest": (rows,), "noise_keys": (rows,), "own_lens": (rows,), "prefix_index": (rows,), "own_table": (rows, own_blocks),
-            "prefix_table": (rows + 1, prefix_blocks), "prefix_lens": (rows + 1,)}
+            "newest": (num_seqs,), "noise_keys": (num_seqs,), "own_lens": (num_seqs,), "prefix_index": (num_seqs,),
+            "own_table": (num_seqs, own_blocks), "prefix_table": (num_seqs + 1, prefix_blocks), "prefix_lens": (num_seqs + 1,)}
+
+        # One flat buffer on the host and one on the device; each input is a view into both.
         sizes = [int(np.prod(shape)) for shape in shapes.values()]
         self._host = torch.zeros(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = self._host.to(device, copy=True)
         self.arrays, self.tensors = (
-            {name: part.view(shape) for part, (name, shape) in zip(flat.split(sizes), shapes.items(), strict=True)}
+            {name: view.view(shape) for view, (name, shape) in zip(flat.split(sizes), shapes.items(), strict=True)}
             for flat in (self._host, self._device))
 
     def fill(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """From arrays of at most these sizes. The last step's outputs must have been read, so that its copy is over."""
+        """Copies arrays of at most these sizes. The last step's outputs must have been read: then its transfer is over."""
+        # The padding: one token each, of the empty prompt, in the null block.
         self._host.zero_()
         self.arrays["own_lens"].fill_(1)
         self.arrays["prefix_index"].fill_(len(self.arrays["prefix_lens"]) - 1)
@@ -49,12 +53,13 @@ class StepInputs:
 
 
 def capture_cuda(step: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
-    """Runs it once beforehand, so that kernels are compiled; that changes nothing, since a step writes the same again."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
+    """A `Capture`. Runs the step once before capturing, to compile its kernels: running a step again writes the same."""
+    warmup = torch.cuda.Stream()
+    warmup.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warmup):
         step()
-    torch.cuda.current_stream().wait_stream(beside)
+    torch.cuda.current_stream().wait_stream(warmup)
+
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -62,13 +67,13 @@ def capture_cuda(step: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], Non
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise RuntimeError("engine.cuda_graph_batch: a decode step cannot be captured, an op of it waits for the GPU "
-                           "(`python -m kernels` lists what runs); engine.cuda_graph_batch=0 goes without") from error
+        raise RuntimeError("engine.cuda_graph_batch: a decode step cannot be captured, because one of its ops waits for the "
+                           "GPU (`python -m kernels` lists them); engine.cuda_graph_batch=0 captures none") from error
     return outputs, graph.replay
 
 
 class StepGraphs:
-    """The captured steps, for batches of up to `most` sequences."""
+    """The captured steps, of batches of up to `most` sequences."""
 
     def __init__(self, most: int, capture: Capture = capture_cuda) -> None:
         self.most, self._capture = most, capture
@@ -83,12 +88,12 @@ class StepGraphs:
         self._captured.clear()
 
     def run(self, step: Step, key: Hashable, arrays: Mapping[str, np.ndarray], own_blocks: int, device: torch.device) -> Outputs:
-        """`step` of `arrays`; key: all that it depends on beside them, own_blocks: the most blocks that a sequence will have.
-        The outputs stand until the next call."""
-        rows, prefix_blocks = len(arrays["newest"]), arrays["prefix_table"].shape[1]
-        if prefix_blocks > self._prefix_blocks:  # room for the longest prompt so far, and then some
+        """step(arrays), captured at the first call of its kind. `key`: everything else the step depends on; `own_blocks`:
+        the most blocks of a sequence. The outputs are valid until the next call."""
+        num_seqs, prefix_blocks = len(arrays["newest"]), arrays["prefix_table"].shape[1]
+        if prefix_blocks > self._prefix_blocks:  # rounded up, so that slightly longer prompts need no new capture
             self._prefix_blocks = 1 << (prefix_blocks - 1).bit_length()
-        size = min(1 << (rows - 1).bit_length(), self.most)
+        size = min(1 << (num_seqs - 1).bit_length(), self.most)
         key = (key, size, self._prefix_blocks, own_blocks)
         if key not in self._captured:
             inputs = StepInputs(size, self._prefix_blocks, own_blocks, device)
@@ -97,4 +102,4 @@ class StepGraphs:
         inputs, outputs, replay = self._captured[key]
         inputs.fill(arrays)
         replay()
-        return tuple(output[:rows] for output in outputs)
+        return tuple(output[:num_seqs] for output in outputs)

@@ -1,1 +1,1 @@
-"""The policy: transformer.py is the network, rope.py its angles, weights.py its files on disk."""
+"""The policy network (transformer.py, rope.py), its logprobs (scoring.py), and its checkpoint folders (weights.py)."""

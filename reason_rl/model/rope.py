@@ -1,9 +1,12 @@
-"""The angles of rotary position embedding, as a table per position; `kernels.rope` turns the heads by them.
+"""The cos and sin tables of rotary position embedding (RoPE), one entry per position; `kernels.rope` applies them.
 
-Scalings stretch a context past the one that a model was trained on. They are Hugging Face's tables, kept as JSON in the config:
-linear (every frequency over a factor), llama3 (the low frequencies alone, smoothly), yarn (arXiv:2309.00071: by how often a
-dimension turns within the original context, and cos and sin times an attention factor) and dynamic, which changes the angles only
-past the context of config.json: that is our limit, so it is the default here. Left out, and refused: longrope and all others.
+A scaling stretches the context beyond the one a model was trained on. The config holds it as JSON, in Hugging Face's
+`rope_scaling` format:
+    linear    every frequency is divided by the factor
+    llama3    only low frequencies are divided, with a smooth transition
+    yarn      as llama3 by the number of turns within the original context, and cos and sin are scaled (arXiv:2309.00071)
+    dynamic   changes angles only beyond max_position_embeddings, which is our limit: no scaling here
+Left out, and refused: longrope and all others.
 """
 
 from __future__ import annotations
@@ -17,22 +20,23 @@ import torch
 from reason_rl.config import ModelConfig
 
 ORIGINAL = "original_max_position_embeddings"
-KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "dynamic": (("factor",), (ORIGINAL,)),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), ()),
     "yarn": (("factor", ORIGINAL), ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")),
 }
-"""A scaling's keys: those it needs, and those it may have."""
+"""rope_type -> (required keys, optional keys)."""
 
 
 def rotary_dim(config: ModelConfig) -> int:
-    """R, the dimensions of a head that are turned."""
+    """R: the number of dimensions of a head that are rotated, the first ones."""
     return int(config.head_dim * config.partial_rotary_factor)
 
 
 def rope_table(max_position_embeddings: int, rotary_dim: int, theta: float, scaling: str = "") -> torch.Tensor:
-    """-> f32[2, max_position_embeddings, R / 2]: cos and sin of position * theta^(-2c / R), scaled. Worked out in f64."""
+    """-> f32[2, max_position_embeddings, R / 2]: cos and sin of position * theta^(-2c / R), scaled.
+    Computed in f64, stored in f32."""
     frequency = theta ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
     magnitude, table = 1.0, parse_scaling(scaling)
     if table["rope_type"] == "linear":
@@ -46,21 +50,25 @@ def rope_table(max_position_embeddings: int, rotary_dim: int, theta: float, scal
 
 
 def parse_scaling(text: str) -> dict[str, Any]:
-    """The table in a config's rope_scaling; every wrong one is a ValueError that says what is wrong."""
+    """rope_scaling as JSON -> the table; ValueError on unknown types, missing or unknown keys and wrong values."""
     if not text:
         return {"rope_type": "default"}
     try:
         table = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"rope_scaling must be a table as JSON, got {text!r}") from error
-    if not isinstance(table, dict) or table.get("rope_type") not in KEYS:
-        raise ValueError(f"rope_scaling: rope_type must be one of {', '.join(KEYS)}, "
+    if not isinstance(table, dict) or table.get("rope_type") not in SCALINGS:
+        raise ValueError(f"rope_scaling: rope_type must be one of {', '.join(SCALINGS)}, "
                          f"got {table.get('rope_type') if isinstance(table, dict) else table!r}")
-    needed, optional = KEYS[table["rope_type"]]
-    wrong = sorted(table.keys() - {"rope_type", *needed, *optional})
-    if wrong or not table.keys() >= set(needed):
-        raise ValueError(f"rope_scaling of type {table['rope_type']} has the keys {', '.join((*needed, *optional))}; "
-                         f"missing {sorted(set(needed) - table.keys())}, unknown {wrong}")
+
+    # Every required key, no unknown one.
+    required, optional = SCALINGS[table["rope_type"]]
+    unknown = sorted(table.keys() - {"rope_type", *required, *optional})
+    if unknown or not table.keys() >= set(required):
+        raise ValueError(f"rope_scaling of type {table['rope_type']} has the keys {', '.join((*required, *optional))}; "
+                         f"missing {sorted(set(required) - table.keys())}, unknown {unknown}")
+
+    # Values: numbers above 0, but for `truncate`.
     for key, value in table.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if key == "truncate" and not isinstance(value, bool):
@@ -74,8 +82,8 @@ def parse_scaling(text: str) -> dict[str, Any]:
 
 
 def _llama3(frequency: torch.Tensor, table: dict[str, Any]) -> torch.Tensor:
-    """f64[R / 2]: over the factor where fewer than low_freq_factor turns fit the original context, as they are from
-    high_freq_factor on, a line of the turns in between."""
+    """f64[R / 2]: frequencies with fewer than low_freq_factor turns in the original context are divided by the factor,
+    those with more than high_freq_factor are kept; in between the weight is linear in the turns."""
     turns = table[ORIGINAL] * frequency / (2 * math.pi)
     low, high = table["low_freq_factor"], table["high_freq_factor"]
     kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -83,11 +91,12 @@ def _llama3(frequency: torch.Tensor, table: dict[str, Any]) -> torch.Tensor:
 
 
 def _yarn(frequency: torch.Tensor, table: dict[str, Any], theta: float) -> torch.Tensor:
-    """f64[R / 2]: as it is for dimensions that turn more than beta_fast times within the original context, over the factor for
-    those below beta_slow, a ramp over the dimensions in between."""
+    """f64[R / 2]: dimensions that turn more than beta_fast times in the original context keep their frequency, those
+    below beta_slow are divided by the factor; in between the weight is linear in the dimension."""
     half = frequency.shape[0]
 
     def dimension(turns: float) -> float:
+        """The (fractional) dimension that turns so many times."""
         return half * math.log(table[ORIGINAL] / (turns * 2 * math.pi)) / math.log(theta)
 
     first, last = dimension(table.get("beta_fast", 32)), dimension(table.get("beta_slow", 1))
@@ -100,12 +109,13 @@ def _yarn(frequency: torch.Tensor, table: dict[str, Any], theta: float) -> torch
 
 
 def _yarn_magnitude(table: dict[str, Any]) -> float:
-    """What cos and sin are multiplied by: given, or 0.1 ln(factor) + 1, or the ratio of two such (mscale over mscale_all_dim)."""
-    def grown(scale: float) -> float:
+    """The factor on cos and sin: attention_factor if given, else the ratio of `scaled` at mscale and mscale_all_dim if both
+    are given, else 0.1 ln(factor) + 1."""
+    def scaled(scale: float) -> float:
         return 0.1 * scale * math.log(table["factor"]) + 1 if table["factor"] > 1 else 1.0
 
     if "attention_factor" in table:
         return float(table["attention_factor"])
     if "mscale" in table and "mscale_all_dim" in table:
-        return grown(table["mscale"]) / grown(table["mscale_all_dim"])
-    return grown(1.0)
+        return scaled(table["mscale"]) / scaled(table["mscale_all_dim"])
+    return scaled(1.0)

@@ -1,1 +1,1 @@
-"""The algorithm, without I/O: advantages from scored groups, groups packed into microbatches, the loss of one."""
+"""The algorithm, without I/O: advantages of graded groups (advantages.py), and microbatches for the update (packing.py)."""

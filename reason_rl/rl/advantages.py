@@ -1,9 +1,9 @@
-"""From scored groups to advantages, and to who takes part in the update (step 4, between reward and packing).
+"""Advantages of graded groups, and which completions take part in the update (step 4, between reward and packing).
 
-A completion that was not graded has no reward, so it takes no part in its group's statistics either. One that was cut
-at max_tokens has a reward: with rl.drop_truncated it still counts in the statistics, but its tokens stay out of the
-update (DAPO's overlong filtering, arXiv:2503.14476 section 3.4). Left out: refilling groups without signal (the step
-does it, as it needs the engine), and the formulas (`kernels/group_advantage`).
+A completion that was not graded has no reward, so its group's statistics leave it out too. A completion that was cut at
+max_tokens has a reward: with rl.drop_truncated it counts in the statistics, but its tokens stay out of the update
+(DAPO's overlong filtering, arXiv:2503.14476 section 3.4). Left out: sampling further groups to replace those without
+signal (rollout), and the formulas (`kernels/group_advantage`).
 
 Letters: B prompts, G group size.
 """
@@ -22,30 +22,52 @@ from reason_rl.records import Group
 
 @dataclass(frozen=True)
 class Advantages:
-    """Of B groups of G completions, in the order given; all on the CPU."""
+    """Of B groups of G completions, in the order given.
+
+    Rewards [[0, 1], [1, 1]] under rl.advantage="mean" with rl.drop_no_signal:
+        advantages   [[-0.5, 0.5], [0.0, 0.0]]
+        mask         [[True, True], [False, False]]
+        has_signal   [True, False]
+    """
 
     advantages: torch.Tensor
-    """f32[B, G]; 0 where the completion takes no part."""
+    """f32[B, G], on the policy's device; 0 for a completion that takes no part."""
     mask: torch.Tensor
-    """bool[B, G]: the completion takes part in the update."""
+    """bool[B, G], on the CPU: the completion takes part in the update."""
     has_signal: torch.Tensor
-    """bool[B]: the group's graded rewards differ."""
+    """bool[B], on the CPU: `has_signal` of each group."""
 
 
-def compute_advantages(groups: Sequence[Group], rl: RLConfig) -> Advantages:
-    """Advantages of all groups of a step (of all ranks: "batch_std" reads the whole batch), by rl.advantage."""
+def has_signal(group: Group) -> bool:
+    """Whether two graded rewards of the group differ, compared in f32 as `group_advantage` does."""
+    rewards = torch.tensor([score.value for score in group.scores if score.is_graded], dtype=torch.float32)
+    return len(rewards) > 1 and bool(rewards.max() > rewards.min())
+
+
+def compute_advantages(groups: Sequence[Group], rl: RLConfig, device: torch.device) -> Advantages:
+    """Advantages of a step's groups by rl.advantage, computed on `device`.
+
+    `groups` must be those of all ranks: "batch_std" reads the whole batch. On a GPU nothing here waits for the device:
+    the mask that packing needs on the host is computed from the rewards on the host.
+    """
     _check_groups(groups)
     rewards = torch.tensor([[score.value for score in group.scores] for group in groups], dtype=torch.float32)  # [B, G]
     is_graded = torch.tensor([[score.is_graded for score in group.scores] for group in groups])
     is_truncated = torch.tensor([[c.finish_reason == "length" for c in group.completions] for group in groups])
+    _check_finite(rewards, is_graded)
 
-    advantages, has_signal = group_advantage(rewards, is_graded, kind=rl.advantage)
+    # Who takes part, on the host.
+    signal = torch.tensor([has_signal(group) for group in groups])
     mask = is_graded
     if rl.drop_truncated:
         mask = mask & ~is_truncated
     if rl.drop_no_signal:
-        mask = mask & has_signal[:, None]
-    return Advantages(advantages.where(mask, 0.0), mask, has_signal)
+        mask = mask & signal[:, None]
+
+    # The advantages, on the device.
+    advantages, _ = group_advantage(
+        rewards.to(device, non_blocking=True), is_graded.to(device, non_blocking=True), kind=rl.advantage)
+    return Advantages(advantages.where(mask.to(device, non_blocking=True), 0.0), mask, signal)
 
 
 def _check_groups(groups: Sequence[Group]) -> None:
@@ -56,3 +78,10 @@ def _check_groups(groups: Sequence[Group]) -> None:
         if len(group.completions) != group_size or len(group.scores) != group_size:
             raise ValueError(f"compute_advantages: every group must have G = {group_size} completions and scores, "
                              f"group {index} has {len(group.completions)} and {len(group.scores)}")
+
+
+def _check_finite(rewards: torch.Tensor, is_graded: torch.Tensor) -> None:
+    """Checked on the host: on a GPU the op does not, as that would wait for the device."""
+    for index, completion in (is_graded & ~rewards.isfinite()).nonzero().tolist():
+        raise ValueError(f"compute_advantages: graded rewards must be finite, got {rewards[index, completion].item()} "
+                         f"for completion {completion} of group {index}")

@@ -1,7 +1,9 @@
-"""Packing: groups or documents become `Microbatch`es, each group's prompt standing once before its completions.
+"""Packs groups (RL) or documents (supervised) into `Microbatch`es, each group's prompt once before its completions.
 
-Greedy and in order, under a token budget: no token is padded, no sequence is split, and a group that spans two microbatches
-has its prompt in both. Every microbatch's loss is divided by one global denominator, so the split does not change it.
+Greedy and in order, within a token budget: no padding, no sequence is split, and a group that spans two microbatches has
+its prompt in both. The loss of every microbatch is divided by the same global count, so it does not depend on the split.
+
+Letters: B prompts, G group size, T packed tokens, N loss tokens.
 """
 
 from __future__ import annotations
@@ -12,54 +14,83 @@ from itertools import pairwise
 
 import torch
 
-from reason_rl.records import Group, Microbatch
+from reason_rl.records import Completion, Group, Microbatch
+from reason_rl.rl.advantages import Advantages
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion as the update sees it."""
+    """One completion that takes part in the update."""
 
     group: Group
     group_id: int
+    """0..B-1: the group's index in the step."""
     index: int
-    """Its place in the group."""
-    advantage: float
+    """0..G-1: the completion's index in the group."""
+
+    @property
+    def completion(self) -> Completion:
+        return self.group.completions[self.index]
 
 
-def select_samples(groups: Sequence[Group], advantages: torch.Tensor, mask: torch.Tensor) -> list[Sample]:
-    """advantages f32[B, G], mask bool[B, G] -> the completions that take part, in order."""
+def pack(
+    groups: Sequence[Group], advantages: Advantages, num_minibatches: int, microbatch_tokens: int
+) -> list[list[Microbatch]]:
+    """A step's groups -> the microbatches of each optimizer update; an update without completions is left out.
+
+    The microbatches are on the CPU, but for their advantages: these stay on the device that computed them.
+    """
+    minibatches = split_minibatches(select_samples(groups, advantages.mask), num_minibatches)
+    return [pack_samples(samples, advantages.advantages, microbatch_tokens) for samples in minibatches if samples]
+
+
+def select_samples(groups: Sequence[Group], mask: torch.Tensor) -> list[Sample]:
+    """mask bool[B, G] -> the completions that take part and have a sampled token, in order."""
     return [
-        Sample(group, b, i, float(advantages[b, i]))
-        for b, group in enumerate(groups)
-        for i in range(len(group.completions))
-        if mask[b, i]
+        Sample(group, b, i)
+        for (b, group), takes_part in zip(enumerate(groups), mask.tolist(), strict=True)
+        for i, completion in enumerate(group.completions)
+        if takes_part[i] and _sampled_tokens(completion)
     ]
 
 
-def split_updates(samples: Sequence[Sample], num_updates: int) -> list[list[Sample]]:
-    """The step's samples, in order, as `num_updates` parts of nearly equal size (whole completions)."""
-    bounds = [len(samples) * part // num_updates for part in range(num_updates + 1)]
-    return [list(samples[a:b]) for a, b in pairwise(bounds)]
+def split_minibatches(samples: Sequence[Sample], num_minibatches: int) -> list[list[Sample]]:
+    """The samples, in order, in `num_minibatches` lists whose lengths differ by at most 1."""
+    bounds = [len(samples) * i // num_minibatches for i in range(num_minibatches + 1)]
+    return [list(samples[start:stop]) for start, stop in pairwise(bounds)]
 
 
-def pack_samples(samples: Sequence[Sample], max_tokens: int) -> list[Microbatch]:
-    """Samples of one group stand next to each other; each microbatch holds at most max_tokens, or one oversized sample."""
-    packs: list[list[Sample]] = []
+def pack_samples(samples: Sequence[Sample], advantages: torch.Tensor, max_tokens: int) -> list[Microbatch]:
+    """advantages f32[B, G] -> microbatches of at most max_tokens; a larger sample has one to itself.
+
+    Samples of one group must be neighbours.
+    """
+    microbatches: list[list[Sample]] = []
     used, last_group = 0, -1
     for sample in samples:
-        prompt, own = len(sample.group.problem.prompt_ids), len(sample.group.completions[sample.index].token_ids)
-        cost = own + (prompt if sample.group_id != last_group else 0)
-        if not packs or used + cost > max_tokens:
-            packs.append([])
-            used, cost = 0, own + prompt
-        packs[-1].append(sample)
+        num_prompt, num_own = len(sample.group.problem.prompt_ids), len(sample.completion.token_ids)
+        cost = num_own + (num_prompt if sample.group_id != last_group else 0)
+        if not microbatches or used + cost > max_tokens:
+            microbatches.append([])
+            used, cost = 0, num_own + num_prompt
+        microbatches[-1].append(sample)
         used, last_group = used + cost, sample.group_id
-    return [_pack(pack) for pack in packs]
+    return [_pack_completions(chosen, advantages) for chosen in microbatches]
+
+
+def _sampled_tokens(completion: Completion) -> list[int]:
+    """Indices of the tokens that the policy sampled: the targets of the loss. The others were inserted."""
+    num_tokens, token_mask = len(completion.token_ids), completion.token_mask
+    if token_mask is None:
+        return list(range(num_tokens))
+    if len(token_mask) != num_tokens:
+        raise ValueError(f"token_mask must have one entry for each of {num_tokens} tokens, got {len(token_mask)}")
+    return [t for t in range(num_tokens) if token_mask[t]]
 
 
 @dataclass
-class _Pack:
-    """A microbatch in the making: segments of tokens, and which row predicts which target of which sequence."""
+class _Builder:
+    """The lists of one microbatch; the fields are those of `Microbatch`."""
 
     token_ids: list[int] = field(default_factory=list)
     position_ids: list[int] = field(default_factory=list)
@@ -68,21 +99,23 @@ class _Pack:
     target_ids: list[int] = field(default_factory=list)
     sequence_index: list[int] = field(default_factory=list)
 
-    def add_segment(self, token_ids: Sequence[int], first_position: int = 0, prefix: tuple[int, int] = (0, 0)) -> int:
-        """Lay tokens down behind `prefix` = (start, length) -> the row of the first; no tokens, no segment."""
+    def add_segment(self, token_ids: Sequence[int], prefix: tuple[int, int] = (0, 0)) -> int:
+        """Appends tokens that continue `prefix` = (start, length) -> the index of the first; no segment for no tokens."""
         start = len(self.token_ids)
         if token_ids:
+            first_position = prefix[1]
             self.segments.append((start, len(token_ids), *prefix))
             self.token_ids += token_ids
             self.position_ids += range(first_position, first_position + len(token_ids))
         return start
 
-    def add_targets(self, sequence: int, predictors: Sequence[int], target_ids: Sequence[int]) -> None:
-        self.logits_index += predictors
+    def add_targets(self, sequence: int, logits_index: Sequence[int], target_ids: Sequence[int]) -> None:
+        self.logits_index += logits_index
         self.target_ids += target_ids
         self.sequence_index += [sequence] * len(target_ids)
 
-    def finish(self, num_sequences: int, routes: torch.Tensor | None = None, **floats: list[float]) -> Microbatch:
+    def finish(self, num_sequences: int, **tensors: torch.Tensor | None) -> Microbatch:
+        """The lists as tensors, and the optional fields as given."""
         return Microbatch(
             token_ids=torch.tensor(self.token_ids, dtype=torch.int64),
             position_ids=torch.tensor(self.position_ids, dtype=torch.int32),
@@ -90,66 +123,77 @@ class _Pack:
             logits_index=torch.tensor(self.logits_index, dtype=torch.int64),
             target_ids=torch.tensor(self.target_ids, dtype=torch.int64),
             sequence_index=torch.tensor(self.sequence_index, dtype=torch.int32),
-            num_sequences=num_sequences,
-            routes=routes,
-            **{name: torch.tensor(values, dtype=torch.float32) for name, values in floats.items()},
-        )
+            num_sequences=num_sequences, **tensors)
 
 
-def _pack(samples: Sequence[Sample]) -> Microbatch:
-    pack = _Pack()
-    advantages: list[float] = []
+def _pack_completions(samples: Sequence[Sample], advantages: torch.Tensor) -> Microbatch:
+    builder, group_size = _Builder(), advantages.shape[1]
+    advantage_index: list[int] = []  # b * G + g of each loss token
     rollout_logprobs: list[float] = []
     kept_logmass: list[float] = []
-    routes: list[torch.Tensor] = []
+    routed_expert_ids: list[torch.Tensor] = []
     prompt_start, last_group = 0, -1
     for sequence, sample in enumerate(samples):
-        prompt = sample.group.problem.prompt_ids
-        completion = sample.group.completions[sample.index]
-        own = completion.token_ids
+        prompt, completion = sample.group.problem.prompt_ids, sample.completion
+
+        # The prompt, once for all completions of the group.
         if sample.group_id != last_group:
-            prompt_start, last_group = pack.add_segment(prompt), sample.group_id
-            routes += [] if sample.group.prompt_routes is None else [sample.group.prompt_routes]
-        # A completion's last token predicts nothing, so it has no row; the engine never computes it either.
-        start = pack.add_segment(own[:-1], len(prompt), (prompt_start, len(prompt)))
-        pack.add_targets(sequence, [prompt_start + len(prompt) - 1, *range(start, start + len(own) - 1)], own)
-        advantages += [sample.advantage] * len(own)
-        rollout_logprobs += completion.logprobs
-        kept_logmass += completion.kept_logmass
-        routes += [] if completion.routes is None else [completion.routes]
-    return pack.finish(len(samples), torch.cat(routes) if routes else None, advantages=advantages,
-                       rollout_logprobs=rollout_logprobs, kept_logmass=kept_logmass)
+            prompt_start, last_group = builder.add_segment(prompt), sample.group_id
+            if sample.group.prompt_routed_expert_ids is not None:
+                routed_expert_ids.append(sample.group.prompt_routed_expert_ids)
+
+        # The completion, without its last token: that predicts nothing, and the engine did not compute it either.
+        own = completion.token_ids
+        start = builder.add_segment(own[:-1], (prompt_start, len(prompt)))
+        if completion.routed_expert_ids is not None:
+            routed_expert_ids.append(completion.routed_expert_ids)
+
+        # Its sampled tokens are targets; each is predicted by the token before it.
+        sampled = _sampled_tokens(completion)
+        last_of_prompt = prompt_start + len(prompt) - 1
+        logits_index = [start + t - 1 if t else last_of_prompt for t in sampled]
+        builder.add_targets(sequence, logits_index, [own[t] for t in sampled])
+        advantage_index += [sample.group_id * group_size + sample.index] * len(sampled)
+        rollout_logprobs += [completion.logprobs[t] for t in sampled]
+        kept_logmass += [completion.kept_logmass[t] for t in sampled]
+
+    # Gathered on the device, so that the host does not wait for the advantages.
+    index = torch.tensor(advantage_index, dtype=torch.int64).to(advantages.device, non_blocking=True)
+    return builder.finish(
+        len(samples), advantages=advantages.flatten().index_select(0, index),  # [B, G] -> [N]
+        rollout_logprobs=torch.tensor(rollout_logprobs, dtype=torch.float32),
+        kept_logmass=torch.tensor(kept_logmass, dtype=torch.float32),
+        routed_expert_ids=torch.cat(routed_expert_ids) if routed_expert_ids else None)
 
 
 def pack_documents(documents: Sequence[tuple[Sequence[int], int]], max_tokens: int) -> list[Microbatch]:
-    """Supervised packs: (token_ids, num_prompt_tokens) pairs; the loss is on what follows the prompt, from the second token on.
-
-    A base model's corpus has num_prompt_tokens = 0, fine-tuning the length of the prompt.
-    """
-    packs: list[list[tuple[Sequence[int], int]]] = []
+    """(token_ids, num_prompt_tokens) pairs -> supervised microbatches. The targets are the tokens after the prompt, from
+    the second token on: num_prompt_tokens is 0 in pretraining, the prompt's length in fine-tuning."""
+    microbatches: list[list[tuple[Sequence[int], int]]] = []
     used = 0
     for ids, num_prompt in documents:
         if len(ids) < 2 or num_prompt >= len(ids):
             raise ValueError(f"a document needs a token to predict: got {len(ids)} tokens, {num_prompt} of them prompt")
-        if not packs or used + len(ids) > max_tokens:
-            packs.append([])
+        if not microbatches or used + len(ids) > max_tokens:
+            microbatches.append([])
             used = 0
-        packs[-1].append((ids, num_prompt))
+        microbatches[-1].append((ids, num_prompt))
         used += len(ids)
-    return [_pack_documents(pack) for pack in packs]
+    return [_pack_documents(chosen) for chosen in microbatches]
 
 
 def _pack_documents(documents: Sequence[tuple[Sequence[int], int]]) -> Microbatch:
-    pack = _Pack()
+    builder = _Builder()
     for sequence, (ids, num_prompt) in enumerate(documents):
-        first = max(num_prompt, 1)
-        start = pack.add_segment(ids[:-1])
-        pack.add_targets(sequence, range(start + first - 1, start + len(ids) - 1), ids[first:])
-    return pack.finish(len(documents))
+        first = max(num_prompt, 1)  # the first target
+        start = builder.add_segment(ids[:-1])
+        builder.add_targets(sequence, range(start + first - 1, start + len(ids) - 1), ids[first:])
+    return builder.finish(len(documents))
 
 
 def idle_microbatch(like: Microbatch) -> Microbatch:
-    """One token and no loss, for a rank that ran out of microbatches while others still hold collectives to join."""
+    """One token and no targets, with the optional fields of `like`: for a rank that has no microbatch left while others
+    still run collectives."""
     empty_i64, empty_f32 = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     is_rl = like.advantages is not None
     return Microbatch(
@@ -157,5 +201,5 @@ def idle_microbatch(like: Microbatch) -> Microbatch:
         segments=torch.tensor([[0, 1, 0, 0]], dtype=torch.int32), logits_index=empty_i64, target_ids=empty_i64,
         sequence_index=torch.zeros(0, dtype=torch.int32), num_sequences=0,
         advantages=empty_f32 if is_rl else None, rollout_logprobs=empty_f32 if is_rl else None,
-        kept_logmass=empty_f32 if is_rl else None, routes=None if like.routes is None else like.routes[:1].clone(),
-    )
+        kept_logmass=empty_f32 if is_rl else None,
+        routed_expert_ids=None if like.routed_expert_ids is None else like.routed_expert_ids[:1].clone())

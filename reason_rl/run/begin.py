@@ -24,16 +24,18 @@ from reason_rl.report.log import RunLog
 from reason_rl.report.terminal import View
 from reason_rl.run.folder import RunFolder, begin_folder
 from reason_rl.run.loop import Run
-from reason_rl.run.recipe import PlannedStage, key_of, plan_recipe
+from reason_rl.run.recipe import PlannedStage, key_of
 
 LEFT_OUT_FILE = "left_out.txt"
 """The rows of the task's files that are no problems, and why."""
 
 
-def begin_run(config: Config, world: World, folder: RunFolder, view: View, should_stop: Callable[[], bool]) -> Run:
+def begin_run(config: Config, recipe: list[PlannedStage], world: World, folder: RunFolder, view: View,
+              should_stop: Callable[[], bool]) -> Run:
     """Checks the recipe, its stages and their problems; then opens the folder and the log -> a run that is ready to go."""
     started_s = time.perf_counter()
-    tokenizer, recipe = tokenizer_of(config), plan_recipe(config)
+    tokenizer = tokenizer_of(config)
+    view.recipe([stage.name for stage in recipe])
     if config.engine.decoder == "native" and cpu_unsupported_reason(world.device):
         raise ConfigError(f"engine.decoder='native' cannot run here: {cpu_unsupported_reason(world.device)}")
     problems = {stage.name: load_problems(stage.config, tokenizer) for stage in recipe}

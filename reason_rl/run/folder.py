@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import signal
 import subprocess
+import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +27,7 @@ from reason_rl.config import Config, ConfigError, config_difference, dump_config
 from reason_rl.parallel.world import World
 from reason_rl.report.files import atomic_write_text
 from reason_rl.run.stage_folder import StageFolder
+from reason_rl.serve import cli
 
 SUMMARY_FILE = "summary.json"
 CONFIG_FILE = "config.toml"
@@ -106,6 +109,12 @@ def describe_source() -> dict[str, str]:
 
     commit = git("rev-parse", "HEAD")
     return {"commit": commit, "tree": "" if not commit else "changed" if git("status", "--porcelain") else "clean"}
+
+
+def how_to_talk(folder: Path, config: Config) -> str:
+    """The command that talks to the run's model, as a shell takes it."""
+    example = ["a2,b*3,c-1,d-8?"] if config.task.name == "program" else ["--template", config.task.template]
+    return shlex.join([sys.executable, "-m", cli.__name__, f"{folder}/checkpoints/final", *example])
 
 
 class StopSignal:

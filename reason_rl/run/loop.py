@@ -87,7 +87,7 @@ class Run:
             return
         link_folder(self.folder.checkpoints / self.recipe[-1].name, self.folder.checkpoints / FINAL)
         self.log.close()
-        write_summary(self.folder, summarise(self.folder, self.recipe, self.seconds, self.world))
+        write_summary(self.folder.path, summarise(self.folder, self.recipe, self.seconds, self.world))
         write_report(self.folder.path)
 
     def source_of(self, stage: PlannedStage) -> Path | None:
@@ -180,7 +180,7 @@ class StageRun:
         wishes = self.run.world.gather((self.run.should_stop(), now_s - self.saved_s > SAVE_EVERY_S))
         is_stopping = any(stop for stop, _ in wishes)
         is_late = any(late for _, late in wishes)
-        if done < num_steps and (is_stopping or is_late) or is_due(self.stage.checkpoint_every, done):
+        if (done < num_steps and (is_stopping or is_late)) or is_due(self.stage.checkpoint_every, done):
             self._save(self.output.step_folder(done), done)
             prune_checkpoints(self.output.path, self.planned.config.run.keep_checkpoints, self.run.world)
             self.saved_s = time.perf_counter()

@@ -8,13 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kernels.native import ISA
+from reason_rl.model.hf_config import read_model_config
 from reason_rl.model.transformer import Transformer, num_active_parameters, num_parameters
 from reason_rl.parallel.world import World
 from reason_rl.report.files import atomic_write_text, read_jsonl
 from reason_rl.report.log import METRICS
 from reason_rl.run.folder import SUMMARY_FILE, RunFolder, describe_source
 from reason_rl.run.recipe import PlannedStage
+from reason_rl.run.stage_folder import FINAL
 
 Row = Mapping[str, Any]
 COMPARED = ("accuracy", "mean_thinking_tokens", "thinks_share", "mean_thinking_tokens_among_thinkers", "format_rate",
@@ -22,10 +26,11 @@ COMPARED = ("accuracy", "mean_thinking_tokens", "thinks_share", "mean_thinking_t
 """Evaluation metrics that the summary has of both ends of the run."""
 
 
-def summarise(folder: RunFolder, recipe: Sequence[PlannedStage], seconds: Mapping[str, float], model: Transformer,
-              world: World) -> dict[str, Any]:
+def summarise(folder: RunFolder, recipe: Sequence[PlannedStage], seconds: Mapping[str, float], world: World) -> dict[str, Any]:
     """From the run's own metrics.jsonl. base: the first evaluation of the run; final: the last one."""
     rows = read_jsonl(folder.path / METRICS)
+    with torch.device("meta"):  # shapes alone
+        model = Transformer(*read_model_config(folder.checkpoints / FINAL))
     config, evaluations = recipe[-1].config, [row for row in rows if row["phase"] == "eval"]
     training = [row for row in rows if row["phase"] == "train"]
     gaps = [row["max_abs_logprob_gap"] for row in training if row.get("max_abs_logprob_gap") is not None]
@@ -37,7 +42,7 @@ def summarise(folder: RunFolder, recipe: Sequence[PlannedStage], seconds: Mappin
             summary |= {f"base_{name}": first.get(name), f"final_{name}": last.get(name)}
     summary |= {
         "max_abs_logprob_gap": max(gaps, default=None), "ungraded": int(sum(row.get("ungraded") or 0 for row in training)),
-        "stages": [stage_summary(stage, rows) for stage in recipe],
+        "rl_steps": sum(row["stage"] == recipe[-1].name for row in training), "stages": [stage_summary(stage, rows) for stage in recipe],
         "wall_s": round(sum(seconds.values()), 2), "seconds": {key: round(value, 2) for key, value in seconds.items()},
         "parameters": num_parameters(model), "active_parameters": num_active_parameters(model),
         "device": str(world.device), "dtype": str(world.dtype).removeprefix("torch."), "kernels": ISA or "reference ops",

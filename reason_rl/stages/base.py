@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 from reason_rl.config import Config, OptimConfig
 from reason_rl.data import Problems, Tokenizer
 from reason_rl.model.transformer import Transformer
+from reason_rl.model.weights import load_model
 from reason_rl.parallel.world import World
 from reason_rl.records import StepStats
 from reason_rl.trainer.checkpoint import load_checkpoint
@@ -34,6 +35,11 @@ class StageStart:
     """The checkpoint whose weights it starts from: the output of the stage before, or model.init_from; None: random weights."""
     checkpoint: Path | None
     """This stage's own newest checkpoint, where an earlier session stopped."""
+
+    def load(self) -> Transformer:
+        """The weights that the stage starts from, on the CPU."""
+        assert self.folder is not None, "the loop hands weights to every stage that starts from them"
+        return load_model(self.folder)
 
     @property
     def is_exact(self) -> bool:

@@ -16,7 +16,6 @@ from typing import ClassVar
 from reason_rl.config import Config
 from reason_rl.data import Problems, Tokenizer
 from reason_rl.engine import Engine, check_fits
-from reason_rl.model.weights import load_model
 from reason_rl.records import Group, Microbatch, Problem, SamplingParams, StepStats
 from reason_rl.report.clock import Clock
 from reason_rl.reward import Grader, check_rewards
@@ -40,12 +39,11 @@ class Grpo:
 
     def __init__(self, start: StageStart) -> None:
         config = start.config
-        assert start.folder is not None, "the loop hands weights to a stage that starts from them"
         self.config, self.world, self.tokenizer, self.problems = config, start.world, start.tokenizer, start.problems
         self.num_steps, self.checkpoint_every = config.rl.steps, config.run.checkpoint_every
         self.sampling = replace(config.sampling, stop_ids=start.tokenizer.stop_ids)
         self.loss = replace(config.loss, constant_length=config.loss.constant_length or config.sampling.max_tokens)
-        model = load_model(start.folder)
+        model = start.load()
         self.reference = frozen_copy(model, start.world, start.is_exact) if config.loss.kl_coef > 0 else None
         self.policy = start.policy(model, config.optim, self.num_steps)
         self.engine = Engine(self.policy.sampling_model, config.engine, config.run.seed)
@@ -74,7 +72,7 @@ class Grpo:
                         self.policy, microbatches, self.loss, self.sampling.temperature, lr_factor=self.policy.lr_factor(index),
                         max_gap=math.inf if number else self.max_gap))
         return step_stats(index, groups, sampled, advantages, minibatches, updates, self.tokenizer, clock,
-                          lr=self.policy.lr_factor(index) * self.config.optim.lr, verifiers=self.grader.take_metrics())
+                          lr=self.policy.lr_factor(index) * self.config.optim.lr, verifiers=self.grader.service.take_metrics())
 
     def collect(self, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, key: int, clock: Clock,
                 with_routed_experts: bool = False) -> list[Group]:
@@ -101,7 +99,7 @@ class Grpo:
     def evaluate(self, num_done: int) -> Metrics | None:
         metrics = evaluate_heldout(
             self.config.eval, self.problems, self.sampling, self.tokenizer, self.collect, num_done, self.num_steps)
-        self.grader.take_metrics()  # the verifiers' times of an evaluation are no step's
+        self.grader.service.take_metrics()  # the verifiers' times of an evaluation are no step's
         return metrics
 
     @property
@@ -116,7 +114,7 @@ class Grpo:
     def check(config: Config, tokenizer: Tokenizer, problems: Problems) -> list[str]:
         """Problems that are too few, prompts that do not fit, a reward that is missing, a sandbox that does not hold."""
         settings = config.eval
-        first = problems.train(0, config.rl.prompts_per_step) + problems.heldout(max(settings.final_problems, settings.problems))
-        known = problems.all_known() or first
+        known = problems.to_check(config.rl.prompts_per_step, max(settings.final_problems, settings.problems))
+        problems.check(known, config)
         check_fits(known, config.sampling.max_tokens, config.model.max_position_embeddings, config.engine.num_blocks)
         return [*problems.describe(), *check_rewards(config, known[0])]

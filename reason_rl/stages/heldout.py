@@ -10,10 +10,8 @@ from reason_rl.config import EvalConfig
 from reason_rl.data import Problems, Tokenizer
 from reason_rl.records import Group, SamplingParams
 from reason_rl.report.clock import Clock
+from reason_rl.rollout.collect import EVAL_KEY
 from reason_rl.rollout.metrics import eval_metrics, pass_at_powers
-
-EVAL_KEY = 1 << 40
-"""Added to the step in an evaluation's noise key, so that no evaluation shares noise with a rollout."""
 
 
 def evaluate_heldout(

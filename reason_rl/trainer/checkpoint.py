@@ -58,14 +58,16 @@ def save_checkpoint(
     """
     state = full_state(model)
     optimizer_state = optimizer.state_dict() if optimizer is not None else None
-    if world.is_main:
+
+    def write() -> None:
         with atomic_folder(folder) as partial:
             save_weights(partial, state, model.config, model.vocab_size, tokenizer.eos_id, source)
             (partial / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
             for name, text in (files or {}).items():
                 (partial / name).write_text(text, encoding="utf-8")
             torch.save({"progress": vars(progress), "optimizer": optimizer_state}, partial / STATE_FILE)
-    world.barrier()
+
+    world.from_main(write)
 
 
 def step_folders(folder: Path) -> list[Path]:

@@ -12,12 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from kernels.attention import attention, plan_segments
-from kernels.grpo_loss.metrics import finish_metrics, merge_metrics
-from kernels.grpo_loss.spec import LossSpec
+from kernels.grpo_loss import LossInputs, LossSpec, finish_metrics, merge_metrics
 from kernels.linear_grpo_loss import linear_grpo_loss
-from kernels.linear_logprob import linear_logprob
-from reason_rl.model.transformer import RouterStats, RouteTape, Transformer
+from reason_rl.model.scoring import packed_hidden, token_logprobs
+from reason_rl.model.transformer import Transformer, gemm_impl
 from reason_rl.parallel.fsdp import rank_share
 from reason_rl.parallel.world import World
 from reason_rl.records import Microbatch
@@ -25,34 +23,14 @@ from reason_rl.rl.packing import idle_microbatch
 from reason_rl.trainer.policy import Policy
 
 
-def predictor_rows(
-    model: Transformer, microbatch: Microbatch, with_stats: bool = False
-) -> tuple[torch.Tensor, RouterStats | None]:
-    """-> (the hidden states [N, D] that predict the loss tokens, the routers' load): the trainer's forward, but for the head."""
-    plan = plan_segments(microbatch.segments, microbatch.num_tokens, microbatch.token_ids.device)
-    output = model(
-        microbatch.token_ids, microbatch.position_ids, lambda layer, q, k, v: attention(q, k, v, plan), with_stats=with_stats,
-        tape=None if microbatch.routes is None else RouteTape(microbatch.routes))
-    return output.hidden.index_select(0, microbatch.logits_index), output.router
-
-
-def token_logprobs(
-    model: Transformer, microbatch: Microbatch, temperature: float = 1.0, with_stats: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, RouterStats | None]:
-    """-> (logprob f32[N], entropy f32[N], the routers' load)."""
-    rows, router = predictor_rows(model, microbatch, with_stats)
-    logprob, entropy = linear_logprob(rows, model.head_weight, microbatch.target_ids, temperature, impl=model.gemm)
-    return logprob, entropy, router
-
-
 @torch.no_grad()
 def fill_logprobs(
     model: Transformer, microbatches: Sequence[Microbatch], world: World, *, temperature: float, name: str
 ) -> list[Microbatch]:
     """The microbatches with `name` (old_logprobs or ref_logprobs) computed by a plain `model`; each rank fills only its share.
-    The reference policy goes its own routes."""
+    Routing replay does not apply to the reference policy."""
     def seen(m: Microbatch) -> Microbatch:
-        return (replace(m, routes=None) if name == "ref_logprobs" else m).to(world.device)
+        return (replace(m, routed_expert_ids=None) if name == "ref_logprobs" else m).to(world.device)
 
     return [
         replace(m, **{name: token_logprobs(model, seen(m), temperature)[0]})  # type: ignore[arg-type]
@@ -111,15 +89,16 @@ def policy_update(
     idle = replace(idle_microbatch(microbatches[0]), ref_logprobs=torch.zeros(0) if spec.kl_coef > 0 else None)
     for local in rank_share(microbatches, world, idle):
         microbatch = local.to(world.device)
-        rows, _ = predictor_rows(model, microbatch)
+        hidden, _ = packed_hidden(model, microbatch)
         rollout, kept, advantages = microbatch.rollout_logprobs, microbatch.kept_logmass, microbatch.advantages
         assert rollout is not None and kept is not None and advantages is not None, "policy_update needs rollouts, not documents"
-        loss, metrics, logprob = linear_grpo_loss(
-            rows, model.head_weight, microbatch.target_ids, temperature, impl=model.gemm,
+        inputs = LossInputs(
             old_logprobs=rollout if microbatch.old_logprobs is None else microbatch.old_logprobs, advantages=advantages,
-            sequence_index=microbatch.sequence_index, num_sequences=microbatch.num_sequences, spec=spec,
+            sequence_index=microbatch.sequence_index, num_sequences=microbatch.num_sequences,
             total_loss_tokens=total_tokens, total_sequences=total_sequences,
             rollout_logprobs=rollout - kept, ref_logprobs=microbatch.ref_logprobs)
+        loss, metrics, logprob = linear_grpo_loss(
+            hidden, model.head_weight, microbatch.target_ids, inputs, spec, temperature, impl=gemm_impl(model.batch_invariant))
         (loss * world.size).backward()
         loss_sum += float(loss.detach())
         if local.num_loss_tokens:

@@ -109,7 +109,7 @@ def test_the_cpus_flags_are_those_of_its_first_core_and_none_without_cpuinfo(tmp
 def ask(**environment: str) -> subprocess.CompletedProcess[str]:
     """Prints which native library a new process loads."""
     code = ("import torch; from kernels import native; from kernels.linear import OP; cpu = torch.device('cpu'); "
-            "print(native.ISA or 'none', OP.resolve(cpu, torch.float32).name, native.cpu_why_not(cpu), sep='|')")
+            "print(native.ISA or 'none', OP.resolve(cpu, torch.float32).name, native.cpu_unsupported_reason(cpu), sep='|')")
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
@@ -145,4 +145,4 @@ def test_every_library_that_was_built_and_runs_here_loads_and_registers_the_same
 
 
 def test_other_devices_are_refused():
-    assert native.cpu_why_not(torch.device("cuda")) == "CPU only"
+    assert native.cpu_unsupported_reason(torch.device("cuda")) == "CPU only"

@@ -10,19 +10,20 @@ import torch
 
 from reason_rl.config import EngineConfig, ModelConfig
 from reason_rl.engine import Engine
+from reason_rl.model.scoring import token_logprobs
 from reason_rl.model.transformer import MoE, Transformer
 from reason_rl.parallel.world import World
 from reason_rl.records import Completion, Group, Microbatch, Problem, SamplingParams, Score
 from reason_rl.reward import Grader
 from reason_rl.rl.packing import Sample, pack_samples
-from reason_rl.trainer.update import token_logprobs
 
 VOCAB_SIZE = 40
 CPU = torch.device("cpu")
 WORLD = World(0, 1, CPU, torch.float32)
 MOE = ModelConfig(family="qwen3_moe", num_hidden_layers=2, hidden_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
                   num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40, expert_bias=True, max_position_embeddings=512)
-DENSE = replace(MOE, num_experts=1, num_experts_per_tok=1, moe_intermediate_size=80, tie_word_embeddings=False, qk_norm="none", family="qwen3")
+DENSE = replace(MOE, num_experts=1, num_experts_per_tok=1, intermediate_size=80, tie_word_embeddings=False, qk_norm="none",
+                family="qwen3")
 
 
 def tiny_model(config: ModelConfig = MOE, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 6.0) -> Transformer:
@@ -66,12 +67,16 @@ def grade_group(group: Group, texts: Sequence[str], grader: Grader) -> Group:
     return group.with_scores(tuple(one.score() for one in pending))
 
 
-def samples_of(groups: Sequence[Group], advantage: float = 1.0) -> list[Sample]:
+def samples_of(groups: Sequence[Group]) -> list[Sample]:
+    """All completions of all groups."""
+    return [Sample(group, number, index) for number, group in enumerate(groups) for index in range(len(group.completions))]
+
+
+def packed(groups: Sequence[Group], max_tokens: int = 1 << 20, advantage: float = 1.0) -> list[Microbatch]:
     """All completions of all groups, their advantages alternating in sign and differing in size."""
-    return [
-        Sample(group, number, index, advantage * (-1) ** index * (1 + 0.25 * index))
-        for number, group in enumerate(groups) for index in range(len(group.completions))
-    ]
+    most = max(len(group.completions) for group in groups)
+    values = torch.tensor([[advantage * (-1) ** index * (1 + 0.25 * index) for index in range(most)]] * len(groups))
+    return pack_samples(samples_of(groups), values, max_tokens)
 
 
 def hand_made_group(problem_id: int, prompt_length: int, lengths: Sequence[int], finish: str = "stop") -> Group:
@@ -97,6 +102,6 @@ def different_bits(a: torch.Tensor, b: torch.Tensor) -> int:
 
 def num_different(model: Transformer, groups: Sequence[Group], max_tokens: int = 1 << 20, temperature: float = 1.0) -> int:
     """Tokens whose recorded logprob is not the trainer's, bit for bit, in packs of at most `max_tokens`."""
-    packs = pack_samples(samples_of(groups), max_tokens)
+    packs = packed(groups, max_tokens)
     recorded = torch.cat([pack.rollout_logprobs for pack in packs if pack.rollout_logprobs is not None])
     return different_bits(recorded, trainer_logprobs(model, packs, temperature))

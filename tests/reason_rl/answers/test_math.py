@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reason_rl.answers.math.extract import find_answer
 
 from reason_rl.answers.math import grade_answer, grade_math, quick_value
 from reason_rl.answers.math.compare import Comparison
-from reason_rl.answers.math.extract import find_answer
 from reason_rl.answers.math.parse import parse
 from reason_rl.answers.math.tokens import Unreadable
 from reason_rl.config import RewardConfig

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from reason_rl.config import ModelConfig
-from reason_rl.engine.decoders import native_why_not
+from reason_rl.engine.native_decode import unsupported_reason
+from reason_rl.model.scoring import token_logprobs
 from reason_rl.model.transformer import Transformer
 from reason_rl.records import Group
-from reason_rl.rl.packing import idle_microbatch, pack_samples
-from reason_rl.trainer.update import token_logprobs
+from reason_rl.rl.packing import idle_microbatch
 from tests.reason_rl.tiny import (
     DENSE,
     MOE,
     different_bits,
     make_engine,
     num_different,
+    packed,
     problem,
-    samples_of,
     sampling,
     tiny_model,
     trainer_logprobs,
@@ -30,7 +30,7 @@ ODD = ModelConfig(num_hidden_layers=2, hidden_size=42, num_attention_heads=3, nu
                   moe_intermediate_size=21, num_shared_experts=2, router_score="sigmoid", norm_topk_prob=False, max_position_embeddings=512)
 MODELS = {"moe": MOE, "dense": DENSE, "default": ModelConfig(), "odd sizes, shared experts": ODD}
 DTYPES = [torch.float32, torch.bfloat16]
-REASON = native_why_not(tiny_model())
+REASON = unsupported_reason(tiny_model())
 needs_native = pytest.mark.skipif(bool(REASON), reason=f"native kernels: {REASON}")
 
 
@@ -38,10 +38,10 @@ def rollout(
     model: Transformer, decoder: str, count: int = 9, group_size: int = 3, max_tokens: int = 40, **options: object
 ) -> list[Group]:
     settings = {key: options.pop(key) for key in ("max_num_seqs", "num_blocks") if key in options}
-    with_routes = bool(options.pop("with_routes", False))
+    with_routed_experts = bool(options.pop("with_routed_experts", False))
     problems = [problem(i, (3, 16, 17, 40)[i % 4]) for i in range(count)]
     return make_engine(model, decoder=decoder, **settings).generate(  # type: ignore[arg-type]
-        problems, group_size, sampling(max_tokens, **options), step=0, with_routes=with_routes)  # type: ignore[arg-type]
+        problems, group_size, sampling(max_tokens, **options), step=0, with_routed_experts=with_routed_experts)  # type: ignore[arg-type]
 
 
 @needs_native
@@ -87,14 +87,14 @@ def test_new_weights_are_sampled_from_at_once():
     engine = make_engine(model)
     before = engine.generate([problem(0, 5)], 4, sampling(), step=0)
     with torch.no_grad():
-        model.blocks[1].mlp.down += 0.3  # type: ignore[union-attr, operator]
+        model.blocks[1].mlp.down_proj += 0.3  # type: ignore[union-attr, operator]
     after = engine.generate([problem(0, 5)], 4, sampling(), step=0)
     assert after != before and num_different(model, after) == 0
 
 
 def test_an_explicit_wish_works_or_fails_with_the_reason():
-    model = tiny_model(MOE).use_gemm("torch")
-    with pytest.raises(ValueError, match="cannot decode this model: projections by torch's own GEMMs"):
+    model = tiny_model(MOE).set_batch_invariant(False)
+    with pytest.raises(ValueError, match="cannot decode this model: batch_invariant is off: projections by torch's own GEMMs"):
         rollout(model, "native")
     assert rollout(model, "ops") == rollout(model, "auto")
 
@@ -106,7 +106,7 @@ def test_an_explicit_wish_works_or_fails_with_the_reason():
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_what_the_native_decoder_does_not_know_is_decoded_op_by_op(changes: dict[str, object], reason: str):
     model = tiny_model(replace(MOE, **changes))  # type: ignore[arg-type]
-    assert native_why_not(model) == f"not for {reason}"
+    assert unsupported_reason(model) == f"not for {reason}"
     with pytest.raises(ValueError, match=f"cannot decode this model: not for {reason}"):
         rollout(model, "native")
     assert rollout(model, "auto", count=2) == rollout(model, "ops", count=2)
@@ -122,9 +122,9 @@ def test_both_decoders_turn_by_scaled_angles():
 def test_torchs_own_gemms_stay_close_to_the_exact_ones():
     """run.exact = "off": other bits, the same numbers to a rounding."""
     model = tiny_model(MOE, scale=2.0)
-    packs = pack_samples(samples_of(rollout(model, "auto")), 1 << 20)
+    packs = packed(rollout(model, "auto"))
     exact = trainer_logprobs(model, packs)
-    loose = trainer_logprobs(model.use_gemm("torch"), packs)
+    loose = trainer_logprobs(model.set_batch_invariant(False), packs)
     assert float((exact - loose).abs().max()) < 1e-4
 
 
@@ -135,50 +135,50 @@ def test_torchs_own_gemms_stay_close_to_the_exact_ones():
 def test_recorded_routes_are_the_trainers_and_replaying_them_changes_no_bit(decoder: str):
     model = tiny_model(MOE)
     engine = make_engine(model, decoder=decoder, num_blocks=14)
-    groups = engine.generate([problem(i, (3, 16, 17, 40)[i % 4]) for i in range(6)], 3, sampling(40), step=0, with_routes=True)
+    groups = engine.generate([problem(i, (3, 16, 17, 40)[i % 4]) for i in range(6)], 3, sampling(40), step=0, with_routed_experts=True)
     assert engine.num_preemptions > 0  # keys are computed anew, routes are not
     for group in groups:
-        assert group.prompt_routes is not None and group.prompt_routes.shape == (len(group.problem.prompt_ids), 2, 2)
+        assert group.prompt_routed_expert_ids is not None and group.prompt_routed_expert_ids.shape == (len(group.problem.prompt_ids), 2, 2)
         for completion in group.completions:
             if len(completion.token_ids) > 1:
-                assert completion.routes is not None and completion.routes.shape == (len(completion.token_ids) - 1, 2, 2)
-    for pack in pack_samples(samples_of(groups), 200):
-        assert pack.routes is not None and pack.routes.shape == (pack.num_tokens, 2, 2)
-        fresh = token_logprobs(model, replace(pack, routes=None))[0]
+                assert completion.routed_expert_ids is not None and completion.routed_expert_ids.shape == (len(completion.token_ids) - 1, 2, 2)
+    for pack in packed(groups, 200):
+        assert pack.routed_expert_ids is not None and pack.routed_expert_ids.shape == (pack.num_tokens, 2, 2)
+        fresh = token_logprobs(model, replace(pack, routed_expert_ids=None))[0]
         assert different_bits(token_logprobs(model, pack)[0].detach(), fresh.detach()) == 0
 
 
 def test_replay_where_the_first_layer_is_dense_changes_no_bit():
     model = tiny_model(replace(MOE, num_hidden_layers=3, num_dense_layers=1, intermediate_size=50, routed_scaling_factor=2.5))
-    for pack in pack_samples(samples_of(rollout(model, "ops", with_routes=True, count=3)), 1 << 20):
-        assert pack.routes is not None and pack.routes.shape == (pack.num_tokens, 2, 2)  # of the two layers with experts
-        fresh = token_logprobs(model, replace(pack, routes=None))[0]
+    for pack in packed(rollout(model, "ops", with_routed_experts=True, count=3)):
+        assert pack.routed_expert_ids is not None and pack.routed_expert_ids.shape == (pack.num_tokens, 2, 2)  # of the two layers with experts
+        fresh = token_logprobs(model, replace(pack, routed_expert_ids=None))[0]
         assert different_bits(token_logprobs(model, pack)[0].detach(), fresh.detach()) == 0
 
 
 def test_replay_of_eight_experts_a_token_changes_no_bit():
     """More choices than torch's short sums add in order."""
     model = tiny_model(replace(MOE, num_experts=12, num_experts_per_tok=8))
-    for pack in pack_samples(samples_of(rollout(model, "ops", with_routes=True, count=3)), 1 << 20):
-        fresh = token_logprobs(model, replace(pack, routes=None))[0]
+    for pack in packed(rollout(model, "ops", with_routed_experts=True, count=3)):
+        fresh = token_logprobs(model, replace(pack, routed_expert_ids=None))[0]
         assert different_bits(token_logprobs(model, pack)[0].detach(), fresh.detach()) == 0
 
 
 def test_replay_follows_the_given_experts_and_the_router_still_learns():
     model = tiny_model(MOE)
-    pack = pack_samples(samples_of(rollout(model, "ops", with_routes=True)), 1 << 20)[0]
-    assert pack.routes is not None
-    other = replace(pack, routes=(pack.routes + 1) % MOE.num_experts)
+    pack = packed(rollout(model, "ops", with_routed_experts=True))[0]
+    assert pack.routed_expert_ids is not None
+    other = replace(pack, routed_expert_ids=(pack.routed_expert_ids + 1) % MOE.num_experts)
     own, moved = token_logprobs(model, pack)[0], token_logprobs(model, other)[0]
     assert float((own - moved).detach().abs().max()) > 1e-3
     moved.sum().backward()
     router = model.blocks[0].mlp.router  # type: ignore[union-attr]
     assert router.grad is not None and float(router.grad.abs().max()) > 0  # type: ignore[union-attr]
     idle = idle_microbatch(pack)
-    assert idle.routes is not None and token_logprobs(model, idle)[0].numel() == 0
+    assert idle.routed_expert_ids is not None and token_logprobs(model, idle)[0].numel() == 0
 
 
 def test_without_being_asked_no_routes_are_kept():
     group = rollout(tiny_model(MOE), "auto", count=1)[0]
-    assert group.prompt_routes is None and all(c.routes is None for c in group.completions)
-    assert pack_samples(samples_of([group]), 1 << 20)[0].routes is None
+    assert group.prompt_routed_expert_ids is None and all(c.routed_expert_ids is None for c in group.completions)
+    assert packed([group])[0].routed_expert_ids is None

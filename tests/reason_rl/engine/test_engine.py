@@ -14,14 +14,14 @@ import torch
 from kernels.attention import BLOCK_SIZE
 from reason_rl.engine import engine as engine_module
 from reason_rl.engine.blocks import BlockPool
-from reason_rl.engine.decoders import native_why_not, one_each
+from reason_rl.engine.decoders import one_each
 from reason_rl.engine.engine import GIB, noise_key
+from reason_rl.engine.native_decode import unsupported_reason
 from reason_rl.engine.scheduler import Prompt, Scheduler, Sequence, num_blocks_for
+from reason_rl.model.scoring import token_logprobs
 from reason_rl.model.transformer import Transformer
 from reason_rl.records import Problem
-from reason_rl.rl.packing import pack_samples
-from reason_rl.trainer.update import token_logprobs
-from tests.reason_rl.tiny import MOE, VOCAB_SIZE, make_engine, problem, samples_of, sampling, tiny_model
+from tests.reason_rl.tiny import MOE, VOCAB_SIZE, make_engine, packed, problem, sampling, tiny_model
 
 BYTES_PER_BLOCK = 2 * MOE.num_hidden_layers * MOE.num_key_value_heads * BLOCK_SIZE * MOE.head_dim * 4
 """Keys and values in float32."""
@@ -138,7 +138,7 @@ def test_greedy_takes_the_likeliest_token_each_time(model: Transformer):
     groups = make_engine(model).generate([problem(i, 9) for i in range(4)], 2, sampling(8, (), temperature=0.0), step=0)
     for group in groups:
         assert group.completions[0].token_ids == group.completions[1].token_ids
-    (pack,) = pack_samples(samples_of(groups), 1 << 20)
+    (pack,) = packed(groups)
     best = tiny_logits(model, pack).argmax(-1)
     assert best.tolist() == pack.target_ids.tolist()
 
@@ -158,7 +158,7 @@ def tiny_logits(model: Transformer, pack: Any) -> torch.Tensor:
 ])  # fmt: skip
 def test_truncation_keeps_to_its_set_and_records_the_kept_mass(model: Transformer, cut: dict[str, float], is_kept: Any):
     groups = make_engine(model).generate([problem(i, 9) for i in range(6)], 4, sampling(8, (), **cut), step=0)
-    (pack,) = pack_samples(samples_of(groups), 1 << 20)
+    (pack,) = packed(groups)
     logits = tiny_logits(model, pack).double()
     ordered, order = logits.sort(descending=True, dim=-1)
     assert pack.kept_logmass is not None
@@ -228,8 +228,8 @@ def test_the_cache_goes_by_what_can_be_needed_and_not_by_the_models_context(pool
 
 @pytest.mark.parametrize("decoder", ["ops", "native"])
 def test_a_cache_bounded_in_bytes_preempts_and_draws_the_same_tokens(model: Transformer, pools: list[BlockPool], decoder: str):
-    if decoder == "native" and native_why_not(model):
-        pytest.skip(native_why_not(model))
+    if decoder == "native" and unsupported_reason(model):
+        pytest.skip(unsupported_reason(model))
     problems = [problem(i, 10 + 13 * i) for i in range(4)]
     ample, bounded = make_engine(model, decoder=decoder), make_engine(model, decoder=decoder, cache_gib=20 * BYTES_PER_BLOCK / GIB)
     whole, part = (engine.generate(problems, 4, sampling(60, stop_ids=(3,)), step=0) for engine in (ample, bounded))

@@ -13,11 +13,10 @@ import pytest
 import torch
 
 from reason_rl.config import ModelConfig
+from reason_rl.model.scoring import token_logprobs
 from reason_rl.model.transformer import Transformer
 from reason_rl.parallel.fsdp import RolloutWeights
 from reason_rl.records import Group
-from reason_rl.rl.packing import pack_samples
-from reason_rl.trainer.update import token_logprobs
 from tests.reason_rl.tiny import (
     CPU,
     DENSE,
@@ -26,8 +25,8 @@ from tests.reason_rl.tiny import (
     different_bits,
     make_engine,
     num_different,
+    packed,
     problem,
-    samples_of,
     sampling,
     tiny_model,
     trainer_logprobs,
@@ -102,7 +101,7 @@ def test_truncated_sampling_records_the_full_softmax(moe: Transformer, cut: dict
 
 def test_the_packing_does_not_change_the_trainers_own_bits(moe: Transformer):
     groups = generate(moe, 48, group_size=4)
-    whole, cut, single = (trainer_logprobs(moe, pack_samples(samples_of(groups), n)) for n in (1 << 20, 120, 1))
+    whole, cut, single = (trainer_logprobs(moe, packed(groups, n)) for n in (1 << 20, 120, 1))
     assert different_bits(whole, cut) == different_bits(whole, single) == 0
 
 
@@ -174,7 +173,7 @@ def test_the_engine_samples_from_the_weights_as_they_are_now(moe: Transformer):
 
 def test_padding_rows_are_not_routed(moe: Transformer):
     """`linear` pads few rows; the experts' loads must count real tokens alone."""
-    (pack,) = pack_samples(samples_of(generate(moe, 1)), 1 << 20)
+    (pack,) = packed(generate(moe, 1))
     router = token_logprobs(moe, pack, with_stats=True)[2]
     assert router is not None
     assert router.expert_counts.sum(1).tolist() == [pack.num_tokens * MOE.num_experts_per_tok] * MOE.num_hidden_layers

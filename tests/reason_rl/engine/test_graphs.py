@@ -36,7 +36,7 @@ def remember(step: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
 
 def generate(engine: Engine, **options: object) -> list[Group]:
     problems = [problem(i, (5, 16, 31, 129)[i % 4]) for i in range(7)]
-    return engine.generate(problems, 3, sampling(20, **options), step=0, with_routes=engine.model.config.num_experts > 1)  # type: ignore[arg-type]
+    return engine.generate(problems, 3, sampling(20, **options), step=0, with_routed_experts=engine.model.config.num_experts > 1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -60,7 +60,7 @@ def test_graphs_are_captured_once_and_read_the_weights_as_they_are():
     before = generate(engine)
     count = engine.graphs.num_captured
     with torch.no_grad():
-        model.blocks[1].mlp.down += 0.3  # type: ignore[union-attr, operator]
+        model.blocks[1].mlp.down_proj += 0.3  # type: ignore[union-attr, operator]
     after = generate(engine)
     assert engine.graphs.num_captured == count and after != before and num_different(model, after) == 0
     generate(engine, temperature=0.5)
@@ -108,7 +108,7 @@ def test_experts_by_torchs_products_which_wait_for_the_device_are_refused_at_the
     off = ["--engine.cuda_graph_batch=64", "--run.exact=off"]
     with pytest.raises(ValueError, match=r"engine.cuda_graph_batch=64 cannot go with run.exact='off' and experts"):
         load_config(overrides=off)
-    assert load_config(overrides=[*off, "--model.num_experts=1", "--model.num_experts_per_tok=1"]).engine.cuda_graph_batch == 64
+    assert load_config(overrides=[*off, "--model.num_experts=1", "--model.intermediate_size=96", "--model.num_experts_per_tok=1"]).engine.cuda_graph_batch == 64
 
 
 @pytest.mark.parametrize(("error", "says"), [
@@ -133,7 +133,7 @@ def test_cuda_graphs_draw_the_bits_of_eager_steps(config: object, dtype: torch.d
     assert generate(graphs) == generate(plain)
     assert graphs.graphs is not None and graphs.graphs.num_captured > 0
     with torch.no_grad():
-        model.blocks[1].attention.qkv.weight *= 1.1  # type: ignore[union-attr, operator]
+        model.blocks[1].attention.qkv_proj.weight *= 1.1  # type: ignore[union-attr, operator]
     assert generate(graphs) == generate(plain)
 
 

@@ -80,7 +80,7 @@ def test_a_block_is_held_ahead_only_where_it_is_needed_and_plenty_are_free():
     scheduler.reserve_ahead(64, 2)
     assert [len(s.blocks) for s in sequences] == [2, 2, 2]  # never more than max_tokens need
     assert scheduler.pool.num_free == free - 1
-    scheduler.pool.take(scheduler.pool.num_free - 3)
+    scheduler.pool.allocate(scheduler.pool.num_free - 3)
     scheduler.reserve_ahead(64, 8)
     assert scheduler.pool.num_free == 3  # one for each that runs stays in hand
 
@@ -111,26 +111,26 @@ def test_a_prompt_without_running_sequences_forgets_its_keys():
     scheduler = Scheduler(BlockPool(4), 8)
     scheduler.add(Sequence(prompt, 0, 0))
     (sequence,) = scheduler.admit()
-    prompt.is_cached, prompt.first_hidden = True, object()
+    prompt.is_cached, prompt.last_hidden = True, object()
     scheduler.finish(sequence)
-    assert (prompt.is_cached, prompt.first_hidden, prompt.blocks) == (False, None, [])
+    assert (prompt.is_cached, prompt.last_hidden, prompt.blocks) == (False, None, [])
 
 
 def test_a_shared_block_is_free_only_after_its_last_holder():
     pool = BlockPool(4)
-    blocks = pool.take(2)
-    pool.share(blocks)
-    pool.release(blocks)
+    blocks = pool.allocate(2)
+    pool.fork(blocks)
+    pool.free(blocks)
     assert pool.num_free == 1
-    pool.release(blocks)
+    pool.free(blocks)
     assert pool.num_free == 3
-    assert max(Counter(pool.take(3)).values()) == 1
+    assert max(Counter(pool.allocate(3)).values()) == 1
 
 
 def test_misuse_of_the_pool_is_caught():
     pool = BlockPool(3)
-    (block,) = pool.take(1)
-    pool.release([block])
-    for misuse in (lambda: pool.release([block]), lambda: pool.share([block]), lambda: pool.take(3)):
+    (block,) = pool.allocate(1)
+    pool.free([block])
+    for misuse in (lambda: pool.free([block]), lambda: pool.fork([block]), lambda: pool.allocate(3)):
         with pytest.raises(AssertionError):
             misuse()

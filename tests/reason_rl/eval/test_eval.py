@@ -121,7 +121,7 @@ def test_a_stopped_one_goes_on_and_ends_in_the_same_files(
 
     out = tmp_path / "e"
     monkeypatch.setattr(Grader, "submit", interrupted)
-    assert run(checkpoint, out, *arguments) == 130 and "the same command goes on" in capsys.readouterr().err
+    assert run(checkpoint, out, *arguments) == 130 and "the same command continues" in capsys.readouterr().err
     rows = (out / "problems.jsonl").read_text().splitlines()
     assert 0 < len(rows) <= 4 and not (out / "summary.json").exists()
     (out / "problems.jsonl").write_text("\n".join([*rows, '{"problem_id": 5, "pro']))  # killed while writing
@@ -190,12 +190,19 @@ BAD = [
     (["--max-tokens=60"], "max_position_embeddings = 64 less sampling.max_tokens = 60 leaves 4"),
     (["--max-tokens=-5"], "max_tokens must be >= 1, got -5"),
     (["--max-tokens=0"], "max_tokens must be >= 1, got 0"),
-    (["--split=all"], "task 'program' makes its problems without end"),
+    (["--split=all"], "task 'program' generates its problems without end"),
     (["--task=gsm8k"], "give task.path a JSONL file"),
     (["--task.template=chat"], "the checkpoint has none"),
     (["--task=programm"], "unknown task.name 'programm'"),
     (["--task.levle=3"], "unknown config key task.levle"),
-    (["--sampling.temperature=1"], "sampling is set by --temperature"),
+    (["--sampling.temperature=1"], "--sampling.temperature=1 has no effect on an evaluation; use --temperature"),
+    (["--eval.problems=20"], "--eval.problems=20 has no effect on an evaluation; use --problems"),
+    (["--eval.final-problems=20"], "--eval.final-problems=20 has no effect on an evaluation; use --problems"),
+    (["--eval.every=2"], "--eval.every=2 has no effect on an evaluation"),
+    (["--run.seed=2"], "use --seed"),
+    (["--rl.group_size=2"], "--rl.group_size=2 has no effect on an evaluation"),
+    (["--model.num_hidden_layers=2"], "--model.num_hidden_layers=2 has no effect on an evaluation"),
+    (["--reward.custom=a:b"], "--reward.custom=a:b has no effect on an evaluation"),
     (["--config=nowhere.toml"], "no config file at nowhere.toml"),
     (["--device=tpu"], "run.device must be auto, cpu, cuda"),
     (["--dtype=int8"], "run.dtype must be one of"),
@@ -213,6 +220,24 @@ def test_bad_input_is_one_line_before_any_work(
     err = capsys.readouterr().err
     assert err.startswith("eval: ") and err.count("\n") == 1 and message in err
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, OSError])
+def test_an_error_while_sampling_keeps_its_traceback_and_the_finished_rows(
+    error: type[Exception], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real, count = Grader.submit, [0]
+
+    def broken(*given: Any) -> Any:
+        count[0] += 1
+        if count[0] == 9:
+            raise error("a bug")
+        return real(*given)
+
+    monkeypatch.setattr(Grader, "submit", broken)
+    with pytest.raises(error, match="a bug"):
+        run(checkpoint, tmp_path / "e", "--problems=6", "--samples=2", "--engine.max_num_seqs=2")
+    assert len((tmp_path / "e/problems.jsonl").read_text().splitlines()) == 4
 
 
 def test_an_unknown_option_is_refused_as_commands_do(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -187,7 +187,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
         "rope_theta": 500000.0, "vocab_size": 128256, "tie_word_embeddings": True, "rope_scaling": {
             "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, ORIGINAL: 8192, "rope_type": "llama3"},
-    }, {"num_experts": 1, "moe_intermediate_size": 8192, "qk_norm": "none", "attention_bias": "none", "tie_word_embeddings": True}),
+    }, {"num_experts": 1, "intermediate_size": 8192, "qk_norm": "none", "attention_bias": "none", "tie_word_embeddings": True}),
     "qwen2": ({
         "hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 21,
         "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1e6,
@@ -311,13 +311,13 @@ def test_a_familys_own_keys_say_all_of_it(name: str, tmp_path: Path):
     assert "reason_rl" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
-SCRATCH = ModelConfig(num_hidden_layers=2, hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4, moe_intermediate_size=10,
-                      max_position_embeddings=64)
+SCRATCH = ModelConfig(num_hidden_layers=2, hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                      num_experts=4, moe_intermediate_size=10, max_position_embeddings=64)
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"num_experts": 1, "num_experts_per_tok": 1}, {"num_dense_layers": 1, "intermediate_size": 14, "tie_word_embeddings": False},
-    {"family": "llama", "num_experts": 1, "qk_norm": "none"}, {"family": "mixtral", "qk_norm": "none"},
+    {}, {"num_experts": 1, "num_experts_per_tok": 1, "intermediate_size": 12}, {"num_dense_layers": 1, "intermediate_size": 14, "tie_word_embeddings": False},
+    {"family": "llama", "num_experts": 1, "intermediate_size": 12, "qk_norm": "none"}, {"family": "mixtral", "qk_norm": "none"},
     {"family": "olmoe", "qk_norm": "full", "num_key_value_heads": 4, "head_dim": 6, "attention_bias": "all"},
     {"family": "dots1", "router_score": "sigmoid", "expert_bias": True, "num_shared_experts": 1, "routed_scaling_factor": 1.7},
     {"family": "glm4_moe", "router_score": "sigmoid", "expert_bias": True, "num_shared_experts": 1, "partial_rotary_factor": 0.5,

@@ -1,5 +1,5 @@
-"""Folders as Hugging Face lays them out: shards and their index, tied heads, what is left out, what goes on to the next folder, and
-the memory that loading takes."""
+"""Checkpoint folders in Hugging Face's layout: shards and their index, tied heads, ignored tensors, files carried to the
+next folder, and the memory that loading takes."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_tensors_that_are_no_plain_floats_are_refused(tmp_path: Path):
 # --- what a folder may hold beside the model's tensors
 
 def test_a_stored_head_may_be_the_embedding_it_is_tied_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(weights, "PIECE_BYTES", 1000)  # compared in several pieces, of which the last one differs
+    monkeypatch.setattr(weights, "CHUNK_BYTES", 1000)  # compared in several chunks, of which the last one differs
     model = saved(tmp_path)
     head = model.embedding.weight.detach().clone()
     save_file({"lm_head.weight": head}, tmp_path / "head.safetensors")
@@ -152,7 +152,7 @@ def test_layers_that_predict_further_tokens_are_left_out_by_name(tmp_path: Path)
     with pytest.raises(ValueError, match=r"unexpected model\.layers\.2\.enorm\.weight \(1\)"):
         load_model(tmp_path)
     change_config(tmp_path, num_nextn_predict_layers=1)
-    with pytest.warns(UserWarning, match=r"model\.layers\.2\.enorm\.weight \(1\) of layers that predict further tokens"):
+    with pytest.warns(UserWarning, match=r"ignoring model\.layers\.2\.enorm\.weight \(1\), of layers that predict further"):
         model = load_model(tmp_path)
     save_weights(tmp_path / "out", model.state_dict(), model.config, VOCAB_SIZE, 3, read_source(tmp_path))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
@@ -203,11 +203,11 @@ def test_weights_that_the_compute_dtype_cannot_read_are_refused(tmp_path: Path):
         load_model(tmp_path, torch.float32, weights_dtype=torch.bfloat16)
 
 
-def test_pieces_put_together_are_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_chunks_put_together_are_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Pieces of one row, of a few rows and of several tensors."""
     model = saved(tmp_path)
     for size in (1, 500, 20_000):
-        monkeypatch.setattr(weights, "PIECE_BYTES", size)
+        monkeypatch.setattr(weights, "CHUNK_BYTES", size)
         loaded = load_model(tmp_path).state_dict()
         assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
 
@@ -220,14 +220,14 @@ from reason_rl.model import weights
 def memory(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key + ":"))
 
-folder, weights_dtype, piece_bytes = sys.argv[1:]
-weights.PIECE_BYTES = int(piece_bytes) or weights.PIECE_BYTES
+folder, weights_dtype, chunk_bytes = sys.argv[1:]
+weights.CHUNK_BYTES = int(chunk_bytes) or weights.CHUNK_BYTES
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak of the imports
 before = memory("VmRSS")
 dtype = getattr(torch, weights_dtype)
 model = weights.load_model(folder, dtype, dtype)
 held = sum(p.numel() * p.element_size() for p in model.parameters())
-print(before, memory("VmHWM"), held, float(model.head_weight[-1, -1]), float(model.blocks[-1].mlp.down[-1, 0, 0]))
+print(before, memory("VmHWM"), held, float(model.head_weight[-1, -1]), float(model.blocks[-1].mlp.down_proj[-1, 0, 0]))
 """
 
 
@@ -255,10 +255,10 @@ def write_bf16_folder(folder: Path, config: ModelConfig, vocab_size: int, shard_
     return {name: noise[: view.numel()].view(view.shape) for name, view in views.items()}
 
 
-def measure(folder: Path, weights_dtype: str, piece_bytes: int = 0) -> list[float]:
+def measure(folder: Path, weights_dtype: str, chunk_bytes: int = 0) -> list[float]:
     """-> bytes before, bytes at the peak, bytes of the weights, the head's last value, the last expert's first."""
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(folder), weights_dtype, str(piece_bytes)], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-c", MEASURE, str(folder), weights_dtype, str(chunk_bytes)], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     return [float(word) for word in done.stdout.split()]
@@ -269,13 +269,14 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 @needs_proc
 @pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16"])
-def test_loading_takes_the_memory_of_the_weights_and_a_piece(weights_dtype: str, tmp_path: Path):
-    config = replace(MOE, num_hidden_layers=4, hidden_size=256, num_experts=16, moe_intermediate_size=512, tie_word_embeddings=False, max_position_embeddings=64)
+def test_loading_takes_the_memory_of_the_weights_and_a_chunk(weights_dtype: str, tmp_path: Path):
+    config = replace(MOE, num_hidden_layers=4, hidden_size=256, num_experts=16, moe_intermediate_size=512,
+                     tie_word_embeddings=False, max_position_embeddings=64)
     wanted = write_bf16_folder(tmp_path, config, 20_000, shard_bytes=1 << 30)  # one file: mapped whole, it would show
-    before, peak, held, head, expert = measure(tmp_path, weights_dtype, piece_bytes=4 << 20)
+    before, peak, held, head, expert = measure(tmp_path, weights_dtype, chunk_bytes=4 << 20)
     assert head == float(wanted["lm_head.weight"][-1, -1])
     assert expert == float(wanted["model.layers.3.mlp.experts.15.down_proj.weight"][0, 0])
-    # 74 or 147 MB of weights; two pieces may be mapped at a time, and threads and libraries want a little of their own
+    # 74 or 147 MB of weights; two chunks may be mapped at a time; threads and libraries need a little
     assert held < peak - before < held + (24 << 20)
 
 
@@ -284,8 +285,9 @@ def test_loading_takes_the_memory_of_the_weights_and_a_piece(weights_dtype: str,
 @pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16"])
 def test_two_billion_parameters_load_in_less_than_a_fifth_more_than_their_weights(weights_dtype: str, tmp_path: Path):
     """All of the process counted, the interpreter and torch too."""
-    config = ModelConfig(family="qwen3_moe", num_hidden_layers=15, hidden_size=1024, num_attention_heads=16, num_key_value_heads=4, head_dim=64,
-                         num_experts=48, num_experts_per_tok=4, moe_intermediate_size=768, tie_word_embeddings=False, max_position_embeddings=4096)
+    config = ModelConfig(family="qwen3_moe", num_hidden_layers=15, hidden_size=1024, num_attention_heads=16,
+                         num_key_value_heads=4, head_dim=64, num_experts=48, num_experts_per_tok=4, moe_intermediate_size=768,
+                         tie_word_embeddings=False, max_position_embeddings=4096)
     try:
         wanted = write_bf16_folder(tmp_path / "model", config, 151_936, shard_bytes=1_500_000_000)
         _, peak, held, head, expert = measure(tmp_path / "model", weights_dtype)

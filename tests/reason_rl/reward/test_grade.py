@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from reason_rl.reward.accuracy import extract_answer
+from reason_rl.reward.format import format_reward
+from reason_rl.reward.length import cosine_reward, overlong_reward
 
 from reason_rl.answers.countdown import is_countdown_solution
 from reason_rl.answers.verdict import Verdict
 from reason_rl.config import Config, RewardConfig
 from reason_rl.records import Completion, FinishReason, Group, Problem, SamplingParams, Score
 from reason_rl.reward import Grader, Pending, check_rewards
-from reason_rl.reward.accuracy import extract_answer
-from reason_rl.reward.format import format_reward
 from reason_rl.reward.grade import reward_kinds
-from reason_rl.reward.length import cosine_reward, overlong_reward
 from reason_rl.reward.pool.service import VerifierService
 from tests.reason_rl.tiny import grade_group
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from reason_rl.reward.language import language_reward
+from reason_rl.reward.repetition import repetition_reward
 
 from reason_rl.config import Config, ModelConfig, RewardConfig
 from reason_rl.data import char_tokenizer
@@ -14,9 +16,7 @@ from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import save_weights
 from reason_rl.records import Problem
 from reason_rl.reward import Grader
-from reason_rl.reward.language import language_reward
 from reason_rl.reward.model import HEAD_FILE, load_reward_model, save_head
-from reason_rl.reward.repetition import repetition_reward
 
 ENGLISH = "How many apples are left when you have eaten the half of them?"
 GERMAN = "Wie viele Äpfel sind noch da, wenn man die Hälfte von ihnen gegessen hat?"
@@ -59,7 +59,7 @@ PROMPT, PROBLEM = "a2,b*3?", Problem(problem_id=1, task="program", prompt="a2,b*
 @pytest.fixture
 def reward_model(tmp_path: Path) -> Path:
     """Tiny and random; its head looks at one hidden coordinate."""
-    config = ModelConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=1, moe_intermediate_size=16,
+    config = ModelConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=1, intermediate_size=16,
                          max_position_embeddings=48)
     tokenizer = char_tokenizer()
     save_weights(tmp_path, Transformer(config, tokenizer.vocab_size).initialise(0).state_dict(), config, tokenizer.vocab_size,

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from reason_rl.answers.text import grade_text
 
 from reason_rl.answers.math import grade_math
-from reason_rl.answers.text import grade_text
 from reason_rl.answers.verdict import Verdict
 from reason_rl.config import load_config
 

@@ -1,4 +1,4 @@
-"""What groups say in numbers, on groups small enough to count by hand."""
+"""Metrics of groups that are small enough to count by hand."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from dataclasses import replace
 from itertools import combinations
 
 import pytest
+import torch
 
-from reason_rl.config import Config
 from reason_rl.data import char_tokenizer
-from reason_rl.records import Completion, Group, Problem, Score
+from reason_rl.records import Completion, Group, Microbatch, Problem, Score
+from reason_rl.report.clock import Clock
+from reason_rl.rl.advantages import Advantages
 from reason_rl.rollout.metrics import (
     eval_metrics,
     pass_at_k,
     pass_at_powers,
     rollout_metrics,
     rollout_rows,
+    step_stats,
     update_metrics,
 )
 
@@ -118,10 +121,8 @@ def test_update_metrics_weigh_by_tokens_and_keep_extremes_and_the_first_gap():
 
 
 def test_rollout_rows_hold_each_token_with_its_logprob():
-    config = Config()
-    rows = rollout_rows([GROUP] * (config.run.rollout_samples + 3), [[0.5, -0.5, 0.0, 0.0]] * (config.run.rollout_samples + 3),
-                        TOKENIZER, 12, config)
-    assert len(rows) == 4 * config.run.rollout_samples
+    rows = rollout_rows([GROUP] * 2, [[0.5, -0.5, 0.0, 0.0]] * 5, TOKENIZER, 12)
+    assert len(rows) == 4 * 2
     row = rows[4]
     assert (row["group"], row["sample"], row["step"], row["problem_id"], row["level"]) == (1, 0, 12, 5, 4)
     assert row["text"] == "<think>1+1=2</think><answer>2</answer>" and row["tokens"][-1] == "<eos>"  # type: ignore[index]
@@ -129,3 +130,19 @@ def test_rollout_rows_hold_each_token_with_its_logprob():
     assert (row["advantage"], row["reward"], row["parts"]) == (0.5, 1.1, {"accuracy": 1.0, "format": 1.0})
     assert rows[3]["is_graded"] is False and rows[3]["cause"] == "accuracy raised: KeyError" and rows[2]["cause"] == ""
     assert rows[2]["finish_reason"] == "length"
+
+
+def test_step_stats_count_all_sampled_groups_and_the_packed_tokens():
+    advantages = Advantages(torch.tensor([[0.5, -0.5, 0.0, 0.0]]), torch.ones(1, 4, dtype=torch.bool), torch.tensor([True]))
+    tensor = torch.zeros(6, dtype=torch.long)
+    microbatch = Microbatch(tensor, tensor, tensor, tensor, tensor, tensor, 1)
+    clock = Clock()
+    clock.seconds |= {"rollout": 2.0, "reward": 1.0, "train": 3.0, "step": 8.0}
+    stats = step_stats(7, [GROUP], [GROUP, GROUP], advantages, [[microbatch] * 2, [microbatch]], [], TOKENIZER, clock,
+                       lr=1e-4, verifiers={"gradings": 8.0})
+    assert stats.timings == {
+        "rollout_s": 2.0, "reward_s": 1.0, "verifier/gradings": 8.0, "train_s": 3.0, "step_s": 8.0,
+        "train_tok_s": 18 / 3, "rollout_tok_s": 44 / 2, "step_tok_s": 44 / 8}
+    assert stats.metrics["length"] == 22 / 4 and stats.metrics["ungraded"] == 2 and stats.metrics["num_loss_tokens"] == 0
+    assert stats.metrics["lr"] == 1e-4 and stats.metrics["groups_without_signal"] == 0
+    assert (stats.step, stats.groups, stats.advantages) == (7, (GROUP,), ((0.5, -0.5, 0.0, 0.0),))

@@ -55,8 +55,8 @@ def test_no_update_has_a_rate_of_zero_or_above_the_peak(schedule: str):
 def test_muon_takes_projections_and_experts_and_nothing_else():
     model = tiny_model(replace(MOE, num_shared_experts=1, tie_word_embeddings=False))
     taken = {name.split(".", 2)[-1] for name, p in model.named_parameters() if is_hidden_matrix(name, p)}
-    assert taken == {"attention.qkv.weight", "attention.out.weight", "mlp.gate_up", "mlp.down",
-                     "mlp.shared.gate_up.weight", "mlp.shared.down.weight"}
+    assert taken == {"attention.qkv_proj.weight", "attention.o_proj.weight", "mlp.gate_up_proj", "mlp.down_proj",
+                     "mlp.shared.gate_up_proj.weight", "mlp.shared.down_proj.weight"}
 
 
 @pytest.mark.parametrize("config", [ADAMW, MUON])

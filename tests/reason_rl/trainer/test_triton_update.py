@@ -13,15 +13,14 @@ import torch
 from kernels.dispatch import Implementation, Op
 from kernels.triton_ops import IS_INTERPRETED
 from reason_rl.parallel.world import World
-from reason_rl.rl.packing import pack_samples
 from tests.reason_rl.tiny import (
     CPU,
     MOE,
     different_bits,
     hand_made_group,
     make_engine,
+    packed,
     problem,
-    samples_of,
     sampling,
     tiny_model,
     trainer_logprobs,
@@ -41,9 +40,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The ops that ran and their implementation, picked as on a GPU: as if there were no native kernels."""
     picked: dict[str, str] = {}
 
-    def choose(self: Op, like: torch.Tensor, impl: str = "auto") -> Implementation:
-        able = [i for i in self.implementations if i.is_automatic and i.name != "native" and not i.refuses(like.device, like.dtype)]
-        chosen = able[0] if impl == "auto" else self.resolve(like.device, like.dtype, impl)
+    def choose(self: Op, like: torch.Tensor, impl: str = "auto", variant: str = "") -> Implementation:
+        able = [i for i in self.implementations if i.is_automatic and i.name != "native" and not i.refusal(like.device, like.dtype)]
+        chosen = able[0] if impl == "auto" else self.resolve(like.device, like.dtype, impl, variant)
         picked[self.name] = chosen.name
         return chosen
 
@@ -59,7 +58,7 @@ def assert_on_kernels(ran: dict[str, str], ops: set[str]) -> None:
 def test_an_update_runs_on_kernels_and_its_gradients_are_those_of_the_cpus(
     ran: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ):
-    packs, world = pack_samples(samples_of([hand_made_group(0, 4, [5, 1, 9])]), 10**6), World(0, 1, DEVICE, torch.float32)
+    packs, world = packed([hand_made_group(0, 4, [5, 1, 9])], 10**6), World(0, 1, DEVICE, torch.float32)
     gradients, metrics = policy_gradients(tiny_model(CONFIG).to(DEVICE), packs, world=world)
     assert_on_kernels(ran, UPDATE_OPS)
     monkeypatch.undo()
@@ -73,6 +72,6 @@ def test_a_rollout_runs_on_kernels_and_its_logprobs_are_the_trainers(ran: dict[s
     model = tiny_model(CONFIG).to(DEVICE)
     groups = make_engine(model, decoder="ops").generate([problem(0, 5), problem(1, 3)], 2, sampling(max_tokens=4), step=0)
     assert_on_kernels(ran, ROLLOUT_OPS)
-    (pack,) = pack_samples(samples_of(groups), 10**6)
+    (pack,) = packed(groups, 10**6)
     assert pack.rollout_logprobs is not None
     assert different_bits(pack.rollout_logprobs, trainer_logprobs(model, [pack.to(DEVICE)]).cpu()) == 0

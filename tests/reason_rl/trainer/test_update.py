@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from kernels.grpo_loss import grpo_loss
-from kernels.grpo_loss.spec import LossSpec
+from kernels.grpo_loss import LossInputs, LossSpec, grpo_loss
 from reason_rl.config import ModelConfig, OptimConfig, RLConfig
+from reason_rl.model.scoring import token_logprobs
 from reason_rl.model.transformer import Transformer
 from reason_rl.parallel.fsdp import rank_share
 from reason_rl.parallel.world import World
@@ -24,7 +24,7 @@ from reason_rl.records import Group, Microbatch
 from reason_rl.rl.advantages import compute_advantages
 from reason_rl.rl.packing import idle_microbatch, pack_documents, pack_samples, select_samples
 from reason_rl.trainer.optimizer import Optimizer
-from reason_rl.trainer.update import fill_logprobs, policy_update, supervised_update, token_logprobs
+from reason_rl.trainer.update import fill_logprobs, policy_update, supervised_update
 from tests.reason_rl.tiny import (
     CPU,
     DENSE,
@@ -35,6 +35,7 @@ from tests.reason_rl.tiny import (
     graded,
     hand_made_group,
     make_engine,
+    packed,
     problem,
     samples_of,
     sampling,
@@ -96,7 +97,7 @@ def with_reference(packs: list[Microbatch], spec: LossSpec) -> list[Microbatch]:
 @pytest.mark.parametrize("name", SPECS)
 def test_the_policy_gradient_does_not_depend_on_the_cut(name: str):
     model = wide_model(MOE if name == "token" else DENSE)
-    whole, *cuts = [with_reference(widened(pack_samples(samples_of(GROUPS), budget)), SPECS[name]) for budget in (10**6, 30, 1)]
+    whole, *cuts = [with_reference(widened(packed(GROUPS, budget)), SPECS[name]) for budget in (10**6, 30, 1)]
     expected, metrics = policy_gradients(model, whole, SPECS[name])
     assert len(whole) == 1 and len(cuts[-1]) == 12
     for packs in cuts:
@@ -108,8 +109,8 @@ def test_the_policy_gradient_does_not_depend_on_the_cut(name: str):
 def test_the_policy_gradient_does_not_depend_on_the_cut_in_f32():
     """5e-6 of the largest entry: f32 sums of some hundred terms in another order."""
     model = tiny_model(MOE)
-    expected, _ = policy_gradients(model, pack_samples(samples_of(GROUPS), 10**6))
-    gradients, _ = policy_gradients(model, pack_samples(samples_of(GROUPS), 20))
+    expected, _ = policy_gradients(model, packed(GROUPS, 10**6))
+    gradients, _ = policy_gradients(model, packed(GROUPS, 20))
     assert_same(expected, gradients, 5e-6)
 
 
@@ -139,7 +140,7 @@ class LoneRank(World):
 def test_the_mean_of_the_ranks_gradients_is_the_gradient(size: int):
     """FSDP takes the mean over ranks; a rank without work joins with an idle microbatch."""
     model = wide_model(DENSE)
-    packs = widened(pack_samples(samples_of(GROUPS[:2]), 40))
+    packs = widened(packed(GROUPS[:2], 40))
     assert len(packs) == 2
     expected, _ = policy_gradients(model, packs)
     ranks = [LoneRank(rank, size, CPU, torch.float64) for rank in range(size)]
@@ -157,13 +158,14 @@ def test_the_mean_of_the_ranks_gradients_is_the_gradient(size: int):
 def test_an_idle_microbatch_gives_gradients_of_zero(spec: LossSpec):
     """All of them there, so that every rank's collectives match, and all exactly 0."""
     model = tiny_model(MOE)
-    (like,) = pack_samples(samples_of(GROUPS[:1]), 10**6)
+    (like,) = packed(GROUPS[:1], 10**6)
     idle = replace(idle_microbatch(like), ref_logprobs=torch.zeros(0) if spec.kl_coef else None)
     logprob, entropy, _ = token_logprobs(model, idle)
     assert logprob.numel() == entropy.numel() == 0
-    loss, _ = grpo_loss(logprob, old_logprobs=torch.zeros(0), advantages=torch.zeros(0), sequence_index=idle.sequence_index,
-                        num_sequences=0, spec=spec, total_loss_tokens=5, total_sequences=2, ref_logprobs=idle.ref_logprobs,
-                        rollout_logprobs=torch.zeros(0), entropy=entropy)
+    inputs = LossInputs(
+        old_logprobs=torch.zeros(0), advantages=torch.zeros(0), sequence_index=idle.sequence_index, num_sequences=0,
+        total_loss_tokens=5, total_sequences=2, rollout_logprobs=torch.zeros(0), ref_logprobs=idle.ref_logprobs)
+    loss, _ = grpo_loss(logprob, inputs, spec, entropy)
     loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
@@ -177,7 +179,7 @@ def rollouts(model: Transformer, temperature: float = 1.0, **cut: float) -> list
 @pytest.mark.parametrize("config", [MOE, DENSE])
 def test_on_policy_the_ratio_is_exactly_one(config: ModelConfig, temperature: float):
     model = tiny_model(config)
-    packs = pack_samples(samples_of(rollouts(model, temperature)), 60)
+    packs = packed(rollouts(model, temperature), 60)
     _, metrics = policy_gradients(model, packs, temperature=temperature)
     assert metrics["ratio_max"] == metrics["ratio_min"] == 1.0 and metrics["max_abs_logprob_gap"] == 0.0
     assert metrics["approx_kl"] == 0.0 and metrics["clip_low_fraction"] == metrics["clip_high_fraction"] == 0.0
@@ -186,21 +188,21 @@ def test_on_policy_the_ratio_is_exactly_one(config: ModelConfig, temperature: fl
 
 def test_recomputed_old_logprobs_are_the_engines_record_to_the_bit():
     model = tiny_model(MOE)
-    for pack in fill_logprobs(model, pack_samples(samples_of(rollouts(model)), 60), WORLD, temperature=1.0, name="old_logprobs"):
+    for pack in fill_logprobs(model, packed(rollouts(model), 60), WORLD, temperature=1.0, name="old_logprobs"):
         assert pack.old_logprobs is not None and pack.rollout_logprobs is not None
         assert different_bits(pack.old_logprobs, pack.rollout_logprobs) == 0 and not pack.old_logprobs.requires_grad
 
 
 def test_of_several_ranks_each_fills_its_own_share():
     model = tiny_model(DENSE)
-    packs = pack_samples(samples_of(GROUPS), 1)
+    packs = packed(GROUPS, 1)
     filled = fill_logprobs(model, packs, LoneRank(1, 3, CPU, torch.float32), temperature=1.0, name="ref_logprobs")
     assert [pack.ref_logprobs is not None for pack in filled] == [i % 3 == 1 for i in range(12)]
 
 
 def test_a_gap_above_the_limit_stops_the_update_and_the_weights_stay():
     model = tiny_model(MOE)
-    packs = pack_samples(samples_of(rollouts(model)), 10**6)
+    packs = packed(rollouts(model), 10**6)
     wrong = [replace(pack, rollout_logprobs=pack.rollout_logprobs - 0.01) for pack in packs]  # type: ignore[operator]
     optimizer, before = Optimizer(model, OptimConfig()), {n: p.clone() for n, p in model.state_dict().items()}
     with pytest.raises(FloatingPointError, match=r"by 0\.01 nats on policy, more than rl\.max_logprob_gap = 0\.001"):
@@ -214,7 +216,7 @@ def test_a_gap_above_the_limit_stops_the_update_and_the_weights_stay():
 
 def test_exact_mode_allows_no_gap_at_all():
     model = tiny_model(MOE)
-    packs = pack_samples(samples_of(rollouts(model)), 10**6)
+    packs = packed(rollouts(model), 10**6)
     optimizer = Optimizer(model, OptimConfig())
     nearly = [replace(pack, rollout_logprobs=torch.nextafter(pack.rollout_logprobs, torch.tensor(1.0)))  # type: ignore[arg-type]
               for pack in packs]
@@ -227,7 +229,7 @@ def test_exact_mode_allows_no_gap_at_all():
 
 def test_broken_weights_never_reach_the_optimizer():
     model = tiny_model(DENSE)
-    packs = pack_samples(samples_of(rollouts(model)), 10**6)
+    packs = packed(rollouts(model), 10**6)
     with torch.no_grad():
         model.norm.weight[0] = torch.nan
     before = model.embedding.weight.clone()
@@ -249,8 +251,8 @@ def test_a_completion_that_takes_no_part_gets_no_gradient(why: str):
     model, seen = tiny_model(MOE), []
     for tokens in ([1, 2, 3, 4, 5], [9, 9, 9, 9, 9]):
         groups = [group(tokens)]
-        estimate = compute_advantages(groups, RLConfig(drop_truncated=True))
-        packs = pack_samples(select_samples(groups, estimate.advantages, estimate.mask), 10**6)
+        estimate = compute_advantages(groups, RLConfig(drop_truncated=True), CPU)
+        packs = pack_samples(select_samples(groups, estimate.mask), estimate.advantages, 10**6)
         assert sum(pack.num_loss_tokens for pack in packs) == 7
         seen.append(policy_gradients(model, packs)[0])
     assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
@@ -259,19 +261,19 @@ def test_a_completion_that_takes_no_part_gets_no_gradient(why: str):
 
 def test_advantages_of_zero_give_gradients_of_zero():
     model = tiny_model(MOE)
-    gradients, _ = policy_gradients(model, pack_samples(samples_of(GROUPS, advantage=0.0), 30))
+    gradients, _ = policy_gradients(model, packed(GROUPS, 30, advantage=0.0))
     assert not any(g.any() for g in gradients.values())
 
 
 def test_the_router_learns_from_the_policy_gradient():
     """Scores are gathered from the router's own logits; a replayed or detached score would leave it still."""
-    gradients, _ = policy_gradients(tiny_model(MOE), pack_samples(samples_of(GROUPS), 10**6))
+    gradients, _ = policy_gradients(tiny_model(MOE), packed(GROUPS, 10**6))
     assert all(g.abs().max() > 1e-6 for name, g in gradients.items() if name.endswith("router"))
 
 
 def test_kl_to_the_policy_itself_is_zero_and_to_another_pulls_towards_it():
     model, other = tiny_model(DENSE), tiny_model(DENSE, seed=5)
-    spec, packs = LossSpec(kl_coef=1.0), pack_samples(samples_of(rollouts(model), advantage=0.0), 80)
+    spec, packs = LossSpec(kl_coef=1.0), packed(rollouts(model), 80, advantage=0.0)
     same = fill_logprobs(model, packs, WORLD, temperature=1.0, name="ref_logprobs")
     gradients, metrics = policy_gradients(model, same, spec)
     assert metrics["kl"] == 0.0 and not any(g.any() for g in gradients.values())
@@ -299,7 +301,7 @@ def test_a_truncated_sampler_is_weighed_by_its_own_probability(cut: dict[str, fl
     1e-5 of the largest entry: weights are exponentials of f32 differences.
     """
     model = tiny_model(DENSE)
-    packs = pack_samples(samples_of(rollouts(model, **cut)), 80)
+    packs = packed(rollouts(model, **cut), 80)
     filled = fill_logprobs(model, packs, WORLD, temperature=1.0, name="old_logprobs") if old == "recompute" else packs
     gradients, metrics = policy_gradients(model, filled, LossSpec(importance="tis"))
     assert metrics["ratio_max"] == metrics["ratio_min"] == 1.0
@@ -310,7 +312,7 @@ def test_a_truncated_sampler_is_weighed_by_its_own_probability(cut: dict[str, fl
 
 def test_a_second_update_on_the_same_rollouts_is_off_policy():
     model = tiny_model(MOE)
-    packs = pack_samples(samples_of(rollouts(model)), 60)
+    packs = packed(rollouts(model), 60)
     optimizer = Optimizer(model, OptimConfig(lr=1e-3))
     first, second = (policy_update(model, optimizer, packs, WORLD, spec=SPEC, temperature=1.0, lr_factor=1.0) for _ in range(2))
     assert first["ratio_max"] == 1.0 and second["ratio_max"] > 1.0 > second["ratio_min"] and second["approx_kl"] > 0
@@ -321,8 +323,9 @@ def test_an_update_makes_rewarded_completions_likelier_and_is_repeatable():
     for _ in range(2):
         model = tiny_model(MOE)
         groups = rollouts(model)
-        samples = [replace(s, advantage=1.0 if s.index % 2 else -1.0) for s in samples_of(groups)]
-        packs = pack_samples(samples, 60)
+        samples = samples_of(groups)
+        values = torch.tensor([[-1.0, 1.0] * len(groups[0].completions)] * len(groups))  # at least as wide as a group
+        packs = pack_samples(samples, values, 60)
         policy_update(model, Optimizer(model, OptimConfig(lr=1e-4)), packs, WORLD, spec=SPEC, temperature=1.0, lr_factor=1.0)
         after.append(model.state_dict())
     assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
