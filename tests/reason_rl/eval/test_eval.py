@@ -191,7 +191,7 @@ BAD = [
     (["--max-tokens=-5"], "max_tokens must be >= 1, got -5"),
     (["--max-tokens=0"], "max_tokens must be >= 1, got 0"),
     (["--split=all"], "task 'program' makes its problems without end"),
-    (["--task=gsm8k"], "give task.path a JSONL file"),
+    (["--task=gsm8k"], "set task.path to a JSONL file"),
     (["--task.template=chat"], "the checkpoint has none"),
     (["--task=programm"], "unknown task.name 'programm'"),
     (["--task.levle=3"], "unknown config key task.levle"),

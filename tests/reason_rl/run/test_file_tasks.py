@@ -1,4 +1,4 @@
-"""Runs on problems from a file: from a checkpoint to a checkpoint, resumed, and refused before any work."""
+"""Runs from a checkpoint on problems from a file or a user's task class: trained, resumed, refused before any work."""
 
 from __future__ import annotations
 
@@ -61,8 +61,9 @@ def test_a_run_on_a_file_that_is_stopped_goes_on_to_the_same_bits(given: list[st
 def test_a_run_whose_file_has_changed_is_not_gone_on_with(given: list[str], tmp_path: Path, monkeypatch, capsys):
     stop_after(monkeypatch, 2)
     assert run_here(tmp_path, *given, "--task.on_bad_row=skip") == 130
-    told = "as it is, so these play no part: model.expert_bias = True (it has False), model.max_position_embeddings = 64 (it has 96)."
-    assert told in " ".join(capsys.readouterr().out.split())
+    expected = ("as it is, so these play no part: model.expert_bias = True (it has False), "
+                "model.max_position_embeddings = 64 (it has 96).")
+    assert expected in " ".join(capsys.readouterr().out.split())
     with (tmp_path / "own.jsonl").open("a", encoding="utf-8") as file:
         file.write('\n{"problem": "1 + 1?", "result": "2"}\n')
     never_stop(monkeypatch)
@@ -93,6 +94,15 @@ def test_what_cannot_run_is_refused_before_any_work_and_leaves_no_trace(
     with pytest.raises(ValueError, match=message):
         run_here(tmp_path, *given, *more)
     assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_a_checkpoint_is_trained_on_a_task_class_of_the_users(given: list[str], tmp_path: Path, monkeypatch):
+    never_stop(monkeypatch)
+    name = "tests.reason_rl.run.own_tasks:Double"
+    assert run_here(tmp_path, f"--model.init_from={tmp_path}/base", f"--task.name={name}", "--rl.steps=1") == 0
+    run = tmp_path / "tiny"
+    assert json.loads((run / "summary.json").read_text())["task"] == name
+    assert all(row["prompt"].endswith("=") for row in rows(run / "rollouts", "step_000001.jsonl"))
 
 
 def test_a_model_of_bytes_is_pretrained_and_trained(tmp_path: Path, monkeypatch):

@@ -208,8 +208,8 @@ def kept_for_backward(config: ModelConfig) -> tuple[int, int]:
 
 @pytest.mark.skipif(bool(cpu_why_not(CPU)), reason="the reference ops keep more")
 def test_a_layer_keeps_what_the_presets_comment_works_out():
-    config = ModelConfig(num_hidden_layers=1, hidden_size=192, num_attention_heads=6, num_key_value_heads=2, head_dim=32, num_experts=1, moe_intermediate_size=640,
-                         qk_norm="none", max_position_embeddings=256)
+    config = ModelConfig(num_hidden_layers=1, hidden_size=192, num_attention_heads=6, num_key_value_heads=2, head_dim=32,
+                         num_experts=1, moe_intermediate_size=640, qk_norm="none", max_position_embeddings=256)
     (one, num_tokens), (two, _) = kept_for_backward(config), kept_for_backward(replace(config, num_hidden_layers=2))
     expected = 2 * (4 * 192 + 3 * 640 + 2 * 6 * 32 + 2 * 2 * 32)
     # 2 %: beside these an attention keeps two f32 a row and head.

@@ -20,7 +20,6 @@ from reason_rl.data import TooFewProblems
 from reason_rl.data.generated import GeneratedProblems
 from reason_rl.model.weights import load_model
 from reason_rl.parallel import world as distributed
-from reason_rl.rollout import collect as session
 from reason_rl.stages import pretrain
 from tests.reason_rl.run.tiny_run import (
     FAR_FROM_DEFAULT,
