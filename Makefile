@@ -107,5 +107,5 @@ $(BIN)/pip: | .venv/.wanted
 # The kernels first: pip would build them without a word.
 .venv/.ready: .venv/.torch pyproject.toml setup.py constraints.txt | .venv/.native
 	@echo 'installing the rest'
-	@$(PIP) install -c .venv/pins.txt --no-build-isolation -e '.[dev]'
+	@$(PIP) install -c .venv/pins.txt --no-build-isolation -e '.[dev,bench]'
 	@touch $@

@@ -1,9 +1,10 @@
-"""The build: which packages there are, what travels with them, and the native kernels of csrc/.
+"""Builds and installs the packages, with the native kernels of csrc/.
 
-`pip install -e . --no-build-isolation` (what `make` does) builds the kernels into kernels/, a plain install into the installed
-package; CMakeLists.txt is the one list of sources, and CMAKE_ARGS is handed on to it. Where a tool is missing, one line says which,
-and the install goes on: the reference ops work without. A compiler that is there and refuses our sources is a failure.
-Name, version and requirements stand in pyproject.toml. `train.py`, `bench` and `tests` are run from the checkout and not installed.
+`pip install -e . --no-build-isolation` (what `make` runs) builds the kernels into kernels/; a plain install
+builds them into the installed package. CMakeLists.txt lists the sources; CMAKE_ARGS is passed on to it. If a
+tool is missing, one line names it and the install continues, because the reference ops work without the
+kernels. Sources that the compiler rejects fail the install. Name, version and requirements are in
+pyproject.toml. train.py, bench/ and tests/ run from the checkout and are not installed.
 """
 
 import importlib.util
@@ -26,60 +27,62 @@ READ_BY_CMAKE = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDA_HOME")
 
 
 def find(program: str) -> str | None:
-    """Where a program is: beside this Python first, where pip puts cmake and ninja, then on the PATH."""
+    """A program's path: in this Python's scripts folder, where pip installs cmake and ninja, or on the PATH."""
     return shutil.which(program, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]))
 
 
-def what_is_missing(find: Callable[[str], str | None] = find, compiler: str = "", has_torch: bool = True,
-                    platform: str = sys.platform) -> str:
-    """The first thing that the build lacks, and how to get it; empty when nothing is missing. `compiler`: CXX."""
+def missing_requirement(find: Callable[[str], str | None] = find, compiler: str = "", has_torch: bool = True,
+                        platform: str = sys.platform) -> str:
+    """The first missing requirement and the command that installs it, or "". `compiler` is the value of CXX."""
     if platform != "linux":
-        return f"csrc/ is built on Linux only, and this is {platform}"
+        return f"csrc/ is built on Linux only, got {platform}"
     if compiler and not find(shlex.split(compiler)[0]):
-        return f"no C++ compiler: CXX={compiler} is not there; unset CXX or name another"
+        return f"no C++ compiler: CXX={compiler} was not found; unset CXX or name another"
     if not compiler and not any(map(find, COMPILERS)):
         return f"no C++ compiler (looked for {', '.join(COMPILERS)}); on Debian and Ubuntu, apt-get install g++"
     if not find("cmake"):
         return "no cmake; pip install cmake ninja"
     if not find("ninja") and not find("make"):
-        return "neither ninja nor make; pip install ninja"
+        return "no ninja and no make; pip install ninja"
     if not has_torch:
-        return "no torch beside the build; pip install --no-build-isolation where torch is installed"
+        return "no torch in the build environment; install torch, then pip install --no-build-isolation"
     return ""
 
 
-def made_by(configure: list[str]) -> str:
-    """What a build tree depends on and CMake reads in its first run only."""
-    return "".join(f"{name}={os.environ.get(name, '').strip()}\n" for name in READ_BY_CMAKE) + shlex.join(configure) + "\n"
+def configuration(command: list[str]) -> str:
+    """The inputs that CMake reads only when it creates a build tree."""
+    return "".join(f"{name}={os.environ.get(name, '').strip()}\n" for name in READ_BY_CMAKE) + shlex.join(command) + "\n"
 
 
 class BuildNative(build_ext):
-    """CMake in place of setuptools' own compiler calls."""
+    """Runs CMake instead of setuptools' compiler calls."""
 
     def run(self) -> None:
+        # Delete an earlier build's libraries, then stop if a tool is missing.
         output = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "kernels"
         for earlier in [] if self.inplace else output.glob("_native_*.so"):
-            earlier.unlink()  # else a wheel would carry them, whatever this build makes
+            earlier.unlink()  # or the wheel would contain them
         compiler = os.environ.get("CXX", "").strip()
-        missing = what_is_missing(find, compiler, importlib.util.find_spec("torch") is not None)
+        missing = missing_requirement(find, compiler, importlib.util.find_spec("torch") is not None)
         if missing:
-            print("reason_rl: native kernels not built, the reference ops are used: "
+            print("reason_rl: native kernels not built, so the reference ops are used: "
                   f"{missing}{', then `make native`' if sys.platform == 'linux' else ''}", file=sys.stderr)
             return
+        # Configure, then build.
         tree = ROOT / "build" / ("native" if self.inplace else "wheel")
         ninja = find("ninja")
         configure = [
             str(find("cmake")), "-S", str(ROOT), "-B", str(tree), "-G", "Ninja" if ninja else "Unix Makefiles",
             f"-DCMAKE_MAKE_PROGRAM={ninja or find('make')}", f"-DPython_EXECUTABLE={sys.executable}",
             f"-DREASON_RL_OUTPUT={output}", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
-        forget_unless_made_by(tree, made_by(configure))
+        reset_if_changed(tree, configuration(configure))
         done = subprocess.run(configure, capture_output=True, text=True)
         if done.returncode:
-            raise CompileError(f"cmake does not configure:\n{done.stdout}{done.stderr}")
+            raise CompileError(f"cmake cannot configure csrc/:\n{done.stdout}{done.stderr}")
         print(*[line for line in done.stdout.splitlines() if "native kernels" in line], sep="\n", flush=True)
         build = [configure[0], "--build", str(tree), "--parallel", str(len(os.sched_getaffinity(0)))]
         if subprocess.run(build).returncode:
-            raise CompileError("csrc/ does not compile: the compiler's words are above")
+            raise CompileError("csrc/ does not compile, see the compiler's output above")
 
     def get_outputs(self) -> list[str]:
         return [] if self.inplace else [str(path) for path in Path(self.build_lib).glob("kernels/_native_*.so")]
@@ -88,13 +91,13 @@ class BuildNative(build_ext):
         return {}
 
 
-def forget_unless_made_by(tree: Path, command: str) -> None:
-    """CMake keeps generator, compiler and paths from its first run; another command starts afresh."""
-    note = tree / "made_by.txt"
-    if not note.is_file() or note.read_text() != command:
+def reset_if_changed(tree: Path, configuration: str) -> None:
+    """Empties a build tree of another configuration, since CMake keeps generator, compiler and paths."""
+    record = tree / "configuration.txt"
+    if not record.is_file() or record.read_text() != configuration:
         shutil.rmtree(tree, ignore_errors=True)
         tree.mkdir(parents=True)
-        note.write_text(command)
+        record.write_text(configuration)
 
 
 setup(

@@ -88,7 +88,7 @@ class Setup:
         """`call(**inputs, impl=name)` for each implementation that is meant for this device, by its name."""
         found: dict[str, Side | str] = {}
         for implementation in REGISTRY[op].implementations:
-            reason = implementation.refuses(self.device, dtype)
+            reason = implementation.refusal(self.device, dtype)
             if reason not in OTHER_DEVICE:
                 found[implementation.name] = reason or Side(functools.partial(call, impl=implementation.name))
         return found

@@ -1,4 +1,4 @@
-"""`group_advantage` (kernels/group_advantage/), the check for rewards that are no numbers included: it waits for the device."""
+"""`group_advantage` (kernels/group_advantage/): one launch per step on a GPU."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 
 from bench.cases import Case, Inputs, Setup
 from bench.suite import main
-from kernels.grpo_loss import LossSpec, grpo_loss, make_inputs
+from kernels.grpo_loss import LossInputs, LossSpec, grpo_loss, make_inputs
 
 SHAPES = {"numbers": [("large", "token"), ("large", "sequence")], "small": [("step", "token"), ("step", "sequence")],
           "tiny": [("uneven", "token"), ("uneven", "sequence")]}
@@ -21,8 +21,8 @@ def draw(name: str, device: torch.device) -> Inputs:
     return {key: value for key, value in make_inputs(device)[name].items() if key not in UNUSED}
 
 
-def loss_alone(impl: str, spec: LossSpec, **inputs: Any) -> torch.Tensor:
-    return grpo_loss(**inputs, spec=spec, impl=impl)[0]
+def loss_alone(impl: str, spec: LossSpec, logprobs: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    return grpo_loss(logprobs, LossInputs(**inputs), spec, impl=impl)[0]
 
 
 def cases(setup: Setup) -> list[Case]:

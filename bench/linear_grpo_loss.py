@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from bench.cases import Case, Inputs, Setup, Side
 from bench.peers.ops import liger_grpo
 from bench.suite import main
-from kernels.grpo_loss import LossSpec, grpo_loss
+from kernels.grpo_loss import LossInputs, LossSpec
+from kernels.linear_grpo_loss import linear_grpo_loss
 from kernels.linear_logprob import linear_logprob, make_inputs
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -39,21 +40,9 @@ def draw(num_sequences: int, length: int, d: int, v: int, dtype: torch.dtype, de
         "sequence_index": index}
 
 
-def in_two(
-    hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor,
-    sequence_index: torch.Tensor, num_sequences: int, impl: str = "auto",
-) -> torch.Tensor:
-    logprobs, _ = linear_logprob(hidden, weight, target_ids, impl=impl)
-    return grpo_loss(
-        logprobs, old_logprobs=old_logprobs, advantages=advantages, sequence_index=sequence_index, num_sequences=num_sequences,
-        spec=SPEC, total_loss_tokens=len(target_ids), total_sequences=num_sequences, impl=impl)[0]
-
-
-def in_one(hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor, num_sequences: int, impl: str, **rest: Any) -> Any:
-    from kernels.linear_grpo_loss import linear_grpo_loss
-
-    return linear_grpo_loss(hidden, weight, target_ids, num_sequences=num_sequences, spec=SPEC, total_loss_tokens=len(target_ids),
-                            total_sequences=num_sequences, impl=impl, **rest)[0]
+def fused(hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor, num_sequences: int, impl: str, **rest: Any) -> Any:
+    inputs = LossInputs(num_sequences=num_sequences, total_loss_tokens=len(target_ids), total_sequences=num_sequences, **rest)
+    return linear_grpo_loss(hidden, weight, target_ids, inputs, SPEC, impl=impl)[0]
 
 
 def by_torch(
@@ -73,14 +62,13 @@ def cases(setup: Setup) -> list[Case]:
         n = sequences * length
         shorter = max(1, min(length, MOST_CHECKED // sequences))
         fixed = {"num_sequences": sequences}
-        exact = functools.partial(in_two, **fixed, impl="reference")
-        ours = setup.ours("linear_grpo_loss", functools.partial(in_one, **fixed), dtype)
+        exact = functools.partial(fused, **fixed, impl="reference")
+        ours = setup.ours("linear_grpo_loss", functools.partial(fused, **fixed), dtype)
         found.append(Case(
             op="linear_grpo_loss", shape=f"N{n} D{d} V{v}", dtype=dtype, wanted=("hidden", "weight"), directions=("full",),
             exact=exact, make=functools.partial(draw, sequences, length, d, v, dtype, setup.device),
             check=functools.partial(draw, sequences, shorter, d, v, dtype, setup.device),
-            sides={**ours, "linear_logprob, grpo_loss": Side(functools.partial(in_two, **fixed)), "eager": Side(by_torch),
-                   **setup.compiled(by_torch),
+            sides={**ours, "eager": Side(by_torch), **setup.compiled(by_torch),
                    "liger-kernel": liger_grpo(setup.device, sequences, SPEC.clip_low, SPEC.clip_high)},
             work={"full": (6 * n * d * v, dtype.itemsize * 3 * (n * d + v * d))}))
     return found

@@ -1,7 +1,10 @@
-"""The README's picture: several runs' held-out accuracy and thinking length against RL steps, and pass@k beside them.
+"""Draws the README's picture: held-out accuracy, thinking length and pass@k of several runs.
 
-After runs are done: `python -m bench.plot OUT.png RUN [RUN ...]`, one run a seed. It draws every run it is
-given, each as its own line; nothing is averaged away. Left out: everything else a run measures (report.py).
+    python -m bench.plot OUT.png RUN [RUN ...]          one run per seed
+    python -m bench.plot --stage grpo-2 OUT.png RUN     another stage than the last one with evaluations
+
+Every run is a line; nothing is averaged. matplotlib comes with the extra `bench`. Left out: every other
+metric of a run (reason_rl/report/page.py).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 
-from reason_rl.report.log import METRICS, read_jsonl
+from reason_rl.report.log import METRICS, read_log
 
 COLOURS = ("#3454d1", "#d9730d", "#0f9b8e", "#b5399c", "#7a828e", "#a8860b")
 STYLE: dict[Any, Any] = {
@@ -31,11 +34,11 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def plot_runs(run_folders: Sequence[str | Path], out_png: str | Path) -> Path:
-    """Draws the evaluations of the runs side by side into out_png and returns its path."""
+def plot_runs(run_folders: Sequence[str | Path], out_png: str | Path, stage: str = "") -> Path:
+    """Draws one stage's evaluations of every run (`stage_evaluations`) into out_png and returns its path."""
     if not run_folders:
         raise ValueError("plot_runs needs at least one run folder, got none")
-    runs = [(_label(Path(folder)), _evaluations(Path(folder))) for folder in run_folders]
+    runs = [(_label(Path(folder)), stage_evaluations(Path(folder), stage)) for folder in run_folders]
     ks = sorted({int(k) for _, rows in runs for row in rows for k in row.get("pass_at_k") or {}})
     out = Path(out_png)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -53,16 +56,17 @@ def plot_runs(run_folders: Sequence[str | Path], out_png: str | Path) -> Path:
     return out
 
 
-def _evaluations(folder: Path) -> list[dict[str, Any]]:
-    rows = [row for row in read_jsonl(folder / METRICS) if row.get("phase") == "eval"]
-    rows = [row for row in rows if row.get("accuracy") is not None]
-    if not rows:
-        raise ValueError(f"nothing to draw: {folder / METRICS} holds no evaluation")
-    return sorted(rows, key=lambda row: row["step"])
+def stage_evaluations(folder: Path, stage: str = "") -> list[dict[str, Any]]:
+    """The evaluations of one stage, by step; of the last stage that has any if none is named."""
+    lines = [line for line in read_log(folder, METRICS, stage=stage, phase="eval") if line.get("accuracy") is not None]
+    if not lines:
+        raise ValueError(f"nothing to draw: {folder / METRICS} holds no evaluation" + (f" of stage {stage!r}" if stage else ""))
+    last = lines[-1]["stage"]
+    return sorted((line for line in lines if line["stage"] == last), key=lambda line: line["step"])
 
 
 def _label(folder: Path) -> str:
-    """"seed 1" where the run's summary says so, else the folder's name."""
+    """"seed 1", from the run's summary; the folder's name until it is written."""
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -82,7 +86,7 @@ def _line(axis: Axes, rows: Sequence[dict[str, Any]], key: str, colour: str, lab
 
 
 def _pass_at_k(axis: Axes, rows: Sequence[dict[str, Any]], colour: str) -> None:
-    """The base (the evaluation at step 0) dashed, the last evaluation after it that has pass@k solid."""
+    """Dashed: the evaluation at step 0. Solid: the last later evaluation with pass@k."""
     given = [row for row in rows if row.get("pass_at_k")]
     chosen = [(row, "--") for row in given if row["step"] == 0] + [(row, "-") for row in given[-1:] if row["step"] > 0]
     for row, dashes in chosen:
@@ -92,9 +96,9 @@ def _pass_at_k(axis: Axes, rows: Sequence[dict[str, Any]], colour: str) -> None:
 
 
 def _dress(axes: Sequence[Axes], ks: Sequence[int]) -> None:
-    """Titles, ranges and legends; `ks` are the k of the third panel, if there is one."""
+    """Titles, ranges and legends; without `ks` there is no third panel."""
     for axis, title in zip(axes, ("Held-out accuracy", "Thinking tokens, mean")):
-        axis.set(title=title, xlabel="RL step", ylim=(0, None))
+        axis.set(title=title, xlabel="step", ylim=(0, None))
         axis.set_xlim(left=0)
     axes[0].set_ylim(0, 1)
     axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -106,7 +110,7 @@ def _dress(axes: Sequence[Axes], ks: Sequence[int]) -> None:
     axes[2].xaxis.set_minor_locator(NullLocator())
     axes[2].set_xticklabels([str(k) for k in ks])
     axes[2].yaxis.set_major_formatter(PercentFormatter(1.0))
-    for dashes, name in (("--", "base model"), ("-", "after RL")):
+    for dashes, name in (("--", "before training"), ("-", "after training")):
         axes[2].plot([], [], color="#4b525c", linestyle=dashes, linewidth=1.9, label=name)
     axes[2].legend(loc="lower right")
 
@@ -115,9 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description="Draw runs into one picture.")
     parser.add_argument("out", metavar="OUT.png")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder, e.g. runs/program")
+    parser.add_argument("--stage", default="", help="default: the last stage with evaluations")
     given = parser.parse_args(arguments)
     try:
-        print(plot_runs(given.runs, given.out))
+        print(plot_runs(given.runs, given.out, given.stage))
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
 

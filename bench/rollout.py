@@ -20,8 +20,8 @@ import torch
 
 from bench.harness import add_json_option, describe_setting, gemm_gflops, peak_rss_bytes, write_json
 from bench.train_step import Record, run_child
-from bench.workloads import WORKLOADS, gpu_figures, workload_config, workload_session
-from kernels.native import cpu_why_not
+from bench.workloads import WORKLOADS, gpu_figures, workload_config, workload_stage
+from kernels.native import cpu_unsupported_reason
 from reason_rl.model.transformer import num_active_parameters
 
 
@@ -30,31 +30,31 @@ def measure(options: argparse.Namespace) -> Record:
     has_graphs = options.decoder == "graphs"
     config = workload_config(options.workload, options.dtype, options.device, with_graphs=has_graphs,
                              decoder="ops" if has_graphs else options.decoder)
-    session = workload_session(config, options.workload)
+    stage = workload_stage(config, options.workload)
     startup_bytes = peak_rss_bytes()
-    problems = session.draw_problems(0, config.rl.prompts_per_step, 0, ())
+    problems = stage.problems.train(0, config.rl.prompts_per_step)
     seconds, groups = [], []
     for _ in range(options.warmup + options.rounds):
         start = time.perf_counter()
-        groups = session.engine.generate(problems, config.rl.group_size, session.sampling, step=0)
+        groups = stage.engine.generate(problems, config.rl.group_size, stage.sampling, step=0)
         seconds.append(time.perf_counter() - start)
     peak_bytes = peak_rss_bytes()
     drawn = [(c.token_ids, c.logprobs) for group in groups for c in group.completions]
     tokens = sum(len(ids) for ids, _ in drawn)
     median = statistics.median(seconds[options.warmup :])
-    gflops = 2 * num_active_parameters(session.weights.model) * tokens / median / 1e9
+    gflops = 2 * num_active_parameters(stage.policy.sampling_model) * tokens / median / 1e9
     return {
-        "decoder": options.decoder, "dtype": str(session.world.dtype).removeprefix("torch."), "rollout_s": median,
+        "decoder": options.decoder, "dtype": str(stage.world.dtype).removeprefix("torch."), "rollout_s": median,
         "rollout_s_min": min(seconds[options.warmup :]), "rollout_tok_s": tokens / median, "startup_mb": startup_bytes / 2**20,
         "peak_mb": peak_bytes / 2**20, "gflops": gflops,
-        "percent_of_gemm": 100 * gflops / gemm_gflops(session.world.dtype, options.device),
-        **gpu_figures(session, options.workload, median),
+        "percent_of_gemm": 100 * gflops / gemm_gflops(stage.world.dtype, options.device),
+        **gpu_figures(stage, options.workload, median),
         "drawn_sha256": hashlib.sha256(repr(drawn).encode()).hexdigest()}
 
 
 def measure_each(options: argparse.Namespace) -> list[Record]:
     """Every decoder that can run here, each in a fresh process."""
-    reason = cpu_why_not(torch.device(options.device))
+    reason = cpu_unsupported_reason(torch.device(options.device))
     if reason:
         print(f"native: {reason}")
     rows = []

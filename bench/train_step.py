@@ -39,14 +39,13 @@ from bench.harness import (
     synchronize,
     write_json,
 )
-from bench.workloads import PEERS_KNOW, WORKLOADS, gpu_figures, workload_config, workload_session
+from bench.workloads import PEERS_KNOW, WORKLOADS, gpu_figures, workload_config, workload_stage
 from kernels.dispatch import table
 from kernels.native import ISA
 from reason_rl.model.transformer import num_active_parameters, num_parameters
 from reason_rl.records import StepStats
 from reason_rl.report.log import RunLog
-from reason_rl.rollout.collect import Session
-from train import grpo_step
+from reason_rl.stages.grpo import Grpo
 
 SHOWN = ("step_s", "rollout_s", "train_s", "rollout_tok_s", "train_tok_s", "step_tok_s", "startup_mb", "peak_mb")
 OURS_ONLY = ("percent_of_gemm", "percent_of_decode_floor", "peak_gpu_mb")
@@ -59,12 +58,12 @@ COMPARED = ((OURS, PEERS[0]), (OURS, PEERS[1]), (OURS_F32, PEERS[0]), ("exact on
 Record = dict[str, Any]
 
 
-def timed_step(session: Session, step: int, log: RunLog) -> tuple[dict[str, float], StepStats]:
+def timed_step(stage: Grpo, step: int, log: RunLog) -> tuple[dict[str, float], StepStats]:
     """One step with its logging -> (its timings; `step_s` holds the logging too, what it did)."""
     start = time.perf_counter()
-    stats = grpo_step(session, step)
-    log.metrics("rl", step + 1, stats.metrics)
-    log.timings("rl", step + 1, stats.timings)
+    stats = stage.step(step)
+    log.metrics("grpo", "train", step + 1, stats.metrics)
+    log.timings("grpo", "train", step + 1, stats.timings)
     synchronize()  # the last update still runs
     return stats.timings | {"step_s": time.perf_counter() - start}, stats
 
@@ -75,48 +74,48 @@ def measure(
 ) -> Record:
     """Medians over `steps` steps after `warmup` uncounted ones; the gap is the largest of them all."""
     config = workload_config(workload, dtype, device, exact, decoder)
-    session = workload_session(config, workload)
+    stage = workload_stage(config, workload)
     startup_bytes = peak_rss_bytes()
     num_prompts, prompt_tokens, group_size, new_tokens = WORKLOADS[workload]
     timings, gaps = [], []
-    before = session.model.head_weight.detach().clone()
+    before = stage.policy.model.head_weight.detach().clone()
     with tempfile.TemporaryDirectory() as folder, RunLog(folder) as log:
         for step in range(warmup + steps):
-            seconds, stats = timed_step(session, step, log)
+            seconds, stats = timed_step(stage, step, log)
             assert all(len(c.token_ids) == new_tokens for group in stats.groups for c in group.completions)
             gaps.append(float(stats.metrics["max_abs_logprob_gap"]))
             if step >= warmup:
                 timings.append(seconds)
-    peak_bytes = peak_rss_bytes() + sum(map(peak_rss_bytes, session.grader.service.worker_pids()))
-    assert not torch.equal(before, session.model.head_weight.detach()), "the step must change the weights"
+    peak_bytes = peak_rss_bytes() + sum(map(peak_rss_bytes, stage.grader.service.worker_pids()))
+    assert not torch.equal(before, stage.policy.model.head_weight.detach()), "the step must change the weights"
     if trace:
-        write_trace(session, warmup + steps, trace)
+        write_trace(stage, warmup + steps, trace)
     tokens = num_prompts * group_size * new_tokens
-    active = num_active_parameters(session.weights.model)
+    active = num_active_parameters(stage.policy.sampling_model)
     flops = 2 * active * tokens + 6 * active * (tokens + num_prompts * prompt_tokens)
     median = {key: statistics.median(t[key] for t in timings) for key in ("step_s", "rollout_s", "reward_s", "train_s")}
     return {
         "impl": "reason_rl", "workload": workload, **median, "step_s_min": min(t["step_s"] for t in timings),
         "rollout_tok_s": tokens / median["rollout_s"], "train_tok_s": tokens / median["train_s"],
         "step_tok_s": tokens / median["step_s"], "startup_mb": startup_bytes / 2**20, "peak_mb": peak_bytes / 2**20,
-        "percent_of_gemm": 100 * flops / median["step_s"] / 1e9 / gemm_gflops(session.world.dtype, device),
-        **gpu_figures(session, workload, median["rollout_s"]), "max_abs_logprob_gap": max(gaps), "exact": exact,
-        "decoder": decoder, "kernels": kernels_of(session),
-        "parameters": num_parameters(session.weights.model), "active_parameters": active,
-        "dtype": str(session.world.dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "steps": steps,
+        "percent_of_gemm": 100 * flops / median["step_s"] / 1e9 / gemm_gflops(stage.world.dtype, device),
+        **gpu_figures(stage, workload, median["rollout_s"]), "max_abs_logprob_gap": max(gaps), "exact": exact,
+        "decoder": decoder, "kernels": kernels_of(stage),
+        "parameters": num_parameters(stage.policy.sampling_model), "active_parameters": active,
+        "dtype": str(stage.world.dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "steps": steps,
     }
 
 
-def kernels_of(session: Session) -> str:
+def kernels_of(stage: Grpo) -> str:
     """What the ops run by."""
-    if session.world.device.type == "cpu":
+    if stage.world.device.type == "cpu":
         return ISA or "reference ops"
-    return ", ".join(f"{name} {picked}" for name, _, picked, _ in table(session.world.device, session.world.dtype))
+    return ", ".join(f"{name} {picked}" for name, _, picked, _ in table(stage.world.device, stage.world.dtype))
 
 
-def write_trace(session: Session, step: int, path: str) -> None:
+def write_trace(stage: Grpo, step: int, path: str) -> None:
     with torch.profiler.profile() as profiler:
-        grpo_step(session, step)
+        stage.step(step)
     profiler.export_chrome_trace(path)
     print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
 

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import torch
 
 from bench.harness import copy_gbytes
 from reason_rl.config import Config, load_config
-from reason_rl.data import char_tokenizer
+from reason_rl.data import Tokenizer, char_tokenizer
 from reason_rl.model.transformer import Transformer
 from reason_rl.parallel.world import init_world
 from reason_rl.records import Problem
-from reason_rl.rollout.collect import Session, build_session
+from reason_rl.stages.base import StageStart
+from reason_rl.stages.grpo import Grpo
 
 WORKLOADS = {"W1": (16, 6, 8, 64), "W2": (4, 256, 16, 128), "default": (16, 16, 16, 80), "1b": (16, 512, 16, 512)}
 """prompts, tokens a prompt, completions a prompt, tokens a completion"""
@@ -51,20 +53,37 @@ def workload_config(
         *MODELS.get(workload, PEERS_MODEL)])
 
 
-def workload_session(config: Config, workload: str) -> Session:
-    prompt_tokens = WORKLOADS[workload][1]
+@dataclass(frozen=True)
+class RandomStart(StageStart):
+    """A stage's start from random weights, which no folder has."""
+
+    vocab_size: int = 0
+
+    def load(self) -> Transformer:
+        return Transformer(self.config.model, self.vocab_size).initialise(0)
+
+
+@dataclass(frozen=True)
+class RandomProblems:
+    """Prompts of random characters, as the `Problems` of a stage."""
+
+    tokenizer: Tokenizer
+    prompt_tokens: int
+
+    def train(self, step: int, count: int, round: int = 0, exclude: Collection[int] = ()) -> list[Problem]:
+        rng = random.Random(f"bench/{step}/{round}")
+        prompts = ["".join(rng.choices("0123456789+", k=self.prompt_tokens)) for _ in range(count)]
+        return [Problem(step * count + i, "bench", text, tuple(self.tokenizer.encode(text)), "") for i, text in enumerate(prompts)]
+
+
+def workload_stage(config: Config, workload: str) -> Grpo:
+    """The GRPO stage as a run has it; no token ends a completion."""
     tokenizer, world = char_tokenizer(), init_world(config.run)
-    model = Transformer(config.model, VOCAB_SIZES.get(workload, tokenizer.vocab_size)).initialise(0)
-    session = build_session(config, world, tokenizer, model)
-
-    def draw(step: int, count: int, round_number: int, exclude: Collection[int]) -> list[Problem]:
-        rng = random.Random(f"bench/{step}/{round_number}")
-        prompts = ["".join(rng.choices("0123456789+", k=prompt_tokens)) for _ in range(count)]
-        return [Problem(step * count + i, "bench", text, tuple(tokenizer.encode(text)), "") for i, text in enumerate(prompts)]
-
-    session.draw_problems = draw
-    session.stop_ids = ()
-    return session
+    problems = RandomProblems(tokenizer, WORKLOADS[workload][1])
+    stage = Grpo(RandomStart(config, world, tokenizer, problems, folder=None, checkpoint=None,  # type: ignore[arg-type]
+                             vocab_size=VOCAB_SIZES.get(workload, tokenizer.vocab_size)))
+    stage.sampling = replace(stage.sampling, stop_ids=())
+    return stage
 
 
 def decode_floor_s(model: Transformer, workload: str, bytes_per_s: float) -> float:
@@ -81,11 +100,11 @@ def decode_floor_s(model: Transformer, workload: str, bytes_per_s: float) -> flo
     return (num_steps * weight_bytes + keys * key_bytes) / bytes_per_s
 
 
-def gpu_figures(session: Session, workload: str, rollout_s: float) -> dict[str, float]:
+def gpu_figures(stage: Grpo, workload: str, rollout_s: float) -> dict[str, float]:
     """{} on a CPU, whose caches may hold the weights."""
-    device = session.world.device
+    device = stage.world.device
     if device.type != "cuda":
         return {}
     peak = torch.cuda.max_memory_allocated(device) / 2**20  # before the copy's own memory
-    floor_s = decode_floor_s(session.weights.model, workload, copy_gbytes(device) * 1e9)
+    floor_s = decode_floor_s(stage.policy.sampling_model, workload, copy_gbytes(device) * 1e9)
     return {"percent_of_decode_floor": 100 * floor_s / rollout_s, "peak_gpu_mb": peak}

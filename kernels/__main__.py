@@ -1,6 +1,7 @@
-"""`python -m kernels [--device cuda] [--dtype bfloat16]`: which implementation of each op runs on this machine, and why.
+"""`python -m kernels [--device cuda] [--dtype bfloat16]`: prints which implementation of each op runs here,
+and why.
 
-Imports every op package beside it, so that all are in the registry, and prints one line an op.
+Imports every op package, which fills the registry, and prints one line per op.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(prog="python -m kernels", description=__doc__)
     parser.add_argument("--device", default=default, help=f"torch device to choose for (default here: {default})")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="what the model computes in")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype that the model computes in")
     options = parser.parse_args(arguments)
     try:
         device = torch.device(options.device)

@@ -1,4 +1,5 @@
-"""Contract checks shared by the ops: each raises ValueError naming the argument, what was expected and what came."""
+"""Contract checks shared by the ops. Each raises a ValueError that names the argument, expected and
+actual."""
 
 from __future__ import annotations
 
@@ -24,14 +25,15 @@ def check(
     dtypes: torch.dtype | tuple[torch.dtype, ...],
     like: torch.Tensor | None = None,
 ) -> None:
-    """Shape entries that are strings are free sizes (they only give the rank and the words of the error)."""
+    """Entries of `shape` that are strings allow any size; they give the rank and name the dimension in the
+    error."""
     allowed = dtypes if isinstance(dtypes, tuple) else (dtypes,)
     if (
         isinstance(tensor, torch.Tensor) and tensor.dtype in allowed and tensor.dim() == len(shape)
         and all(isinstance(want, str) or want == have for want, have in zip(shape, tensor.shape, strict=True))
         and (like is None or tensor.device == like.device)
     ):
-        return  # the words below are put together only for an error: this runs thousands of times a step
+        return  # formatting is for errors only: this runs thousands of times a step
     wanted = f"{'|'.join(SHORT.get(d, str(d)) for d in dict.fromkeys(allowed))}[{', '.join(map(str, shape))}]"
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{op}: {name} must be {wanted}, got {type(tensor).__name__}")

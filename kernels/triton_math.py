@@ -1,5 +1,5 @@
-"""What the Triton kernels share within a program: the one rounding of a result, an exponential that is accurate far from 0, and the
-order in which programs take the tiles of a product."""
+"""Functions shared by the Triton kernels: rounding a result, an exponential that is accurate far from 0, and
+the order in which programs take the tiles of a matrix product."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ INTERPRETED = tl.constexpr(IS_INTERPRETED)
 
 @triton.jit
 def rounded(value, dtype: tl.constexpr):
-    """f32 -> dtype, to nearest even. The interpreter cuts bits off instead, so there it is done by hand."""
+    """f32 -> dtype, to nearest even. Triton's interpreter truncates to bf16 instead, so the rounding is done
+    by hand there."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -23,15 +24,18 @@ def rounded(value, dtype: tl.constexpr):
 
 @triton.jit
 def accurate_exp(x):
-    """e^x for x <= 88 to some two ulp, and 0 below -87: tl.exp rounds x * log2(e) first, an error that grows with |x|."""
+    """e^x for x <= 88 to about two ulp, and 0 below -87. tl.exp rounds x * log2(e) first, an error that grows
+    with |x|."""
     turns = tl.floor(x * 1.4426950408889634 + 0.5)
-    rest = (x - turns * 0.693359375) + turns * 2.12194440e-4  # ln 2 as 355 / 512, exact beside `turns`, and the remainder
+        # ln 2 = 355 / 512, whose product with `turns` is exact, minus 2.1e-4.
+    rest = (x - turns * 0.693359375) + turns * 2.12194440e-4
     return tl.where(x < -87.0, 0.0, tl.exp(rest) * tl.exp2(turns))
 
 
 @triton.jit
 def grouped_tile(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """-> (tile_m, tile_n) of a program: GROUP_M row tiles share a column of the other operand while it is in L2."""
+    """-> (tile_m, tile_n) of a program. GROUP_M row tiles take one column tile of the other operand in turn,
+    while it is in L2."""
     group = tile // (GROUP_M * tiles_n)
     first_m = group * GROUP_M
     height = tl.minimum(tiles_m - first_m, GROUP_M)

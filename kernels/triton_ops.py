@@ -1,9 +1,11 @@
-"""The Triton kernels as ops: where they can run, and how an op's launchers become torch.ops.reason_rl_triton.*.
+"""The Triton kernels as torch ops: where they run, and how an op's launchers become
+torch.ops.reason_rl_triton.*.
 
-An op's schemas stand in kernels/<op>/__init__.py and are those of its native twins (csrc/bindings.cpp), so that one
-`autograd.Function` (kernels/<op>/function.py) serves both. The launchers stand under the same names in
-kernels/<op>/triton_kernel.py, which is imported at the first call: without triton everything else still works.
-With TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slowly, for tests (tests/kernels/test_interpreted.py).
+kernels/<op>/__init__.py declares an op's schemas. Most equal those of the native op (csrc/bindings.cpp), so
+that one `autograd.Function` (kernels/<op>/function.py) serves both. kernels/<op>/triton_kernel.py defines the
+launchers under the same names; it is imported at the first call, so that everything else works without
+triton. With TRITON_INTERPRET=1 in the environment the kernels run on the CPU, slowly, for tests
+(tests/kernels/test_interpreted.py).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton reads it where a kernel is decorated, so it holds for the whole process."""
+"""Triton reads it when a kernel is decorated, so it applies to the whole process."""
 DTYPES = (torch.float32, torch.bfloat16)
 OPS: Any = torch.ops.reason_rl_triton
 
@@ -30,15 +32,16 @@ def _missing() -> str:
     return "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-def why_not(device: torch.device) -> str:
-    """For `Implementation.why_not` of an op that has a Triton kernel."""
+def unsupported_reason(device: torch.device) -> str:
+    """`Implementation.unsupported_reason` of the Triton ops."""
     if device.type == "cuda" or (IS_INTERPRETED and device.type == "cpu"):
         return _missing()
     return "CUDA only"
 
 
 def register(op: str, schemas: Mapping[str, str]) -> None:
-    """Each name's schema, e.g. {"linear_fwd": "(Tensor(a!) y, Tensor x, Tensor weight) -> ()"}; they write, and return nothing."""
+    """Defines ops by name and schema, e.g. {"linear_fwd": "(Tensor(a!) y, Tensor x, Tensor weight) -> ()"}.
+    Each writes into its arguments and returns nothing."""
     for name, schema in schemas.items():
         _LIBRARY.define(name + schema)
         for device in ("CUDA", "CPU") if IS_INTERPRETED else ("CUDA",):
@@ -53,7 +56,7 @@ def _launcher(op: str, name: str) -> Callable[..., None]:
         return launcher
 
     def launch(*args: Any) -> None:
-        # Triton launches on the current device, which need not be the tensors'.
+        # Triton launches on the current device, which may differ from the tensors'.
         tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
         if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
             with torch.cuda.device(tensor.device):

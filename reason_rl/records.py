@@ -40,7 +40,7 @@ class Problem:
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Further input of the verifier; for countdown the numbers and the target."""
     level: int = 0
-    """Difficulty in the task's unit: lines of a program, digits of a sum, numbers of a countdown."""
+    """Difficulty in the task's own unit: lines of a program, numbers of a countdown."""
     completion_prefix: str = ""
     """The end of the prompt that verifiers read as the start of the completion, such as "<think>"."""
 
@@ -215,10 +215,13 @@ class StepStats:
     """
 
     step: int
-    metrics: dict[str, float]
-    """A function of config and seed: the same on every run."""
-    timings: dict[str, float]
+    metrics: Mapping[str, float | None]
+    """A function of config and seed: the same on every run. None where nothing could be measured."""
+    timings: Mapping[str, float]
     """Seconds and rates of this machine."""
-    groups: tuple[Group, ...]
-    advantages: tuple[tuple[float, ...], ...]
+    groups: tuple[Group, ...] = ()
+    """Of a step that samples."""
+    advantages: tuple[tuple[float, ...], ...] = ()
     """Per group and completion; 0.0 for a completion that takes no part in the update."""
+    warnings: Mapping[str, str] = field(default_factory=dict)
+    """Cause -> text: what the user should see, once a run for each cause."""

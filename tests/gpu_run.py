@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import train
 from kernels.dispatch import Implementation, Op
 from reason_rl.config import parse_command_line
+from reason_rl.records import StepStats
+from reason_rl.stages.grpo import Grpo
 
 PROFILED_STEP = 3
 """By then what is compiled at its first use is compiled."""
@@ -23,22 +24,22 @@ PROFILED_STEP = 3
 def main(record_file: Path, arguments: list[str]) -> int:
     chosen: set[tuple[str, str, str, str]] = set()
     launched: set[str] = set()
-    choose, grpo_step = Op.choose, train.grpo_step
+    choose, step = Op.choose, Grpo.step
 
-    def choose_and_note(op: Op, like: torch.Tensor, impl: str = "auto") -> Implementation:
-        found = choose(op, like, impl)
+    def choose_and_note(op: Op, like: torch.Tensor, impl: str = "auto", variant: str = "") -> Implementation:
+        found = choose(op, like, impl, variant)
         chosen.add((op.name, like.device.type, str(like.dtype).removeprefix("torch."), found.name))
         return found
 
-    def step_and_profile(session: Any, step: int) -> Any:
-        if step != PROFILED_STEP:
-            return grpo_step(session, step)
+    def step_and_profile(stage: Grpo, index: int) -> StepStats:
+        if index != PROFILED_STEP:
+            return step(stage, index)
         with torch.profiler.profile() as profiler:
-            stats = grpo_step(session, step)
+            stats = step(stage, index)
         launched.update(event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA)
         return stats
 
-    Op.choose, train.grpo_step = choose_and_note, step_and_profile  # type: ignore[method-assign]
+    Op.choose, Grpo.step = choose_and_note, step_and_profile  # type: ignore[method-assign]
     code = train.main(parse_command_line(arguments))
     record_file.write_text(json.dumps({"chosen": sorted(chosen), "launched": sorted(launched)}))
     return code

@@ -1,4 +1,4 @@
-"""setup.py and CMakeLists.txt: a missing tool is one clear line, sources that do not compile fail, and both ways to build work."""
+"""setup.py and CMakeLists.txt: a missing tool prints one line, bad sources fail, and both ways to build work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "READM
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Iterator[Path]:
-    """A copy of what the build needs, with nothing built, and of csrc/ only `linear`: the rest takes its minutes."""
+    """A copy of the build's inputs, with nothing built. Only `linear` is compiled: all of csrc/ takes minutes."""
     for name in SOURCES:
         source, target = ROOT / name, tmp_path / "checkout" / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -34,9 +34,9 @@ def checkout(tmp_path: Path) -> Iterator[Path]:
             shutil.copytree(source, target)
         else:
             shutil.copy(source, target)
-    lists = tmp_path / "checkout/CMakeLists.txt"
-    some = "set(SOURCES csrc/bindings.cpp csrc/common/gemm.cpp csrc/linear/cpu.cpp)"
-    lists.write_text(re.sub(r"set\(SOURCES\n.*?\n\)", some, lists.read_text(), flags=re.DOTALL))
+    cmake_lists = tmp_path / "checkout/CMakeLists.txt"
+    fewer = "set(SOURCES csrc/bindings.cpp csrc/common/gemm.cpp csrc/linear/cpu.cpp)"
+    cmake_lists.write_text(re.sub(r"set\(SOURCES\n.*?\n\)", fewer, cmake_lists.read_text(), flags=re.DOTALL))
     yield tmp_path / "checkout"
     shutil.rmtree(tmp_path / "checkout")
 
@@ -61,7 +61,7 @@ def build_in_place(folder: Path, **environment: str) -> subprocess.CompletedProc
 
 
 def configure(folder: Path, *options: str) -> str:
-    """CMake's words over a build folder that is set up and not built."""
+    """CMake's output for a build folder that is configured, not built."""
     done = run(folder, "cmake", "-B", "build", f"-DPython_EXECUTABLE={sys.executable}", "-DREASON_RL_ISA=portable", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -71,59 +71,59 @@ def libraries(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("_native*.so")}
 
 
-# --- what is missing
+# --- missing tools
 
 
-@pytest.mark.parametrize(("environment", "word"), [
+@pytest.mark.parametrize(("environment", "reason"), [
     ({"PATH": "/nonexistent"}, "no C++ compiler (looked for c++, g++, clang++); on Debian and Ubuntu, apt-get install g++"),
-    ({"CXX": "/nonexistent/c++ -m64"}, "no C++ compiler: CXX=/nonexistent/c++ -m64 is not there; unset CXX or name another"),
+    ({"CXX": "/nonexistent/c++ -m64"}, "no C++ compiler: CXX=/nonexistent/c++ -m64 was not found; unset CXX or name another"),
 ])  # fmt: skip
-def test_a_missing_compiler_is_one_line_and_no_failure(environment: dict[str, str], word: str, checkout: Path):
+def test_a_missing_compiler_is_one_line_and_no_failure(environment: dict[str, str], reason: str, checkout: Path):
     done = build_in_place(checkout, **environment)
     assert done.returncode == 0
-    assert done.stderr == f"reason_rl: native kernels not built, the reference ops are used: {word}, then `make native`\n"
+    assert done.stderr == f"reason_rl: native kernels not built, so the reference ops are used: {reason}, then `make native`\n"
     assert not libraries(checkout / "kernels") and not (checkout / "build").exists()
 
 
 def test_each_missing_tool_is_named_with_what_to_install(setup_py: ModuleType):
     def missing(*there: str, platform: str = "linux", **options: bool) -> str:
-        return setup_py.what_is_missing(lambda name: name if name in there else None, platform=platform, **options)
+        return setup_py.missing_requirement(lambda name: name if name in there else None, platform=platform, **options)
 
     assert "no C++ compiler" in missing("cmake", "ninja")
     assert missing("g++", "ninja") == "no cmake; pip install cmake ninja"
-    assert missing("clang++", "cmake") == "neither ninja nor make; pip install ninja"
+    assert missing("clang++", "cmake") == "no ninja and no make; pip install ninja"
     assert "pip install --no-build-isolation" in missing("c++", "cmake", "make", has_torch=False)
     assert missing("c++", "cmake", "make") == missing("c++", "cmake", "ninja") == ""
-    assert missing("c++", "cmake", "make", platform="darwin") == "csrc/ is built on Linux only, and this is darwin"
+    assert missing("c++", "cmake", "make", platform="darwin") == "csrc/ is built on Linux only, got darwin"
 
 
-def test_another_way_of_building_starts_afresh(setup_py: ModuleType, tmp_path: Path):
+def test_another_cmake_command_resets_the_build_tree(setup_py: ModuleType, tmp_path: Path):
     tree = tmp_path / "tree"
-    setup_py.forget_unless_made_by(tree, "cmake -G Ninja")
+    setup_py.reset_if_changed(tree, "cmake -G Ninja")
     (tree / "CMakeCache.txt").touch()
-    setup_py.forget_unless_made_by(tree, "cmake -G Ninja")
+    setup_py.reset_if_changed(tree, "cmake -G Ninja")
     assert (tree / "CMakeCache.txt").exists()
-    setup_py.forget_unless_made_by(tree, "cmake -G 'Unix Makefiles'")
+    setup_py.reset_if_changed(tree, "cmake -G 'Unix Makefiles'")
     assert not (tree / "CMakeCache.txt").exists()
 
 
 @pytest.mark.parametrize("name", ["CXX", "CXXFLAGS"])
-def test_another_compiler_or_other_options_are_another_way(name: str, setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch):
+def test_compiler_and_options_are_part_of_the_configuration(name: str, setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(name, raising=False)
-    before = setup_py.made_by(["cmake"])
+    before = setup_py.configuration(["cmake"])
     monkeypatch.setenv(name, "clang++ -g")
-    assert setup_py.made_by(["cmake"]) != before
+    assert setup_py.configuration(["cmake"]) != before
 
 
-def test_libraries_of_an_earlier_build_do_not_travel_in_a_wheel(checkout: Path):
-    """Nor where this one cannot build any."""
+def test_libraries_of_an_earlier_build_are_not_packed_into_a_wheel(checkout: Path):
+    """Even if this build makes none."""
     (checkout / "out/kernels").mkdir(parents=True)
     (checkout / "out/kernels/_native_avx2.so").touch()
     done = run(checkout, sys.executable, "setup.py", "-q", "build", "--build-lib", "out", CXX="/nonexistent/c++")
     assert done.returncode == 0 and (checkout / "out/kernels/__init__.py").is_file() and not libraries(checkout / "out/kernels")
 
 
-def test_an_sdist_has_all_that_the_build_reads(checkout: Path):
+def test_an_sdist_holds_every_file_that_the_build_reads(checkout: Path):
     done = run(checkout, sys.executable, "setup.py", "-q", "sdist")
     assert done.returncode == 0, done.stderr
     [archive] = (checkout / "dist").iterdir()
@@ -134,8 +134,8 @@ def test_an_sdist_has_all_that_the_build_reads(checkout: Path):
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
-def test_make_builds_again_when_a_library_or_a_source_is_gone(checkout: Path):
-    """With a Python that only notes what it is asked."""
+def test_make_builds_again_when_a_library_or_a_source_is_deleted(checkout: Path):
+    """With a fake Python that records each build."""
     for name in ("Makefile", "constraints.txt"):
         shutil.copy(ROOT / name, checkout / name)
     (checkout / ".venv/bin").mkdir(parents=True)
@@ -156,7 +156,7 @@ def test_make_builds_again_when_a_library_or_a_source_is_gone(checkout: Path):
     assert num_builds() == num_builds() == 3
 
 
-def test_a_sanitizer_that_cannot_run_is_a_failure_where_the_kernels_are_required():
+def test_a_sanitizer_that_cannot_run_fails_only_if_the_kernels_are_required():
     assert run(ROOT, ".ci/sanitize", CXX="/nonexistent/c++", REASON_RL_REQUIRE_NATIVE="").returncode == 0
     done = run(ROOT, ".ci/sanitize", CXX="/nonexistent/c++", REASON_RL_REQUIRE_NATIVE="1")
     assert done.returncode == 1 and done.stdout == "make sanitize: skipped, no C++ compiler here\n"
@@ -168,7 +168,7 @@ needs_compiler = pytest.mark.skipif(not (shutil.which("c++") and shutil.which("c
 
 
 @needs_compiler
-def test_sources_that_do_not_compile_are_a_failure_that_shows_the_compilers_words(checkout: Path):
+def test_sources_that_do_not_compile_fail_with_the_compilers_output(checkout: Path):
     (checkout / "csrc/bindings.cpp").write_text("#error planted here\n")
     done = build_in_place(checkout, CMAKE_ARGS="-DREASON_RL_ISA=portable -DREASON_RL_CUDA=OFF")
     assert done.returncode != 0 and "csrc/ does not compile" in done.stderr
@@ -182,7 +182,7 @@ def test_an_unknown_instruction_set_is_refused(checkout: Path):
 
 
 @needs_compiler
-def test_libraries_that_are_not_of_this_build_are_deleted(checkout: Path):
+def test_libraries_of_other_builds_are_deleted(checkout: Path):
     for name in ("portable", "avx2", "cuda"):
         (checkout / f"kernels/_native_{name}.so").touch()
     configure(checkout, "-DREASON_RL_CUDA=OFF")
@@ -198,25 +198,25 @@ def test_cmake_and_python_agree_on_the_hash_of_the_sources(checkout: Path):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("refused", "words"), [
-    ("compute_100", "native kernels for: CUDA 80;90, by NVCC; left out, since it refuses them: 100"),
-    ("compute_80", "native kernels for: CUDA 90;100, by NVCC; left out, since it refuses them: 80"),
-    ("nothing", "native kernels for: CUDA 80;90;100, by NVCC"),
-    ("c++20", "no native kernels for CUDA: NVCC says no c++20 here"),
+@pytest.mark.parametrize(("refused", "message"), [
+    ("compute_100", "native kernels for: CUDA 80;90, compiled by NVCC; not supported by this nvcc: 100"),
+    ("compute_80", "native kernels for: CUDA 90;100, compiled by NVCC; not supported by this nvcc: 80"),
+    ("nothing", "native kernels for: CUDA 80;90;100, compiled by NVCC"),
+    ("c++20", "no native kernels for CUDA: NVCC fails: no c++20 here"),
 ])  # fmt: skip
-def test_nvcc_builds_for_the_architectures_that_it_knows(refused: str, words: str, checkout: Path):
+def test_nvcc_builds_for_the_architectures_that_it_supports(refused: str, message: str, checkout: Path):
     nvcc = checkout / "nvcc"
     nvcc.write_text(f'#!/bin/sh\ncase "$*" in *{refused}*) echo "no {refused} here"; exit 1;; esac\n')
     nvcc.chmod(0o755)
     for _ in ("the first time", "from the cache"):
-        said = configure(checkout, f"-DNVCC={nvcc}").replace(str(nvcc), "NVCC")
-        assert f"-- {words}\n" in said
+        output = configure(checkout, f"-DNVCC={nvcc}").replace(str(nvcc), "NVCC")
+        assert f"-- {message}\n" in output
 
 
 @pytest.mark.long
 @needs_compiler
 def test_a_plain_install_from_an_sdist_carries_the_libraries_in_the_package(checkout: Path, tmp_path: Path):
-    """And the checkout's own kernels/ stays empty."""
+    """The checkout's kernels/ stays empty."""
     assert run(checkout, sys.executable, "setup.py", "-q", "sdist").returncode == 0
     [archive] = (checkout / "dist").iterdir()
     done = run(checkout, sys.executable, "-m", "pip", "wheel", str(archive), "--no-build-isolation", "--no-deps", "-q",

@@ -1,13 +1,17 @@
-// The gradients of attention over a pack of segments, on the CPU. Weights are computed again from q, k and each
-// row's stats, as forward had them:
+// The backward pass of attention over a pack of segments, on the CPU. Siblings: cpu.cpp, kernels/attention/.
+//
+// The attention weights P are recomputed from q, k and each row's stats (highest score, sum of exponentials):
 //
 //     P = exp(q k^T * scale - highest) / total      dS = P * (dout v^T - sum(dout * out))
 //     dq = scale * dS k                             dk = scale * dS^T q                      dv = P^T dout
 //
-// q k^T and dout v^T are products of operands in T, all else is f32. A unit of work is one kv head of one family (the segments that
-// prefixes join), and no two units touch the same sums: dk and dv of a shared prefix run over its completions in their order, in
-// f32, and are rounded once. Where a pack has few families, each is cut into slices with sums of their own, added up in order. The
-// cut follows from the pack alone, not from the threads.
+// Precision: q k^T and dout v^T multiply operands in fp; P, dS and all other products are f32. dq, dk and dv
+// are rounded to fp once, at the end.
+//
+// Parallelism: a unit is one kv head of one family, the segments that shared prefixes connect. No two units
+// write the same sums. dk and dv of a shared prefix are summed over its segments in pack order. A pack with
+// few families is cut further: the slices of a family have separate f32 sums, which are added in order. The
+// cut depends on the pack only, not on the number of threads.
 #include <memory>
 #include <numeric>
 
@@ -16,14 +20,14 @@
 namespace reason_rl {
 namespace {
 
-constexpr int64_t BACKWARD_ROWS = 512;  // query rows that share one packing of a key tile
-constexpr int64_t BLOCK_ROWS = 48;      // of these, the rows whose weights with a key tile are at hand at once
+constexpr int64_t BACKWARD_ROWS = 512;  // query rows per packing of a key tile
+constexpr int64_t BLOCK_ROWS = 48;      // rows per block: the weights of a block with a key tile are in scratch
 constexpr int64_t NUM_UNITS = 8;        // families are cut until there are as many units
-constexpr int64_t SLICE_BYTES = 64 << 20;  // and two units at least, where the sums of all slices would take more than this
+constexpr int64_t SLICE_BYTES = 64 << 20;  // above this size of all slices' sums, only a single unit is cut, in two
 
 struct FamilyChunk {
     Chunk chunk;
-    int64_t own_offset, prefix_offset;  // among the family's tokens
+    int64_t own_offset, prefix_offset;  // of the segment and its prefix, in the family's tokens
     double work;
 };
 
@@ -34,10 +38,12 @@ struct Family {
     double work = 0;
 };
 
-// Segments -> families: a prefix joins its segment to all the segments that it covers. These are neighbours in the pack and in the
-// family, so that a prefix is one run of the family's tokens too.
+// Groups segments into families: a prefix joins its segment to every segment that the prefix overlaps. These
+// are contiguous in the pack and in the family, so that a prefix is a contiguous range of the family's
+// tokens.
 std::vector<Family> find_families(const std::vector<Segment>& segments, int64_t chunk_tokens) {
     const int64_t count = segments.size();
+    // Union-find over the segments; holder(token) is the segment that contains the token.
     std::vector<int64_t> root(count), starts(count), offsets(count), ids(count, -1);
     std::iota(root.begin(), root.end(), 0);
     for (int64_t i = 0; i < count; ++i) starts[i] = segments[i].start;
@@ -51,6 +57,8 @@ std::vector<Family> find_families(const std::vector<Segment>& segments, int64_t 
         if (prefix_length)
             for (int64_t j = holder(prefix_start); starts[j] < prefix_start + prefix_length; ++j) root[find(i)] = find(j);
     }
+    // Collect each family's segments and chunks in pack order, with the work of each chunk: its number of
+    // (query, key) pairs.
     std::vector<Family> families;
     for (int64_t i = 0; i < count; ++i) {
         int64_t& id = ids[find(i)];
@@ -74,18 +82,21 @@ std::vector<Family> find_families(const std::vector<Segment>& segments, int64_t 
     return families;
 }
 
-// Some chunks of a family, in one kv head.
+// A slice of one family's chunks, [first, last), in one kv head.
 struct Unit {
     int64_t family, head, first, last;
     double work;
 };
 
-// Units, the slices of a family's head one after the other; starts[f * K + head] is the first of them.
+// Cuts every head of every family into slices of about equal work. The slices of head h of family f are
+// units[starts[f * K + h]] up to the next start.
 std::vector<Unit> cut_families(const std::vector<Family>& families, const HeadShape& shape, std::vector<int64_t>& starts) {
     const int64_t whole = families.size() * shape.num_kv_heads, token_bytes = 2 * padded(shape.head_dim) * sizeof(float);
     int64_t slices = (NUM_UNITS + whole - 1) / std::max<int64_t>(whole, 1);
     if (slices * shape.num_tokens * shape.num_kv_heads * token_bytes > SLICE_BYTES) slices = whole == 1 ? 2 : 1;
     std::vector<Unit> units;
+    // unit.work and `done` count (query, key) pairs; the slice with number n ends at n / slices of the
+    // family's.
     for (size_t f = 0; f < families.size(); ++f) {
         const Family& family = families[f];
         for (int64_t head = 0; head < shape.num_kv_heads; ++head) {
@@ -107,14 +118,14 @@ std::vector<Unit> cut_families(const std::vector<Family>& families, const HeadSh
     return units;
 }
 
-// Rows of T -> panels of f32, `count` rows deep.
+// Packs T[count, columns], rows `stride` apart, into panels of f32, `count` rows deep.
 template <class T>
-void widen(float* panels, const T* rows, int64_t count, int64_t columns, int64_t stride) {
+void pack_f32(float* panels, const T* rows, int64_t count, int64_t columns, int64_t stride) {
     for (int64_t c = 0; c < columns; c += LANES)
         for (int64_t r = 0; r < count; ++r) store(panels + c * count + r * LANES, load(rows + r * stride + c, columns - c));
 }
 
-// C += A @ B in f32; C's rows are whole panels.
+// C: f32[num_rows, padded(num_columns)] += A: f32[num_rows, k] @ packed B. Panels of B are stride_b apart.
 void add_product(float* c, int64_t num_rows, int64_t num_columns, int64_t k, RowsOf<float> a, const float* b, int64_t stride_b) {
     const int64_t stride = padded(num_columns);
     Tile tile;
@@ -123,8 +134,8 @@ void add_product(float* c, int64_t num_rows, int64_t num_columns, int64_t k, Row
         const auto add = add_tile(c, stride);
         for (int64_t m = 0; m < num_rows; m += TILE_ROWS) {
             const int rows = static_cast<int>(std::min<int64_t>(TILE_ROWS, num_rows - m));
-            const RowsOf<float> part{a.start + m * a.row_stride, a.row_stride, a.k_stride};
-            multiply<float>(rows, static_cast<int>(columns / LANES), k, part, b + n / LANES * stride_b, stride_b, tile);
+            const RowsOf<float> tile_rows{a.start + m * a.row_stride, a.row_stride, a.k_stride};
+            multiply<float>(rows, static_cast<int>(columns / LANES), k, tile_rows, b + n / LANES * stride_b, stride_b, tile);
             add(m, rows, n, columns, tile);
         }
     }
@@ -137,7 +148,7 @@ struct Pointers {
     const float* stats;
 };
 
-// dk and dv of a family's head from the sums of its slices, in order.
+// dk and dv of one kv head of a family: the sums of its slices added in order, then rounded to T.
 template <class T>
 void write_keys(const HeadShape& shape, const Pointers<T>& at, float scale, const Family& family, int64_t head,
                 const std::vector<const float*>& slices) {
@@ -164,7 +175,7 @@ class Backward {
 public:
     Backward(const HeadShape& shape, const Pointers<T>& at, float scale) : shape(shape), at(at), scale(scale) {}
 
-    // sums: dk / scale, then dv, [2, the family's tokens, width].
+    // Adds one unit to sums: f32[2, family's tokens, width], which holds dk / scale, then dv.
     void run(const Family& family, const Unit& unit, float* sums) {
         const int64_t to_dv = family.num_tokens * width;
         std::fill_n(sums, 2 * to_dv, 0.0f);
@@ -174,10 +185,10 @@ public:
             const int64_t first = segment.start + chunk.first, rows = chunk.count * shape.repeat;
             read_rows(first, chunk.count, unit.head);
             float *prefix = sums + prefix_offset * width, *own = sums + own_offset * width;
-            const Part seen_by_all{segment.prefix_start, segment.prefix_length, segment.prefix_length, 0};
-            const Part causal{segment.start, chunk.first + chunk.count, chunk.first + 1, 1};
-            add_part(seen_by_all, rows, unit.head, prefix, prefix + to_dv);
-            add_part(causal, rows, unit.head, own, own + to_dv);
+            const KeyRange seen_by_all{segment.prefix_start, segment.prefix_length, segment.prefix_length, 0};
+            const KeyRange causal{segment.start, chunk.first + chunk.count, chunk.first + 1, 1};
+            add_range(seen_by_all, rows, unit.head, prefix, prefix + to_dv);
+            add_range(causal, rows, unit.head, own, own + to_dv);
             write_rows(first, chunk.count, unit.head);
         }
     }
@@ -190,19 +201,22 @@ private:
     Scratch<T> queries{max_rows * head_dim}, douts{max_rows * head_dim};
     Scratch<T> key_panels{KEY_TILE * head_dim}, value_panels{KEY_TILE * head_dim};
     Scratch<float> wide_queries{max_rows * width}, wide_douts{max_rows * width}, wide_keys{KEY_TILE * width}, dq{max_rows * width};
-    Scratch<float> tops{max_rows}, shares{max_rows}, deltas{max_rows};
+    Scratch<float> tops{max_rows}, inverse_totals{max_rows}, deltas{max_rows};
     Scratch<float> weights{BLOCK_ROWS * KEY_TILE}, dscores{BLOCK_ROWS * KEY_TILE};
 
-    // The keys of one part, and how many of them the first token sees; each token after it sees `growth` more.
-    struct Part {
+    // A contiguous range of keys. The chunk's first token sees `limit` of them, each later token `growth`
+    // more.
+    struct KeyRange {
         int64_t start, num_keys, limit, growth;
     };
 
     int64_t query_at(int64_t token, int64_t head) const { return token * shape.q_stride() + head * shape.repeat * head_dim; }
 
-    // q and dout of the tokens from `first` on: rows in T, and in f32 as panels, a block of rows each.
+    // Reads q and dout of `count` tokens from `first`: rows in T, and blocks of BLOCK_ROWS rows as f32
+    // panels.
     void read_rows(int64_t first, int64_t count, int64_t head) {
         const int64_t rows = count * shape.repeat, size = shape.repeat * head_dim;
+        // q and dout in T, and delta = sum(out * dout) of each row.
         for (int64_t t = 0; t < count; ++t) {
             std::memcpy(queries + t * size, at.q + query_at(first + t, head), size * sizeof(T));
             std::memcpy(douts + t * size, at.dout + query_at(first + t, head), size * sizeof(T));
@@ -214,16 +228,18 @@ private:
                 deltas[t * shape.repeat + r] = sum(delta);
             }
         }
+        // The row's highest score and 1 / total; a zero gradient; q and dout as f32 panels.
         const float* stats = at.stats + 2 * (head * shape.num_tokens + first) * shape.repeat;
-        for (int64_t row = 0; row < rows; ++row) tops[row] = stats[2 * row], shares[row] = 1.0f / stats[2 * row + 1];
+        for (int64_t row = 0; row < rows; ++row) tops[row] = stats[2 * row], inverse_totals[row] = 1.0f / stats[2 * row + 1];
         std::fill_n(static_cast<float*>(dq), rows * width, 0.0f);
         for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
             const int64_t block = std::min(BLOCK_ROWS, rows - row);
-            widen<T>(wide_queries + row * width, queries + row * head_dim, block, head_dim, head_dim);
-            widen<T>(wide_douts + row * width, douts + row * head_dim, block, head_dim, head_dim);
+            pack_f32<T>(wide_queries + row * width, queries + row * head_dim, block, head_dim, head_dim);
+            pack_f32<T>(wide_douts + row * width, douts + row * head_dim, block, head_dim, head_dim);
         }
     }
 
+    // dq of `count` tokens from `first`, scaled and rounded to T.
     void write_rows(int64_t first, int64_t count, int64_t head) {
         for (int64_t row = 0; row < count * shape.repeat; ++row) {
             T* place = at.dq + query_at(first + row / shape.repeat, head) + row % shape.repeat * head_dim;
@@ -231,22 +247,25 @@ private:
         }
     }
 
-    void add_part(const Part& part, int64_t rows, int64_t head, float* dk, float* dv) {
+    // Adds the gradients of `rows` query rows with one range of keys to dq, dk and dv.
+    void add_range(const KeyRange& range, int64_t rows, int64_t head, float* dk, float* dv) {
         const int64_t stride = shape.kv_stride();
-        for (int64_t first = 0; first < part.num_keys; first += KEY_TILE) {
-            const int64_t count = std::min(KEY_TILE, part.num_keys - first);
-            const int64_t place = (part.start + first) * stride + head * head_dim;
+        for (int64_t first = 0; first < range.num_keys; first += KEY_TILE) {
+            const int64_t count = std::min(KEY_TILE, range.num_keys - first);
+            const int64_t place = (range.start + first) * stride + head * head_dim;
+            // Pack a key tile once for all rows: in T for the recomputed scores, in f32 for dq.
             pack_transposed<T>(key_panels, at.k + place, count, head_dim, stride);
             pack_transposed<T>(value_panels, at.v + place, count, head_dim, stride);
-            widen<T>(wide_keys, at.k + place, count, head_dim, stride);
+            pack_f32<T>(wide_keys, at.k + place, count, head_dim, stride);
             for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
+                // A block of rows; causality ends its keys at those that its last row sees.
                 const int64_t block = std::min(BLOCK_ROWS, rows - row);
-                const int64_t limit = part.limit + (row + block - 1) / shape.repeat * part.growth;
+                const int64_t limit = range.limit + (row + block - 1) / shape.repeat * range.growth;
                 const int64_t num_keys = std::min(count, limit - first);
                 if (num_keys <= 0) continue;
                 float *to_dk = dk + first * width, *to_dv = dv + first * width;
                 const int64_t depth = block * LANES;
-                weigh(part, first, num_keys, row, block);
+                compute_scores(range, first, num_keys, row, block);
                 add_product(to_dv, num_keys, head_dim, block, {weights, 1, KEY_TILE}, wide_douts + row * width, depth);
                 add_product(to_dk, num_keys, head_dim, block, {dscores, 1, KEY_TILE}, wide_queries + row * width, depth);
                 add_product(dq + row * width, block, head_dim, num_keys, {dscores, KEY_TILE, 1}, wide_keys, count * LANES);
@@ -254,8 +273,9 @@ private:
         }
     }
 
-    // weights and dscores of `count` rows from `first_row` on with `num_keys` keys from `first_key` of the part on.
-    void weigh(const Part& part, int64_t first_key, int64_t num_keys, int64_t first_row, int64_t count) {
+    // weights (P) and dscores (dS) of `count` rows from first_row with num_keys keys from first_key of the
+    // range.
+    void compute_scores(const KeyRange& range, int64_t first_key, int64_t num_keys, int64_t first_row, int64_t count) {
         const int64_t units = head_dim / PER_UNIT<T>, panel_size = LANES * head_dim;
         Tile scores, dweights;
         for (int64_t n = 0; n < num_keys; n += TILE_COLUMNS) {
@@ -268,11 +288,13 @@ private:
                 const RowsOf<T> dout = rows_of<T>(douts + row * head_dim, head_dim);
                 multiply<T>(rows, panels, units, q, key_panels + n * head_dim, panel_size, scores);
                 multiply<T>(rows, panels, units, dout, value_panels + n * head_dim, panel_size, dweights);
+                // Keys past a row's limit get P = 0, and so dS = 0.
                 for (int r = 0; r < rows; ++r) {
-                    const int64_t limit = part.limit + (row + r) / shape.repeat * part.growth - first_key - n;
-                    const float top = tops[row + r], share = shares[row + r], delta = deltas[row + r];
+                    const int64_t limit = range.limit + (row + r) / shape.repeat * range.growth - first_key - n;
+                    const float top = tops[row + r], inverse_total = inverse_totals[row + r], delta = deltas[row + r];
                     for (int64_t j = 0; j < columns; j += LANES) {
-                        const F32x16 weight = keep_first(exp_below(load(scores.row(r) + j) * scale - top) * share, limit - j, 0.0f);
+                        const F32x16 p = exp_below(load(scores.row(r) + j) * scale - top) * inverse_total;
+                        const F32x16 weight = keep_first(p, limit - j, 0.0f);
                         store(weights + (m + r) * KEY_TILE + n + j, weight);
                         store(dscores + (m + r) * KEY_TILE + n + j, weight * (load(dweights.row(r) + j) - delta));
                     }
@@ -286,11 +308,12 @@ template <class T>
 void run_backward(const HeadShape& shape, const std::vector<Family>& families, const Pointers<T>& at, float scale) {
     std::vector<int64_t> starts;
     const std::vector<Unit> units = cut_families(families, shape, starts);
+    // The largest units first. A unit that is a whole family writes dk and dv itself.
     std::vector<int64_t> order(units.size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return units[a].work > units[b].work; });
     std::vector<std::unique_ptr<Scratch<float>>> sums(units.size());
-    share_out(units.size(), [&](auto next) {
+    parallel_dynamic(units.size(), [&](auto next) {
         Backward<T> worker(shape, at, scale);
         for (int64_t i; (i = next()) >= 0;) {
             const int64_t number = order[i];
@@ -303,7 +326,8 @@ void run_backward(const HeadShape& shape, const std::vector<Family>& families, c
             sums[number].reset();
         }
     });
-    parallel_for(starts.size() - 1, [&](int64_t i) {  // what was cut
+    // Families that were cut: add their slices.
+    parallel_for(starts.size() - 1, [&](int64_t i) {
         if (starts[i + 1] - starts[i] < 2) return;
         std::vector<const float*> slices;
         for (int64_t number = starts[i]; number < starts[i + 1]; ++number) slices.push_back(*sums[number]);
@@ -312,6 +336,7 @@ void run_backward(const HeadShape& shape, const std::vector<Family>& families, c
     });
 }
 
+// dq, dout, out, q: fp[T, H, C]; dk, dv, k, v: fp[T, K, C]; stats: f32[K, T, H / K, 2]; segments: i32[S, 4].
 void attention_bwd(Tensor dq, Tensor dk, Tensor dv, Tensor dout, Tensor out, Tensor stats, Tensor q, Tensor k, Tensor v,
                    Tensor segments, double scale) {
     const char* op = "attention_bwd";

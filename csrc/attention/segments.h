@@ -1,4 +1,4 @@
-// The segments of a pack as forward and backward take them, checked.
+// The segments of a pack, read from i32[S, 4] and checked, for forward and backward.
 #pragma once
 
 #include <vector>
@@ -12,7 +12,8 @@ struct Segment {
     int64_t start, length, prefix_start, prefix_length;
 };
 
-// q [T, H, C], k and v [T, K, C]: kv head h serves the query heads [h * repeat, (h + 1) * repeat).
+// q: [T, H, C]; k and v: [T, K, C]. kv head h serves the query heads [h * repeat, (h + 1) * repeat), repeat =
+// H / K.
 struct HeadShape {
     int64_t num_tokens, num_kv_heads, repeat, head_dim;
     int64_t q_stride() const { return num_kv_heads * repeat * head_dim; }
@@ -33,7 +34,8 @@ inline HeadShape head_shape(const char* op, const Tensor& q, const Tensor& k) {
     return head_shape(op, "k", q.size(0), q.size(1), k.size(1), q.size(2));
 }
 
-// segments i32[S, 4]: they tile [0, T) in order, and each prefix lies wholly before its segment.
+// segments: i32[S, 4]. They must cover [0, T) in order, and each prefix must end at or before its segment's
+// start.
 inline std::vector<Segment> read_segments(const char* op, const Tensor& tensor, int64_t num_tokens) {
     const int32_t* rows = data<const int32_t>(op, "segments", tensor, {ANY, 4});
     std::vector<Segment> segments(tensor.size(0));
@@ -51,7 +53,7 @@ inline std::vector<Segment> read_segments(const char* op, const Tensor& tensor, 
     return segments;
 }
 
-// Some tokens of one segment, in a row.
+// `count` consecutive tokens of one segment, from token `first` of the segment.
 struct Chunk {
     Segment segment;
     int64_t first, count;

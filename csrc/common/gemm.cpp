@@ -1,103 +1,90 @@
-// The inner loops of gemm.h: tiles of C in registers, and the packing of B.
+// gemm.h's inner loops: the register block that computes one tile of C, and the packing of B.
 #include "gemm.h"
 
 namespace reason_rl {
 namespace {
 
-// The tile is written in single registers: GCC 12 keeps an array of them where they belong, but puts an array of F32x16 of several
-// registers in memory, at a fifth of the speed.
-using Part = F32x16::Part;
-using WholePart = U32x16::Part;
+// The accumulators are an array of single registers. GCC 12 keeps such an array in registers, but puts an
+// array of F32x16 of several registers into memory, at a fifth of the speed.
+using Register = F32x16::Register;
+using WordRegister = U32x16::Register;
 
 template <class To, class T>
-inline To load_part(const T* p) {
+inline To load_register(const T* p) {
     To x;
     std::memcpy(&x, p, sizeof x);
     return x;
 }
 
-// acc + a unit of A (the same for all columns) times a unit of B for each column. A pair of bf16 takes one step where the CPU has
-// their dot product, else two: first the even halves, then the odd ones.
+// acc += a * b for one unit of k: `a` is one unit, broadcast to all columns, `b` a unit per column. A pair of
+// bf16 takes one step with the dot-product instruction, else two: the even element of each pair, then the odd
+// one.
 #if defined(__AVX512BF16__)
 template <class T> constexpr int STEPS = 1;
 template <int STEP>
-inline Part step(Part acc, const bf16* a, const bf16* b) {
-    const WholePart pair = load_part<uint32_t>(a) - WholePart{};  // x - 0 is x, and no instruction
-    return (Part)_mm512_dpbf16_ps((__m512)acc, bits_of<__m512bh>(pair), load_part<__m512bh>(b));
+inline Register step(Register acc, const bf16* a, const bf16* b) {
+    const WordRegister pair = load_register<uint32_t>(a) - WordRegister{};  // x - 0 is x, and no instruction
+    return (Register)_mm512_dpbf16_ps((__m512)acc, bits_of<__m512bh>(pair), load_register<__m512bh>(b));
 }
 #else
 template <class T> constexpr int STEPS = PER_UNIT<T>;
 template <int STEP>
-inline Part step(Part acc, const bf16* a, const bf16* b) {
+inline Register step(Register acc, const bf16* a, const bf16* b) {
     typedef uint16_t Halves __attribute__((vector_size(REGISTER_BYTES)));
-    const WholePart same = (WholePart)(a[STEP].bits - Halves{}) << 16, pairs = load_part<WholePart>(b);
-    return fma((Part)same, (Part)(STEP ? pairs & 0xffff0000u : pairs << 16), acc);
+    const WordRegister same = (WordRegister)(a[STEP].bits - Halves{}) << 16, pairs = load_register<WordRegister>(b);
+    return fma((Register)same, (Register)(STEP ? pairs & 0xffff0000u : pairs << 16), acc);
 }
 #endif
 template <int STEP>
-inline Part step(Part acc, const float* a, const float* b) { return fma(*a - Part{}, load_part<Part>(b), acc); }
+inline Register step(Register acc, const float* a, const float* b) { return fma(*a - Register{}, load_register<Register>(b), acc); }
 
-// One step for the whole tile: acc[r][i] holds row r's columns from i * PART_LANES on.
+// One step for the whole tile: acc[r][i] holds the columns from i * REGISTER_LANES of row r.
 template <int STEP, class T, int ROWS, int WIDTH>
-inline void step_tile(Part (&acc)[ROWS][WIDTH], const T* a, int64_t row_stride, const T* b, int64_t panel_stride) {
+inline void step_tile(Register (&acc)[ROWS][WIDTH], const T* a, int64_t row_stride, const T* b, int64_t panel_stride) {
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
         for (int i = 0; i < WIDTH; ++i)
             acc[r][i] = step<STEP>(acc[r][i], a + r * row_stride,
-                                   b + i / PARTS * panel_stride + i % PARTS * PART_LANES * PER_UNIT<T>);
+                                   b + i / REGISTERS * panel_stride + i % REGISTERS * REGISTER_LANES * PER_UNIT<T>);
 }
 
+// `multiply` for a tile whose size the compiler knows, so that the accumulators stay in registers.
 template <class T, int ROWS, int PANELS>
 void multiply_fixed(int64_t units, RowsOf<T> a, const T* b, int64_t panel_stride, Tile& tile) {
     constexpr int64_t UNIT = PER_UNIT<T>, BLOCK = K_BLOCK / UNIT;
-    constexpr int WIDTH = PANELS * PARTS;
+    constexpr int WIDTH = PANELS * REGISTERS;
     for (int64_t first = 0; first == 0 || first < units; first += BLOCK) {
         const int64_t last = std::min(units, first + BLOCK);
-        Part acc[ROWS][WIDTH] = {};
+        Register acc[ROWS][WIDTH] = {};
         const T* a_at = a.start + first * a.k_stride * UNIT;
         const T* b_at = b + first * UNIT * LANES;
+        // The sum of this block of K_BLOCK terms, in registers.
         for (int64_t u = first; u < last; ++u, a_at += a.k_stride * UNIT, b_at += UNIT * LANES) {
             step_tile<0>(acc, a_at, a.row_stride * UNIT, b_at, panel_stride);
             if constexpr (STEPS<T> == 2) step_tile<1>(acc, a_at, a.row_stride * UNIT, b_at, panel_stride);
         }
+        // Store the first block's sum; add the later ones to it, in order.
 #pragma GCC unroll 6
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
             for (int i = 0; i < WIDTH; ++i) {
-                float* place = tile.row(r) + i * PART_LANES;
-                const Part sum = first ? load_part<Part>(place) + acc[r][i] : acc[r][i];
+                float* place = tile.row(r) + i * REGISTER_LANES;
+                const Register sum = first ? load_register<Register>(place) + acc[r][i] : acc[r][i];
                 std::memcpy(place, &sum, sizeof sum);
             }
     }
-}
-
-template <class T, int ROWS>
-void multiply_rows(int panels, int64_t units, RowsOf<T> a, const T* b, int64_t panel_stride, Tile& tile) {
-    if constexpr (TILE_PANELS > 1) {
-        switch (panels) {
-            case 2: return multiply_fixed<T, ROWS, 2>(units, a, b, panel_stride, tile);
-            case 3: return multiply_fixed<T, ROWS, 3>(units, a, b, panel_stride, tile);
-            case 4: return multiply_fixed<T, ROWS, 4>(units, a, b, panel_stride, tile);
-        }
-    }
-    multiply_fixed<T, ROWS, 1>(units, a, b, panel_stride, tile);
 }
 
 }  // namespace
 
 template <class T>
 void multiply(int rows, int panels, int64_t units, RowsOf<T> a, const T* b, int64_t panel_stride, Tile& tile) {
-    if constexpr (TILE_ROWS > 2) {
-        switch (rows) {
-            case 3: return multiply_rows<T, 3>(panels, units, a, b, panel_stride, tile);
-            case 4: return multiply_rows<T, 4>(panels, units, a, b, panel_stride, tile);
-            case 5: return multiply_rows<T, 5>(panels, units, a, b, panel_stride, tile);
-            case 6: return multiply_rows<T, 6>(panels, units, a, b, panel_stride, tile);
-        }
-    }
-    if (rows == 2) return multiply_rows<T, 2>(panels, units, a, b, panel_stride, tile);
-    multiply_rows<T, 1>(panels, units, a, b, panel_stride, tile);
+    with_constant<TILE_ROWS>(rows, [&](auto num_rows) {
+        with_constant<TILE_PANELS>(panels, [&](auto num_panels) {
+            multiply_fixed<T, decltype(num_rows)::value, decltype(num_panels)::value>(units, a, b, panel_stride, tile);
+        });
+    });
 }
 template void multiply(int, int, int64_t, RowsOf<float>, const float*, int64_t, Tile&);
 template void multiply(int, int, int64_t, RowsOf<bf16>, const bf16*, int64_t, Tile&);
@@ -106,7 +93,8 @@ template <class T, class S>
 void pack_transposed_panel(T* panel, const S* matrix, int64_t num_columns, int64_t k, int64_t stride, int64_t n) {
     constexpr int64_t UNIT = PER_UNIT<T>, BLOCK_UNITS = LANES / UNIT;
     const int64_t units = num_units<T>(k), lanes = std::min<int64_t>(LANES, num_columns - n);
-    // A square of 16 x 16 at a time: rounded row by row, turned in the first cache. A row of the matrix becomes a lane.
+    // Transposes 16 x 16 elements at a time: rows of the matrix are rounded into `square`, then read as
+    // lanes.
     T square[LANES * LANES] = {};
     for (int64_t first = 0; first < units; first += BLOCK_UNITS) {
         const int64_t column = first * UNIT, count = std::min(BLOCK_UNITS, units - first);

@@ -1,4 +1,5 @@
-// Rows of a tensor that need not be contiguous: q as heads [T, H, C] of one qkv matrix, read where it lies.
+// Rows of a tensor that need not be contiguous, such as q as heads [T, H, C] inside a qkv matrix: read in
+// place, not copied.
 #pragma once
 
 #include "tensor.h"
@@ -6,7 +7,7 @@
 namespace reason_rl {
 
 template <class T>
-struct StridedRows {  // [count, size]; row r is (r / inner, r % inner)
+struct StridedRows {  // [count, size]; row r is [r / inner, r % inner] of the tensor
     T* start;
     int64_t count, size, inner, outer_stride, inner_stride;
     T* at(int64_t r) const {
@@ -15,7 +16,7 @@ struct StridedRows {  // [count, size]; row r is (r / inner, r % inner)
     }
 };
 
-// tensor: T[..] of 2 or 3 dimensions whose last one lies in order.
+// The rows of T[.., ..] or T[.., .., ..]; the last dimension must be contiguous.
 template <class T>
 StridedRows<T> strided_rows(const char* op, const char* name, const Tensor& tensor) {
     constexpr ScalarType wanted = scalar_type<std::remove_const_t<T>>;
@@ -30,7 +31,7 @@ StridedRows<T> strided_rows(const char* op, const char* name, const Tensor& tens
     return {start, tensor.size(0) * tensor.size(1), tensor.size(2), tensor.size(1), tensor.stride(0), tensor.stride(1)};
 }
 
-// The contiguous tensor that takes one row for each of `like`.
+// The memory of the contiguous tensor that has the shape of `like`.
 template <class T, class U>
 T* rows_like(const char* op, const char* name, const Tensor& tensor, const Tensor& like, const StridedRows<U>& rows) {
     if (like.dim() == 2) return data<T>(op, name, tensor, {rows.count, rows.size});

@@ -1,8 +1,9 @@
-// What every op file shares with torch: tensors as checked raw pointers, the threads, and how a file registers its ops.
+// Everything that the op files need of torch: tensors as checked raw pointers, threads, scratch memory, op
+// registration.
 //
-// Only torch's stable ABI is used (torch/csrc/stable), so that one build serves many torch versions. Ops write into tensors
-// that the caller made and return nothing. The checks here are the last line: kernels/<op>/__init__.py has said it in friendlier
-// words before, but whoever calls torch.ops.reason_rl.* directly must not read or write past a tensor either.
+// Only torch's stable ABI (torch/csrc/stable) is used, so that one build serves many torch versions.
+// kernels/<op>/__init__.py checks its arguments first, with more helpful messages. The checks here also
+// protect direct calls of torch.ops.reason_rl.*: no argument may make an op read or write outside a tensor.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -29,7 +30,8 @@ namespace reason_rl {
 
 using torch::stable::Tensor;
 
-// RR_CHECK(condition, words...): a RuntimeError in Python, its words put together only when it is raised.
+// RR_CHECK(condition, words...) raises a RuntimeError in Python. The message is built only when the check
+// fails.
 template <class... Words>
 [[noreturn]] inline void fail(const Words&... words) {
     std::ostringstream text;
@@ -42,7 +44,7 @@ template <class... Words>
             ::reason_rl::fail(__VA_ARGS__); \
     } while (false)
 
-// Registers this file's functions: RR_REGISTER(m) { m.impl("linear_fwd", TORCH_BOX(&linear_fwd)); }
+// Registers the functions of one file: RR_REGISTER(m) { m.impl("linear_fwd", TORCH_BOX(&linear_fwd)); }
 #define RR_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(reason_rl, CPU, m)
 
 using torch::headeronly::ScalarType;
@@ -65,7 +67,7 @@ inline std::string type_name(ScalarType type) {
     }
 }
 
-constexpr int64_t ANY = -1;  // a size that is whatever it is
+constexpr int64_t ANY = -1;  // in a shape: a dimension of any size
 
 inline std::string shape_text(const std::vector<int64_t>& shape) {
     std::ostringstream text;
@@ -76,7 +78,8 @@ inline std::string shape_text(const std::vector<int64_t>& shape) {
     return text.str();
 }
 
-// The tensor's memory as T*, once it is a contiguous CPU tensor of that dtype and shape: "linear_fwd: x must be f32[?, 8], got ..".
+// The memory of a contiguous CPU tensor of dtype T and this shape; fails with "linear_fwd: x must be f32[?,
+// 8], got ..." otherwise.
 template <class T>
 T* data(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
     bool is_right = tensor.dim() == static_cast<int64_t>(shape.size()) && tensor.is_contiguous() && tensor.is_cpu() &&
@@ -95,13 +98,14 @@ T* data(const char* op, const char* name, const Tensor& tensor, std::initializer
     return static_cast<T*>(tensor.data_ptr());
 }
 
-// The same, or null where none is given.
+// The same for an optional tensor; null if it is None.
 template <class T>
 T* optional_data(const char* op, const char* name, const std::optional<Tensor>& tensor, std::initializer_list<int64_t> shape) {
     return tensor ? data<T>(op, name, *tensor, shape) : nullptr;
 }
 
-// by_dtype(op, name, x, [&](auto zero) { using T = decltype(zero); ... }): float or bf16, as the tensor is.
+// by_dtype(op, name, x, [&](auto zero) { using T = decltype(zero); ... }) runs the body with T = float or
+// bf16, x's dtype.
 template <class F>
 void by_dtype(const char* op, const char* name, const Tensor& tensor, F&& body) {
     switch (tensor.scalar_type()) {
@@ -111,15 +115,17 @@ void by_dtype(const char* op, const char* name, const Tensor& tensor, F&& body) 
     }
 }
 
-// The same for a weight that is stored in the compute dtype T, or as an f32 master that is rounded to T where it is used.
+// body(pointer) for a weight stored in the compute dtype T, or as an f32 master weight (rounded to T when
+// packed).
 template <class T, class F>
 void by_master(const char* op, const char* name, const Tensor& weight, std::initializer_list<int64_t> shape, F&& body) {
     if (weight.scalar_type() == ScalarType::Float) body(data<const float>(op, name, weight, shape));
     else body(data<const T>(op, name, weight, shape));
 }
 
-// body(i) for i in [0, count), spread over torch's threads in contiguous ranges. Of several exceptions the one of the lowest range
-// reaches the caller: torch's own loop would replace it by one of its own.
+// body(i) for i in [0, count), spread over torch's threads in contiguous ranges. If several ranges throw, the
+// caller gets the exception of the first range; without this, torch would replace it by an exception that
+// names no cause.
 template <class F>
 void parallel_for(int64_t count, F&& body) {
     if (count <= 0) return;
@@ -137,10 +143,18 @@ void parallel_for(int64_t count, F&& body) {
     if (error) std::rethrow_exception(error);
 }
 
-// work(next) on each thread: while ((i = next()) >= 0) it takes the units of [0, count) in order, so that units of unequal size
-// keep all threads busy. Who takes which must not matter.
+// body(first, size) for the blocks of [0, count), `block` items each and fewer in the last, spread over
+// torch's threads.
 template <class F>
-void share_out(int64_t count, F&& work) {
+void parallel_blocks(int64_t count, int64_t block, F&& body) {
+    parallel_for((count + block - 1) / block, [&](int64_t i) { body(i * block, std::min(block, count - i * block)); });
+}
+
+// Dynamic scheduling: calls work(next) once per thread, and each next() returns the next index of [0, count),
+// or -1 at the end. Tasks of unequal size keep all threads busy. The results must not depend on which thread
+// runs which task.
+template <class F>
+void parallel_dynamic(int64_t count, F&& work) {
     std::atomic<int64_t> taken{0};
     parallel_for(std::min<int64_t>(count, torch::stable::get_num_threads()), [&](int64_t) {
         work([&]() -> int64_t {
@@ -150,15 +164,16 @@ void share_out(int64_t count, F&& work) {
     });
 }
 
-// How many of `count` things to take at a time: a whole number of `step`s, at most `most`, and as many parts for each thread as for
-// any other. For work whose result does not depend on the cut.
-inline int64_t share(int64_t count, int64_t step, int64_t most) {
+// The number of items per task when `count` items are cut into tasks: a multiple of `step`, about `most` at
+// the most, and such that every thread gets the same number of tasks. For work whose results do not depend on
+// the cut.
+inline int64_t items_per_task(int64_t count, int64_t step, int64_t most) {
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t parts = threads * std::max<int64_t>(1, (count + threads * most - 1) / (threads * most));
     return std::max<int64_t>(1, (count + parts * step - 1) / (parts * step)) * step;
 }
 
-// Uninitialised memory, 64-byte aligned; freed at the end of the scope.
+// Uninitialised memory, 64-byte aligned, freed at the end of the scope.
 template <class T>
 class Scratch {
 public:
@@ -167,7 +182,7 @@ public:
     ~Scratch() { ::operator delete(memory_, std::align_val_t(64)); }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
-    operator T*() const { return memory_; }  // NOLINT: reads like the pointer it is
+    operator T*() const { return memory_; }  // NOLINT: implicit, so that a Scratch is passed like a pointer
 
 private:
     T* memory_;

@@ -1,4 +1,5 @@
-// One thread's sequences, taken through the model step after step.
+// The native decode of one thread's sequences: each step runs the model on their newest tokens and samples
+// the next ones. The order of operations and the roundings are those of reason_rl/model/transformer.py.
 #pragma once
 
 #include <algorithm>
@@ -23,17 +24,18 @@ public:
             rows_.num_new[r] = 0;
             if (rows_.limits[r]) active_.push_back(r);
         }
-        // Sequences of one prefix next to each other, so that its keys are read once for all of them.
+        // Sort sequences by prefix, so that `attend` reads the keys of a prefix once for all of them.
         const auto is_before = [&](int64_t a, int64_t b) { return rows_.prefix_index[a] < rows_.prefix_index[b]; };
         std::stable_sort(active_.begin(), active_.end(), is_before);
+        // Scratch for all layers; `pairs` counts (sequence, expert) pairs.
         const int64_t pairs = count * s_.experts_per_tok, inner = std::max(s_.inner, s_.shared_inner);
         x_.resize(count * s_.hidden), normed_.resize(count * s_.hidden), added_.resize(count * s_.hidden);
         qkv_.resize(count * s_.qkv_rows()), attended_.resize(count * s_.heads * s_.head_dim);
         gathered_.resize(pairs * s_.hidden), outs_.resize(pairs * s_.hidden);
         gate_up_.resize(pairs * 2 * inner), act_.resize(pairs * inner);
-        wide_.resize(count * s_.hidden), logits_.resize(count * s_.experts), scores_.resize(s_.experts);
-        expert_ids_.resize(pairs), expert_weights_.resize(pairs), out_of_.resize(pairs);
-        even_.resize(pairs * (std::max({s_.hidden, inner, s_.heads * s_.head_dim}) + 1));
+        normed_f32_.resize(count * s_.hidden), logits_.resize(count * s_.experts), scores_.resize(s_.experts);
+        expert_ids_.resize(pairs), expert_weights_.resize(pairs), pair_outs_.resize(pairs);
+        pairs_.resize(pairs * (std::max({s_.hidden, inner, s_.heads * s_.head_dim}) + 1));
     }
 
     void run() {
@@ -43,31 +45,32 @@ public:
                 attention(layer);
                 mlp(layer);
             }
-            draw();
+            sample_tokens();
         }
     }
 
 private:
     int64_t num() const { return active_.size(); }
-    // Own tokens of row r, the newest included.
+    // The number of own tokens of row r, including the newest.
     int64_t own_length(int64_t r) const { return rows_.own_lens[r] + rows_.num_new[r]; }
     int64_t position(int64_t r) const { return rows_.prefix_lens[rows_.prefix_index[r]] + own_length(r) - 1; }
 
-    // y [num, n] = x [num, k] @ packed, as `linear` does it.
+    // y: T[num(), n] = x: T[num(), k] @ packed; the product of the `linear` op.
     void project(T* y, const T* x, const T* packed, int64_t n, int64_t k) {
-        product(y, x, packed, num(), n, k, even_.data());
+        product(y, x, packed, num(), n, k, pairs_.data());
     }
 
     void norm(T* y, const T* x, const float* weight) {
         for (int64_t i = 0; i < num(); ++i) rms_norm_row(y + i * s_.hidden, x + i * s_.hidden, weight, s_.hidden, model_.eps);
     }
 
-    // x += y, rounded to T as torch does it: the residual stream.
+    // x += y in f32, rounded to T as torch rounds it (subnormal numbers kept): the residual stream.
     void add(T* x, const T* y) {
         const int64_t size = num() * s_.hidden;
         for (int64_t j = 0; j < size; j += LANES) store_as_torch(x + j, load(x + j, size - j) + load(y + j, size - j), size - j);
     }
 
+    // x: T[num(), D] = the embedding of each sequence's newest token, rounded to T.
     void embed() {
         for (int64_t i = 0; i < num(); ++i) {
             const int64_t r = active_[i];
@@ -77,9 +80,11 @@ private:
         }
     }
 
+    // x += attention(norm(x)); the new keys and values go into the cache first.
     void attention(int64_t layer) {
         const LayerWeights<T>& w = model_.layers[layer];
         const int64_t c = s_.head_dim, head_size = rows_.num_blocks * BLOCK_SIZE * c;
+        // [num(), D] -> [num(), (H + 2K) * C]: the heads of q, then k, then v.
         norm(normed_.data(), x_.data(), w.attention_norm);
         project(qkv_.data(), normed_.data(), w.qkv, s_.qkv_rows(), s_.hidden);
         T* keys = keys_ + layer * s_.kv_heads * head_size;
@@ -87,17 +92,20 @@ private:
         for (int64_t i = 0; i < num(); ++i) {
             const int64_t r = active_[i], own = own_length(r) - 1;
             const float *cos = model_.cos + position(r) * (c / 2), *sin = model_.sin + position(r) * (c / 2);
+            // Normalise and rotate the heads of q and k in place.
             T* heads = qkv_.data() + i * s_.qkv_rows();
             for (int64_t h = 0; h < s_.heads + s_.kv_heads; ++h) {
                 const float* weight = h < s_.heads ? w.q_norm : w.k_norm;
                 if (weight) rms_norm_row(heads + h * c, heads + h * c, weight, c, model_.eps);
                 rope_row(heads + h * c, heads + h * c, cos, sin, c);
             }
+            // Store k and v in the slot of the sequence's newest token.
             const int64_t slot = rows_.own_table[r * rows_.own_width + own / BLOCK_SIZE] * BLOCK_SIZE + own % BLOCK_SIZE;
             const T *k = heads + s_.heads * c, *v = k + s_.kv_heads * c;
             for (int64_t h = 0; h < s_.kv_heads; ++h)
                 put_key(keys + h * head_size, values + h * head_size, slot, k + h * c, v + h * c, c);
         }
+        // Attend in groups of sequences that share a prefix.
         for (int64_t first = 0; first < num();) {
             int64_t last = first + 1;
             while (last < num() && rows_.prefix_index[active_[last]] == rows_.prefix_index[active_[first]]) ++last;
@@ -108,7 +116,7 @@ private:
         add(x_.data(), added_.data());
     }
 
-    // The rows [first, last) share a prefix; all their query heads of kv head h.
+    // The query heads of kv head h for the rows [first, last), which share a prefix.
     void attend_group(int64_t first, int64_t last, int64_t h, const T* keys, const T* values) {
         const int64_t c = s_.head_dim, repeat = s_.heads / s_.kv_heads, prefix = rows_.prefix_index[active_[first]];
         q_.clear(), out_.clear(), own_.clear();
@@ -125,6 +133,7 @@ private:
         attend<T>(q_.size(), q_.data(), out_.data(), shared, own_.data(), c, scale, nullptr, attend_scratch_);
     }
 
+    // x += mlp(norm(x)), dense or a mixture of experts with an optional shared expert.
     void mlp(int64_t layer) {
         const LayerWeights<T>& w = model_.layers[layer];
         norm(normed_.data(), x_.data(), w.mlp_norm);
@@ -140,33 +149,38 @@ private:
         add(x_.data(), added_.data());
     }
 
+    // y: T[num(), D] = down(swiglu(gate_up(normed))).
     void dense(T* y, const T* gate_up, const T* down, int64_t inner) {
         project(gate_up_.data(), normed_.data(), gate_up, 2 * inner, s_.hidden);
         for (int64_t i = 0; i < num(); ++i) swiglu_row(act_.data() + i * inner, gate_up_.data() + i * 2 * inner, inner);
         project(y, act_.data(), down, s_.hidden, inner);
     }
 
+    // added: T[num(), D] = the weighted sum of each row's experts.
     void experts(const LayerWeights<T>& w, int64_t layer) {
         const int64_t k = s_.experts_per_tok;
         RouteSpec spec = model_.route;
         spec.bias = w.expert_bias;
+        // The router's product and scores are f32.
         const int64_t size = num() * s_.hidden;
-        for (int64_t j = 0; j < size; j += LANES) store(wide_.data() + j, load(normed_.data() + j, size - j), size - j);
-        product<float>(logits_.data(), wide_.data(), w.router, num(), s_.experts, s_.hidden, nullptr);
+        for (int64_t j = 0; j < size; j += LANES) store(normed_f32_.data() + j, load(normed_.data() + j, size - j), size - j);
+        product<float>(logits_.data(), normed_f32_.data(), w.router, num(), s_.experts, s_.hidden, nullptr);
         for (int64_t i = 0; i < num(); ++i)
             route_row(logits_.data() + i * s_.experts, spec, expert_ids_.data() + i * k, expert_weights_.data() + i * k,
                       scores_.data());
-        for (int64_t i = 0; rows_.routes && i < num(); ++i) {
+        // Record the routes of the token that this step computes, for routing replay.
+        for (int64_t i = 0; rows_.routed_expert_ids && i < num(); ++i) {
             const int64_t r = active_[i], computed = r * rows_.max_new + rows_.num_new[r], num_layers = model_.layers.size();
-            std::copy_n(expert_ids_.data() + i * k, k, rows_.routes + (computed * num_layers + layer) * k);
+            std::copy_n(expert_ids_.data() + i * k, k, rows_.routed_expert_ids + (computed * num_layers + layer) * k);
         }
+        // Run each expert on the rows that chose it, then combine in order of k.
         int64_t done = 0;
         for (int64_t e = 0; e < s_.experts; ++e) {
             const int64_t start = done;
             for (int64_t pair = 0; pair < num() * k; ++pair) {
                 if (expert_ids_[pair] != e) continue;
                 std::copy_n(normed_.data() + pair / k * s_.hidden, s_.hidden, gathered_.data() + done * s_.hidden);
-                out_of_[pair] = outs_.data() + done * s_.hidden;
+                pair_outs_[pair] = outs_.data() + done * s_.hidden;
                 ++done;
             }
             if (done > start)
@@ -174,29 +188,31 @@ private:
                               s_.hidden, s_.inner, gate_up_.data(), act_.data());
         }
         for (int64_t i = 0; i < num(); ++i)
-            combine_row<T>(added_.data() + i * s_.hidden, out_of_.data() + i * k, expert_weights_.data() + i * k, k, s_.hidden);
+            combine_row<T>(added_.data() + i * s_.hidden, pair_outs_.data() + i * k, expert_weights_.data() + i * k, k, s_.hidden);
     }
 
-    // The next token of every active sequence; those that end, or have what was asked for, are active no more.
-    void draw() {
+    // Samples the next token of every active sequence. A stop id or the sequence's limit ends it.
+    void sample_tokens() {
+        // The noise depends on the sequence's key and the index of the new token among its own tokens.
         norm(normed_.data(), x_.data(), model_.norm);
         const int64_t n = num();
-        noise_keys_.resize(n), positions_.resize(n), drawn_.resize(n), logprob_.resize(n), kept_.resize(n);
+        noise_keys_.resize(n), positions_.resize(n), sampled_.resize(n), logprob_.resize(n), logmass_.resize(n);
         for (int64_t i = 0; i < n; ++i) noise_keys_[i] = rows_.noise_keys[active_[i]], positions_[i] = own_length(active_[i]);
-        const int64_t broken = sample_rows<T>(normed_.data(), n, model_.head, s_.hidden, s_.vocab, spec_, noise_keys_.data(),
-                                                  positions_.data(), drawn_.data(), logprob_.data(), kept_.data(), sample_scratch_);
-        if (broken >= 0) fail_broken_row(active_[broken]);
-        std::vector<int64_t> going;
+        const int64_t bad = sample_rows<T>(normed_.data(), n, model_.head, s_.hidden, s_.vocab, spec_, noise_keys_.data(),
+                                           positions_.data(), sampled_.data(), logprob_.data(), logmass_.data(), sample_scratch_);
+        if (bad >= 0) fail_non_finite_row(active_[bad]);
+        // Append the tokens.
+        std::vector<int64_t> still_active;
         for (int64_t i = 0; i < n; ++i) {
             const int64_t r = active_[i], place = rows_.num_new[r]++;
-            rows_.tokens[r * (1 + rows_.max_new) + 1 + place] = drawn_[i];
+            rows_.tokens[r * (1 + rows_.max_new) + 1 + place] = sampled_[i];
             rows_.logprobs[r * rows_.max_new + place] = logprob_[i];
-            rows_.kept_logmass[r * rows_.max_new + place] = kept_[i];
+            rows_.kept_logmass[r * rows_.max_new + place] = logmass_[i];
             const int64_t* stops = rows_.stop_ids;
-            const bool is_end = std::find(stops, stops + rows_.num_stop_ids, drawn_[i]) != stops + rows_.num_stop_ids;
-            if (!is_end && rows_.num_new[r] < rows_.limits[r]) going.push_back(r);
+            const bool is_end = std::find(stops, stops + rows_.num_stop_ids, sampled_[i]) != stops + rows_.num_stop_ids;
+            if (!is_end && rows_.num_new[r] < rows_.limits[r]) still_active.push_back(r);
         }
-        active_.swap(going);
+        active_.swap(still_active);
     }
 
     const ModelWeights<T>& model_;
@@ -205,10 +221,10 @@ private:
     const SampleSpec& spec_;
     T *keys_, *values_;
     std::vector<int64_t> active_;
-    std::vector<T> x_, normed_, added_, qkv_, attended_, gathered_, outs_, gate_up_, act_, even_;
-    std::vector<float> wide_, logits_, scores_, expert_weights_, logprob_, kept_;
-    std::vector<int64_t> expert_ids_, noise_keys_, positions_, drawn_;
-    std::vector<const T*> out_of_, q_;
+    std::vector<T> x_, normed_, added_, qkv_, attended_, gathered_, outs_, gate_up_, act_, pairs_;
+    std::vector<float> normed_f32_, logits_, scores_, expert_weights_, logprob_, logmass_;
+    std::vector<int64_t> expert_ids_, noise_keys_, positions_, sampled_;
+    std::vector<const T*> pair_outs_, q_;
     std::vector<T*> out_;
     std::vector<KeyBlocks<T>> own_;
     AttendScratch attend_scratch_;

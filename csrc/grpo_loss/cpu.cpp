@@ -1,7 +1,10 @@
-// grpo_loss on the CPU: loss, both gradients and all metrics in one pass. Siblings: kernels/grpo_loss/ (reference.py has the
-// formulas, in the same order), tests/kernels/test_grpo_loss*.py.
+// grpo_loss on the CPU: the loss, both gradients and all metrics in one pass over the tokens. The formulas
+// are those of kernels/grpo_loss/reference.py, in the same order. Siblings: kernels/grpo_loss/,
+// tests/kernels/test_grpo_loss*.py.
 //
-// A sequence is one thread's; its sums go into doubles every FLUSH tokens, and the sequences' sums are added in order.
+// Precision and order: a token is computed in f32; a sequence belongs to one task, which adds its f32 lanes
+// to f64 sums every FLUSH tokens; the sequences' sums are added in order. The number of threads does not
+// change any bit.
 #include <array>
 #include <cmath>
 
@@ -25,12 +28,13 @@ struct Spec {
     int64_t num_sequences, total_tokens, total_sequences, constant_length;
 };
 
-struct Columns {  // f32[N] each; null where not given
+struct Columns {  // f32[N] each; null if not given
     const float *logprobs, *old_logprobs, *advantages, *rollout_logprobs, *ref_logprobs, *entropy;
     float *dlogprobs, *dentropy;
 };
 
-// The metrics in the order of kernels/grpo_loss/function.py; those up to NUM_SUMS add up.
+// The metrics in the order of kernels/grpo_loss/function.py. Those before NUM_SUMS are sums, the others
+// extremes.
 enum Metric {
     LOSS, CLIP_LOW, CLIP_HIGH, CLIP_DUAL, CUT, TOKENS, APPROX_KL, W, W_SQUARED, KL, ENTROPY, NUM_SUMS,
     RATIO_MAX = NUM_SUMS, RATIO_MIN, GAP_MAX, NUM_METRICS
@@ -48,11 +52,11 @@ void add(Sums& sums, const Sums& more) {
     sums[GAP_MAX] = std::max(sums[GAP_MAX], more[GAP_MAX]);
 }
 
-F32x16 capped(F32x16 x) { return select(x > MAX_LOG_RATIO, splat(MAX_LOG_RATIO), x); }  // NaN stays
+F32x16 capped(F32x16 x) { return select(x > MAX_LOG_RATIO, splat(MAX_LOG_RATIO), x); }  // keeps NaN
 F32x16 one_where(I32x16 which) { return select(which, splat(1.0f), splat(0.0f)); }
 F32x16 magnitude(F32x16 x) { return bits_of<F32x16>(bits_of<U32x16>(x) & 0x7fffffffu); }
 
-// exp(d) - 1 - d without loss of digits: its series up to d^10 below 1.
+// exp(d) - 1 - d; for |d| < 1 by its power series up to d^10, which avoids the cancellation.
 F32x16 k3_of(F32x16 d) {
     F32x16 series = splat(1.0f / 3628800);
     for (float coefficient : {1.0f / 362880, 1.0f / 40320, 1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f})
@@ -60,28 +64,32 @@ F32x16 k3_of(F32x16 d) {
     return select(magnitude(d) < 1.0f, d * d * series, exp(d) - 1.0f - d);
 }
 
-struct Tokens {  // what is the same at all tokens of a sequence
+struct SequenceConstants {  // the same for all tokens of a sequence
     float weight, mean_log_ratio, mean_mismatch;
 };
 
-// The surrogate's loss and its slope in the logprob.
+// A token's loss and its derivative with respect to the logprob.
 struct Term {
     F32x16 loss, slope;
 };
+// The surrogate of 16 tokens with advantages a. Adds to the clip metrics in m.
 Term surrogate(const Spec& spec, F32x16 logprob, F32x16 log_ratio, F32x16 ratio, F32x16 a, std::array<F32x16, NUM_METRICS>& m) {
     const F32x16 minus = splat(0.0f) - a, zero = splat(0.0f);
     if (spec.surrogate == REINFORCE) return {minus * logprob, minus};
     const I32x16 is_low = ratio < spec.low, is_high = ratio > spec.high;
     const F32x16 clipped = select(is_low, splat(spec.low), select(is_high, splat(spec.high), ratio));
+    // CISPO: the clipped ratio is a constant weight.
     if (spec.surrogate == CISPO) {
         m[CLIP_LOW] = m[CLIP_LOW] + one_where(is_low & (a != 0.0f)), m[CLIP_HIGH] = m[CLIP_HIGH] + one_where(is_high & (a != 0.0f));
         return {minus * clipped * logprob, minus * clipped};
     }
-    const F32x16 free = ratio * a, bound = clipped * a;
-    F32x16 objective = select(free <= bound, free, bound);
-    // What is cut has no slope; NaN compares false and keeps its own.
-    F32x16 slope = select((free > bound) | (log_ratio > MAX_LOG_RATIO), zero, free);
+    // CLIP: the smaller of the two objectives, min(ratio * a, clip(ratio) * a).
+    const F32x16 unclipped = ratio * a, bounded = clipped * a;
+    F32x16 objective = select(unclipped <= bounded, unclipped, bounded);
+    // Clipped tokens get a slope of 0. NaN compares false, so a NaN ratio gives a NaN slope.
+    F32x16 slope = select((unclipped > bounded) | (log_ratio > MAX_LOG_RATIO), zero, unclipped);
     m[CLIP_LOW] = m[CLIP_LOW] + one_where(is_low & (a < 0.0f)), m[CLIP_HIGH] = m[CLIP_HIGH] + one_where(is_high & (a > 0.0f));
+    // Dual clip: for a < 0 the objective is at least dual_clip * a.
     if (spec.dual_clip != 0.0f) {
         const F32x16 floor = a * spec.dual_clip;
         const I32x16 is_dual = (a < 0.0f) & (objective < floor);
@@ -91,50 +99,57 @@ Term surrogate(const Spec& spec, F32x16 logprob, F32x16 log_ratio, F32x16 ratio,
     return {zero - objective, zero - slope};
 }
 
-// Sixteen tokens from i on, n of them there.
-void add_tokens(const Spec& spec, const Columns& c, const Tokens& all, int64_t i, int64_t n, std::array<F32x16, NUM_METRICS>& m) {
+// Tokens [i, i + n), n <= 16: writes their gradients and adds to the metrics in m.
+void add_tokens(const Spec& spec, const Columns& c, const SequenceConstants& seq, int64_t i, int64_t n,
+                std::array<F32x16, NUM_METRICS>& m) {
     const F32x16 zero = splat(0.0f), logprob = load(c.logprobs + i, n), old = load(c.old_logprobs + i, n);
-    const I32x16 is_there = lane_is_below(n);
-    const F32x16 token_log_ratio = logprob - old, log_ratio = spec.by_sequence ? splat(all.mean_log_ratio) : token_log_ratio;
+    const I32x16 is_valid = lane_is_below(n);
+    const F32x16 token_log_ratio = logprob - old, log_ratio = spec.by_sequence ? splat(seq.mean_log_ratio) : token_log_ratio;
     const F32x16 ratio = exp(capped(log_ratio));
     Term term = surrogate(spec, logprob, log_ratio, ratio, load(c.advantages + i, n), m);
+    // Importance weight old / rollout of the sampler's mismatch, a constant: truncated (TIS) or masked
+    // (ICEPOP).
     if (spec.importance != NONE) {
-        const F32x16 w = exp(capped(spec.by_sequence ? splat(all.mean_mismatch) : old - load(c.rollout_logprobs + i, n)));
+        const F32x16 w = exp(capped(spec.by_sequence ? splat(seq.mean_mismatch) : old - load(c.rollout_logprobs + i, n)));
         I32x16 is_cut = w > spec.importance_high;
         if (spec.importance == ICEPOP) is_cut = is_cut | (w < spec.importance_low);
         const F32x16 importance = select(is_cut, splat(spec.importance == TIS ? spec.importance_high : 0.0f), w);
-        m[CUT] = m[CUT] + one_where(is_cut & is_there);
+        m[CUT] = m[CUT] + one_where(is_cut & is_valid);
         term = {term.loss * importance, term.slope * importance};
     }
+    // KL to the reference policy: always measured as k3, penalised with the chosen estimator.
     if (c.ref_logprobs) {
-        const F32x16 d = load(c.ref_logprobs + i, n) - logprob, near = capped(d), k3 = k3_of(near);
+        const F32x16 d = load(c.ref_logprobs + i, n) - logprob, d_capped = capped(d), k3 = k3_of(d_capped);
         m[KL] = m[KL] + k3;
         if (spec.kl_coef != 0.0f) {
-            Term kl{k3, select(d > MAX_LOG_RATIO, zero, zero - k3 - near)};
+            Term kl{k3, select(d > MAX_LOG_RATIO, zero, zero - k3 - d_capped)};
             if (spec.estimator == K1) kl = {zero - d, splat(1.0f)};
             if (spec.estimator == K2) kl = {d * d * 0.5f, zero - d};
             term = {term.loss + kl.loss * spec.kl_coef, term.slope + kl.slope * spec.kl_coef};
         }
     }
+    // Entropy bonus.
     if (c.entropy) {
         const F32x16 entropy = load(c.entropy + i, n);
         m[ENTROPY] = m[ENTROPY] + entropy;
         if (spec.entropy_coef != 0.0f) {
             term.loss = term.loss - entropy * spec.entropy_coef;
-            store(c.dentropy + i, splat(-spec.entropy_coef * all.weight), n);
+            store(c.dentropy + i, splat(-spec.entropy_coef * seq.weight), n);
         }
     }
-    store(c.dlogprobs + i, term.slope * all.weight, n);
-    m[LOSS] = m[LOSS] + select(is_there, term.loss * all.weight, zero);
+    // The gradient, the loss and the remaining metrics; lanes past n must not count.
+    store(c.dlogprobs + i, term.slope * seq.weight, n);
+    m[LOSS] = m[LOSS] + select(is_valid, term.loss * seq.weight, zero);
     const F32x16 gap = c.rollout_logprobs ? logprob - load(c.rollout_logprobs + i, n) : token_log_ratio;
-    const F32x16 w = select(is_there, exp(capped(gap)), zero);  // the current policy over the one that sampled
+    const F32x16 w = select(is_valid, exp(capped(gap)), zero);  // current / rollout policy
     m[W] = m[W] + w, m[W_SQUARED] = fma(w, w, m[W_SQUARED]);
     m[APPROX_KL] = m[APPROX_KL] + k3_of(capped(token_log_ratio));
-    m[RATIO_MAX] = max(m[RATIO_MAX], select(is_there, ratio, splat(-INFINITE)));
-    m[RATIO_MIN] = min(m[RATIO_MIN], select(is_there, ratio, splat(INFINITE)));
-    m[GAP_MAX] = max(m[GAP_MAX], select(is_there, magnitude(gap), splat(-INFINITE)));
+    m[RATIO_MAX] = max(m[RATIO_MAX], select(is_valid, ratio, splat(-INFINITE)));
+    m[RATIO_MIN] = min(m[RATIO_MIN], select(is_valid, ratio, splat(INFINITE)));
+    m[GAP_MAX] = max(m[GAP_MAX], select(is_valid, magnitude(gap), splat(-INFINITE)));
 }
 
+// The mean of a - b over tokens [begin, end); the f32 sums of 16 are added in f64.
 float mean_difference(const float* a, const float* b, int64_t begin, int64_t end) {
     double total = 0;
     for (int64_t i = begin; i < end; i += LANES) {
@@ -144,23 +159,27 @@ float mean_difference(const float* a, const float* b, int64_t begin, int64_t end
     return static_cast<float>(total / static_cast<double>(end - begin));
 }
 
+// All tokens [begin, end) of one sequence.
 Sums add_sequence(const Spec& spec, const Columns& c, int64_t begin, int64_t end) {
     Sums sums = no_sums();
     if (begin == end) return sums;
-    double share = static_cast<double>(std::max<int64_t>(spec.total_tokens, 1));
-    if (spec.normalizer == SEQUENCE) share = static_cast<double>(end - begin) * static_cast<double>(spec.total_sequences);
-    if (spec.normalizer == CONSTANT) share = static_cast<double>(spec.total_sequences) * static_cast<double>(spec.constant_length);
-    Tokens all{static_cast<float>(1 / share), 0.0f, 0.0f};
+    // The loss of a token is divided by the normalizer's denominator.
+    double denominator = static_cast<double>(std::max<int64_t>(spec.total_tokens, 1));
+    if (spec.normalizer == SEQUENCE) denominator = static_cast<double>(end - begin) * static_cast<double>(spec.total_sequences);
+    if (spec.normalizer == CONSTANT)
+        denominator = static_cast<double>(spec.total_sequences) * static_cast<double>(spec.constant_length);
+    SequenceConstants seq{static_cast<float>(1 / denominator), 0.0f, 0.0f};
     if (spec.by_sequence) {
-        all.mean_log_ratio = mean_difference(c.logprobs, c.old_logprobs, begin, end);
-        if (spec.importance != NONE) all.mean_mismatch = mean_difference(c.old_logprobs, c.rollout_logprobs, begin, end);
+        seq.mean_log_ratio = mean_difference(c.logprobs, c.old_logprobs, begin, end);
+        if (spec.importance != NONE) seq.mean_mismatch = mean_difference(c.old_logprobs, c.rollout_logprobs, begin, end);
     }
+    // f32 lanes for FLUSH tokens, then f64.
     for (int64_t first = begin; first < end; first += FLUSH) {
         std::array<F32x16, NUM_METRICS> m;
         m.fill(splat(0.0f));
         m[RATIO_MAX] = m[GAP_MAX] = splat(-INFINITE), m[RATIO_MIN] = splat(INFINITE);
         const int64_t last = std::min(end, first + FLUSH);
-        for (int64_t i = first; i < last; i += LANES) add_tokens(spec, c, all, i, std::min<int64_t>(LANES, last - i), m);
+        for (int64_t i = first; i < last; i += LANES) add_tokens(spec, c, seq, i, std::min<int64_t>(LANES, last - i), m);
         Sums block;
         for (int i = 0; i < NUM_SUMS; ++i) block[i] = sum(m[i]);
         block[TOKENS] = static_cast<double>(last - first);
@@ -171,7 +190,8 @@ Sums add_sequence(const Spec& spec, const Columns& c, int64_t begin, int64_t end
     return sums;
 }
 
-// Where each sequence begins, and the end of the last.
+// The first token of each sequence, and the end of the last one. sequence_index must ascend; sequences may be
+// empty.
 template <class I>
 std::vector<int64_t> sequence_starts(const char* op, const I* index, int64_t num_tokens, int64_t num_sequences) {
     std::vector<int64_t> starts(num_sequences + 1, num_tokens);
@@ -209,6 +229,8 @@ Spec read_spec(const char* op, const std::vector<int64_t>& choices, const std::v
     return spec;
 }
 
+// loss: f32[]; metrics: f32[14]; dlogprobs: f32[N]; dentropy: f32[N], or f32[0] without entropy_coef;
+// sequence_index: i32|i64[N]; the other tensors: f32[N]. read_spec decodes choices, counts and numbers.
 void grpo_loss(Tensor loss, Tensor metrics, Tensor dlogprobs, Tensor dentropy, Tensor logprobs, Tensor old_logprobs,
                Tensor advantages, Tensor sequence_index, std::optional<Tensor> rollout_logprobs, std::optional<Tensor> ref_logprobs,
                std::optional<Tensor> entropy, std::vector<int64_t> choices, std::vector<int64_t> counts,
@@ -228,11 +250,11 @@ void grpo_loss(Tensor loss, Tensor metrics, Tensor dlogprobs, Tensor dentropy, T
     const std::vector<int64_t> starts = sequence_index.scalar_type() == ScalarType::Int
         ? sequence_starts(op, data<const int32_t>(op, "sequence_index", sequence_index, {n}), n, spec.num_sequences)
         : sequence_starts(op, data<const int64_t>(op, "sequence_index", sequence_index, {n}), n, spec.num_sequences);
-    std::vector<Sums> parts(spec.num_sequences);
-    parallel_for(spec.num_sequences, [&](int64_t s) { parts[s] = add_sequence(spec, c, starts[s], starts[s + 1]); });
+    std::vector<Sums> by_sequence(spec.num_sequences);
+    parallel_for(spec.num_sequences, [&](int64_t s) { by_sequence[s] = add_sequence(spec, c, starts[s], starts[s + 1]); });
     Sums sums = no_sums();
-    for (const Sums& part : parts) add(sums, part);
-    // The extremes drop a NaN that the sums keep.
+    for (const Sums& one : by_sequence) add(sums, one);
+    // max and min drop NaN, the sums keep it: copy it to the extremes of the same tokens.
     if (std::isnan(sums[APPROX_KL])) sums[RATIO_MAX] = sums[RATIO_MIN] = sums[APPROX_KL];
     if (std::isnan(sums[W])) sums[GAP_MAX] = sums[W];
     for (int i = 0; i < NUM_METRICS; ++i) measured[i] = static_cast<float>(sums[i]);

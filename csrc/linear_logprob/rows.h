@@ -1,10 +1,11 @@
-// The head's logits for a block of rows, and their softmax: shared by linear_logprob and sample, which is what makes the sampler's
-// logprobs the trainer's to the bit.
+// The head's logits for a block of rows and their softmax, without torch. Shared by linear_logprob, sample
+// and the native decode, so that the sampler's logprobs have the same bits as the trainer's.
 //
 //     logprob[v] = (z[v] - max) - log_sum          z = hidden . weight[v] / temperature
 //
-// A row's sum runs in chunks of LOGIT_CHUNK tokens: in each, 16 lanes in order, relative to the chunk's own maximum; the chunks are
-// then merged in order. The order follows from V alone, and nothing of size V need be kept.
+// A row's sum over V is computed in chunks of LOGIT_CHUNK tokens. Within a chunk, 16 lanes add in order,
+// relative to the chunk's maximum, in f32. The chunks are merged in order, in f64. The order depends on V
+// only, and a caller needs to keep one chunk of logits at a time.
 #pragma once
 
 #include <algorithm>
@@ -18,11 +19,12 @@ namespace reason_rl {
 
 constexpr int64_t LOGIT_CHUNK = 1024;
 
-// logits [rows, stride] of `count` tokens whose panels begin at `panels`: z, and -inf from `count` up to the next multiple of 16.
+// logits: f32[rows, stride]: z of the `count` tokens packed at `panels`, then -inf up to the next multiple of
+// 16.
 template <class T>
 void logit_rows(float* logits, int64_t stride, RowsOf<T> hidden, int64_t rows, const T* panels, int64_t hidden_size, int64_t count,
                 float temperature) {
-    const auto put = [=](int64_t m, int num_rows, int64_t n, int64_t columns, const Tile& tile) {
+    const auto write = [=](int64_t m, int num_rows, int64_t n, int64_t columns, const Tile& tile) {
         for (int r = 0; r < num_rows; ++r)
             for (int64_t j = 0; j < columns; j += LANES) {
                 F32x16 z = load(tile.row(r) + j);
@@ -30,16 +32,17 @@ void logit_rows(float* logits, int64_t stride, RowsOf<T> hidden, int64_t rows, c
                 store(logits + (m + r) * stride + n + j, keep_first(z, columns - j, -std::numeric_limits<float>::infinity()));
             }
     };
-    for_tiles(rows, count, hidden_size, hidden, panels, put);
+    for_tiles(rows, count, hidden_size, hidden, panels, write);
 }
 
-// The softmax of a row, chunk by chunk.
+// The running softmax of a row.
 struct LogitSums {
     float max = -std::numeric_limits<float>::infinity();
     double sum = 0;       // of exp(z - max)
     double weighted = 0;  // of exp(z - max) * (z - max)
 
-    // Only what one chunk holds: `count` a multiple of 16, -inf where there is no token. NaN and inf end up in the sum.
+    // The sums of one chunk. `count` is a multiple of 16; padding is -inf. NaN and +inf logits make `sum`
+    // NaN.
     template <bool WITH_ENTROPY>
     static LogitSums of_chunk(const float* logits, int64_t count) {
         F32x16 top = load(logits);
@@ -51,19 +54,19 @@ struct LogitSums {
         for (int64_t j = 0; j < count; j += LANES) {
             const F32x16 shifted = load(logits + j) - chunk.max, e = exp(shifted);
             sums = sums + e;
-            // A logit of -inf has no share in the entropy: 0, not 0 * inf.
+            // A logit of -inf adds 0 to the entropy, not 0 * -inf = NaN.
             if constexpr (WITH_ENTROPY) weighted = fma(e, reason_rl::max(shifted, least), weighted);
         }
         chunk.sum = reason_rl::sum(sums);
         if constexpr (WITH_ENTROPY) chunk.weighted = reason_rl::sum(weighted);
         return chunk;
     }
-    // Seen from another maximum, at least this one.
-    LogitSums from(float other) const {
+    // The same sums relative to a larger maximum.
+    LogitSums relative_to(float other) const {
         const double down = static_cast<double>(max) - other, factor = std::exp(down);
         return {other, sum * factor, factor == 0 ? 0.0 : (weighted + sum * down) * factor};
     }
-    // The next chunk's logits.
+    // Adds the next chunk's logits.
     template <bool WITH_ENTROPY = true>
     void add(const float* logits, int64_t count, bool is_first) {
         const LogitSums chunk = of_chunk<WITH_ENTROPY>(logits, count);
@@ -72,7 +75,7 @@ struct LogitSums {
             return;
         }
         const float top = !(chunk.max <= max) ? chunk.max : max;
-        const LogitSums a = max == top ? *this : from(top), b = chunk.max == top ? chunk : chunk.from(top);
+        const LogitSums a = max == top ? *this : relative_to(top), b = chunk.max == top ? chunk : chunk.relative_to(top);
         *this = {top, a.sum + b.sum, a.weighted + b.weighted};
     }
 

@@ -1,9 +1,11 @@
-// What the experts' forward and backward share: the sort of (token, choice) pairs by expert, the work cut into blocks, the packed
-// weights. Blocks are shared out to the threads (common/tensor.h), so that uneven experts keep all of them busy.
+// Shared by the experts' forward and backward: (token, choice) pairs sorted by expert, the blocks that tasks
+// run, and the packed expert weights. Experts get different numbers of rows; dynamic scheduling
+// (common/tensor.h) keeps all threads busy.
 #pragma once
 
 #include <numeric>
 
+#include "../common/pack.h"
 #include "../common/tensor.h"
 #include "rows.h"
 
@@ -27,15 +29,15 @@ struct ExpertSizes {
 };
 
 struct Block {
-    int64_t expert, first, count;  // `count` rows of one expert, from row `first` on
+    int64_t expert, first, count;  // rows [first, first + count), all of one expert
 };
 
-// Rows are (token, choice) pairs sorted by expert, stably: an expert's rows are in order of token.
+// A row is a (token, choice) pair. Rows are sorted by expert, and an expert's rows by token.
 struct Plan {
     ExpertSizes size;
-    std::vector<int64_t> starts;  // [num_experts + 1]: an expert's first row
-    std::vector<int64_t> pair;    // [rows]: token * k + choice of a row
-    std::vector<int64_t> row;     // [rows]: the row of a pair
+    std::vector<int64_t> starts;  // [E + 1]: each expert's first row
+    std::vector<int64_t> pair;    // [rows]: token * k + choice of each row
+    std::vector<int64_t> row;     // [rows]: the row of each pair
 
     Plan(const char* op, const ExpertSizes& size, const Tensor& expert_ids)
         : size(size), starts(size.num_experts + 1), pair(size.num_tokens * size.k), row(size.num_tokens * size.k) {
@@ -49,7 +51,8 @@ struct Plan {
 
     int64_t num_rows() const { return size.num_tokens * size.k; }
 
-    // Every expert's rows in blocks of at most `most`, counted from its first: a cut that other experts do not shift.
+    // Every expert's rows in blocks of at most `most`, counted from the expert's first row, so that the
+    // blocks of one expert do not depend on the others.
     std::vector<Block> blocks(int64_t most) const {
         std::vector<Block> all;
         for (int64_t e = 0; e < size.num_experts; ++e)
@@ -58,7 +61,7 @@ struct Plan {
         return all;
     }
 
-    // The tokens of some rows, one after the other.
+    // rows: T[count, D] = the tokens of rows [first, first + count).
     template <class T>
     void gather(T* rows, const T* tokens, int64_t first, int64_t count) const {
         const int64_t width = size.hidden;
@@ -66,13 +69,13 @@ struct Plan {
             std::memcpy(rows + m * width, tokens + pair[first + m] / size.k * width, width * sizeof(T));
     }
 
-    // y [T, D]: each token's rows, weighted, summed in order of k.
+    // y: T[num_tokens, D] = the weighted sum of each token's rows, in order of k.
     template <class T>
     void combine(T* y, const T* rows, const float* weights) const {
         constexpr int64_t TOKENS = 64;
-        parallel_for((size.num_tokens + TOKENS - 1) / TOKENS, [&](int64_t block) {
+        parallel_blocks(size.num_tokens, TOKENS, [&](int64_t first, int64_t num) {
             std::vector<const T*> outs(size.k);
-            for (int64_t t = block * TOKENS; t < std::min(size.num_tokens, (block + 1) * TOKENS); ++t) {
+            for (int64_t t = first; t < first + num; ++t) {
                 for (int64_t c = 0; c < size.k; ++c) outs[c] = rows + row[t * size.k + c] * size.hidden;
                 combine_row(y + t * size.hidden, outs.data(), weights + t * size.k, size.k, size.hidden);
             }
@@ -80,30 +83,22 @@ struct Plan {
     }
 };
 
-// The matrices [num_rows, num_columns] of the experts that have rows, packed for products with the matrix or with its transpose.
+// The matrices [E, num_rows, num_columns] of all experts that have rows, packed as B. IS_TRANSPOSED: B is the
+// transpose, as in forward.
 template <class T, bool IS_TRANSPOSED>
 class PackedExperts {
 public:
     PackedExperts(const char* op, const char* name, const Tensor& weight, int64_t num_rows, int64_t num_columns, const Plan& plan)
         : n_(IS_TRANSPOSED ? num_rows : num_columns), k_(IS_TRANSPOSED ? num_columns : num_rows),
           memory_(plan.size.num_experts * packed_size<T>(n_, k_)) {
-        by_master<T>(op, name, weight, {plan.size.num_experts, num_rows, num_columns}, [&](const auto* m) { pack(m, plan); });
+        by_master<T>(op, name, weight, {plan.size.num_experts, num_rows, num_columns}, [&](const auto* matrices) {
+            const auto has_rows = [&](int64_t e) { return plan.starts[e] < plan.starts[e + 1]; };
+            pack_matrices<IS_TRANSPOSED, T>(memory_, matrices, plan.size.num_experts, n_, k_, has_rows);
+        });
     }
     const T* of(int64_t expert) const { return memory_ + expert * packed_size<T>(n_, k_); }
 
 private:
-    template <class S>
-    void pack(const S* matrices, const Plan& plan) {
-        const int64_t panels = (n_ + LANES - 1) / LANES;
-        parallel_for(plan.size.num_experts * panels, [&](int64_t i) {
-            const int64_t expert = i / panels, column = i % panels * LANES;
-            if (plan.starts[expert] == plan.starts[expert + 1]) return;
-            T* panel = memory_ + expert * packed_size<T>(n_, k_) + packed_size<T>(column, k_);
-            const S* matrix = matrices + expert * n_ * k_;
-            if constexpr (IS_TRANSPOSED) pack_transposed_panel<T>(panel, matrix, n_, k_, k_, column);
-            else pack_panel<T>(panel, matrix, k_, n_, n_, column);
-        });
-    }
     int64_t n_, k_;
     Scratch<T> memory_;
 };

@@ -1,5 +1,6 @@
-// The mixture of experts on rows: a token's route, an expert on the rows it was sent, and the sum over a token's choices.
-// Shared by the ops of cpu.cpp and the decode step: what makes a token's bits the same in both.
+// A mixture of experts on rows, without torch: the router's choice for a token, one expert on its rows, and
+// the weighted sum over a token's experts. Shared by the ops (cpu.cpp, backward.cpp) and the native decode,
+// so that a token gets the same bits in both.
 #pragma once
 
 #include <vector>
@@ -12,20 +13,21 @@ namespace reason_rl {
 struct RouteSpec {
     int64_t num_experts, k;
     bool sigmoid, normalize;
-    const float* bias;  // [num_experts], steers the choice only; may be null
+    const float* bias;  // [num_experts]: added to the scores for the choice only; may be null
 };
-constexpr float LEAST_ROUTE_SUM = 1e-20f;  // normalised weights are divided by no less
+constexpr float LEAST_ROUTE_SUM = 1e-20f;  // the least divisor of normalised weights
 
-// softmax or sigmoid of the logits, in f32; the order of the sum is fixed by their number.
+// scores: f32[E] = softmax or sigmoid of logits: f32[E]. The order of the softmax's sum depends on E only.
 inline void route_scores(const float* logits, const RouteSpec& spec, float* scores) {
     const int64_t size = spec.num_experts;
     if (spec.sigmoid) {
         for (int64_t j = 0; j < size; j += LANES) {
             const F32x16 logit = load(logits + j, size - j), score = splat(1.0f) / (exp(min(logit * -1.0f, splat(80.0f))) + 1.0f);
-            store(scores + j, select(logit != logit, logit, score), size - j);  // min() drops NaN
+            store(scores + j, select(logit != logit, logit, score), size - j);  // min() drops a NaN
         }
         return;
     }
+    // Softmax: the maximum, the exponentials and their sum, then the division.
     constexpr float LOWEST = -std::numeric_limits<float>::infinity();
     F32x16 top = splat(LOWEST), total = splat(0.0f);
     for (int64_t j = 0; j < size; j += LANES) top = max(top, keep_first(load(logits + j, size - j), size - j, LOWEST));
@@ -39,17 +41,19 @@ inline void route_scores(const float* logits, const RouteSpec& spec, float* scor
     for (int64_t j = 0; j < size; j += LANES) store(scores + j, load(scores + j, size - j) / whole, size - j);
 }
 
-// The sum of a token's chosen scores in order of k, which its weights are divided by.
+// The sum of a token's chosen scores, in order of k: the divisor of its normalised weights.
 inline float route_sum(const float* scores, const int64_t* expert_ids, int64_t k) {
     float total = scores[expert_ids[0]];
     for (int64_t c = 1; c < k; ++c) total += scores[expert_ids[c]];
     return total;
 }
 
-// expert_ids [k]: the k largest of score + bias, the lower index first where equal; NaN counts as the largest, as in torch.sort.
-// weights [k]: their scores, normalised or not.
+// expert_ids: i64[k], the k largest of score + bias in descending order. Of equal values the lower index
+// comes first; NaN counts as the largest, as in torch.sort. weights: f32[k], the scores of these experts,
+// normalised if asked.
 inline void route_choice(const float* scores, const RouteSpec& spec, int64_t* expert_ids, float* weights) {
-    int64_t count = 0;  // of the best so far: in expert_ids, in order, their values in `weights`
+    // Insertion sort of the best so far: ids in expert_ids, their score + bias in weights.
+    int64_t count = 0;
     for (int64_t e = 0; e < spec.num_experts; ++e) {
         const float value = spec.bias ? scores[e] + spec.bias[e] : scores[e];
         const auto is_before = [value](float other) { return value > other || (value != value && other == other); };
@@ -62,6 +66,7 @@ inline void route_choice(const float* scores, const RouteSpec& spec, int64_t* ex
         weights[place] = value;
         expert_ids[place] = e;
     }
+    // Replace the sort keys by the weights.
     const float total = route_sum(scores, expert_ids, spec.k);
     const float divisor = !spec.normalize ? 1.0f : total < LEAST_ROUTE_SUM ? LEAST_ROUTE_SUM : total;
     for (int64_t c = 0; c < spec.k; ++c) weights[c] = scores[expert_ids[c]] / divisor;
@@ -74,11 +79,12 @@ inline void route_row(const float* logits, const RouteSpec& spec, int64_t* exper
 
 template <class T>
 struct ExpertWeights {  // packed by pack_transposed
-    const T* gate_up;   // of [2I, D]
-    const T* down;      // of [D, I]
+    const T* gate_up;   // [2I, D]
+    const T* down;      // [D, I]
 };
 
-// out [rows, D] = down(swiglu(gate_up(x))), each rounded to T, not weighted. gate_up [rows, 2I] and act [rows, I] are written too.
+// out: T[rows, D] = down(swiglu(gate_up(x))), not weighted; each of the three results is rounded to T.
+// gate_up: T[rows, 2I] and act: T[rows, I] are outputs too.
 template <class T>
 void run_expert(T* out, const T* x, int64_t rows, const ExpertWeights<T>& w, int64_t hidden, int64_t inner, T* gate_up, T* act) {
     std::vector<T> pairs(std::min(rows, ROW_BLOCK) * std::max(odd_row<T>(hidden), odd_row<T>(inner)));
@@ -90,7 +96,7 @@ void run_expert(T* out, const T* x, int64_t rows, const ExpertWeights<T>& w, int
     }
 }
 
-// y [hidden] = sum over c = 0..k-1 in order of weights[c] * outs[c], in f32, rounded once.
+// y: T[D] = the sum of weights[c] * outs[c] over c = 0..k-1, in order, in f32, rounded once.
 template <class T>
 void combine_row(T* y, const T* const* outs, const float* weights, int64_t k, int64_t hidden) {
     for (int64_t j = 0; j < hidden; j += LANES) {

@@ -1,4 +1,4 @@
-// rms_norm on one row: what csrc/rms_norm/cpu.cpp runs over a batch, and the decode step on its own rows.
+// rms_norm on one row, without torch: shared by the op (cpu.cpp) and the native decode.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace reason_rl {
 
-// body(i, n) for the row's next n elements from i on: 16 of them, which the compiler then knows, and at the end what is left.
+// body(i, n) for the row's elements [i, i + n): n is the constant 16, and the remainder in the last call.
 template <class F>
 [[gnu::always_inline]] inline void for_lanes(int64_t size, F&& body) {
     int64_t i = 0;
@@ -17,7 +17,8 @@ template <class F>
     if (i < size) body(i, size - i);
 }
 
-// A row's sum in f32, term(sums, i, n) adding the terms from i on. Two chains of 16 lanes: the order follows from size alone.
+// The sum over a row in f32; term(acc, i, n) adds the terms of elements [i, i + n) to acc. Two accumulators
+// of 16 lanes take turns, in an order that depends on `size` only.
 template <class F>
 [[gnu::always_inline]] inline float sum_over_row(int64_t size, F&& term) {
     F32x16 even = splat(0.0f), odd = splat(0.0f);
@@ -31,7 +32,7 @@ template <class F>
     return sum(even + odd);
 }
 
-// 1 / sqrt(mean(x^2) + eps), rounded once: one number a row may be had in f64.
+// 1 / sqrt(mean(x^2) + eps): the squares are summed in f32, the rest is f64, rounded to f32 at the end.
 template <class T>
 inline float rms_scale(const T* x, int64_t size, float eps) {
     const float squares = sum_over_row(size, [x](F32x16 acc, int64_t i, auto n) {
@@ -41,7 +42,7 @@ inline float rms_scale(const T* x, int64_t size, float eps) {
     return static_cast<float>(1.0 / std::sqrt(static_cast<double>(squares) / static_cast<double>(size) + static_cast<double>(eps)));
 }
 
-// y = x * scale * weight, rounded once; y may be x.
+// y = x * scale * weight in f32, rounded to T once. y may be x. x, y: T[size]; weight: f32[size].
 template <class T>
 inline void rms_norm_row(T* y, const T* x, const float* weight, int64_t size, float eps) {
     const F32x16 scale = splat(rms_scale(x, size, eps));

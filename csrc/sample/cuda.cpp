@@ -1,15 +1,17 @@
-// torch.ops.reason_rl.sample_cuda: the checks before cuda.cu's kernel. In a library of its own, so that the CPU's needs no CUDA.
+// torch.ops.reason_rl.sample_cuda: checks the arguments and launches cuda.cu's kernel. It is built into a
+// library of its own, so that the CPU library does not need CUDA.
 #include "cuda.h"
 
 #include "../common/tensor.h"
+#include "check.h"
 
 namespace reason_rl {
 namespace {
 
-// A row's threads count past its end by a block of groups of four: 4 * 1024 columns, which an int32 must still hold.
+// Loop indices pass the end of a row by up to 4 columns for each of 1024 threads and must still fit an int32.
 constexpr int64_t MAX_COLUMNS = INT32_MAX - 4096;
 
-// The tensor's memory, once it is on the GPU of `logits`.
+// The memory of a contiguous tensor of this dtype and shape on the GPU of `logits`; fails otherwise.
 template <class T>
 T* on_gpu(const char* name, const Tensor& tensor, const Tensor& logits, ScalarType type, std::initializer_list<int64_t> shape) {
     const int64_t gpu = logits.get_device_index();
@@ -22,16 +24,15 @@ T* on_gpu(const char* name, const Tensor& tensor, const Tensor& logits, ScalarTy
     return static_cast<T*>(tensor.data_ptr());
 }
 
-// `stream`: torch's current cudaStream_t of the logits' GPU as a number, which is trusted: it cannot be checked.
+// token, keys, positions: i64[R]; logprob, kept_logmass: f32[R]; is_broken: bool[R]; logits: f32[R, V].
+// `stream` is torch's current cudaStream_t on the logits' GPU, as a number. It cannot be checked.
 void sample_cuda(Tensor token, Tensor logprob, Tensor kept_logmass, Tensor is_broken, Tensor logits, Tensor keys, Tensor positions,
                  double temperature, int64_t top_k, double top_p, double min_p, int64_t stream) {
     RR_CHECK(logits.dim() == 2, "sample_cuda: logits must have 2 dimensions, got ", logits.dim());
     const int64_t rows = logits.size(0), vocab = logits.size(1);
     RR_CHECK(rows <= INT32_MAX && vocab > 0 && vocab <= MAX_COLUMNS, "sample_cuda: logits have ", rows, " rows of ", vocab,
              ": needs 1 to ", MAX_COLUMNS, " columns and less than 2^31 rows");
-    RR_CHECK(temperature >= 0 && top_k >= 0 && top_p > 0 && top_p <= 1 && min_p >= 0 && min_p <= 1,
-             "sample_cuda: needs temperature >= 0, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1, got ", temperature, ", ", top_k,
-             ", ", top_p, ", ", min_p);
+    check_sampling("sample_cuda", temperature, top_k, top_p, min_p);
     const char* error = launch_sample({
         .logits = on_gpu<const float>("logits", logits, logits, ScalarType::Float, {rows, vocab}),
         .keys = on_gpu<const int64_t>("keys", keys, logits, ScalarType::Long, {rows}),
@@ -47,7 +48,7 @@ void sample_cuda(Tensor token, Tensor logprob, Tensor kept_logmass, Tensor is_br
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(reason_rl, m) {
-    // A token for each row of logits f32[R, V], with its logprob and the log of the kept mass.
+    // Samples a token for each row of logits: f32[R, V], with its logprob and kept_logmass.
     m.def("sample_cuda(Tensor(a!) token, Tensor(b!) logprob, Tensor(c!) kept_logmass, Tensor(d!) is_broken, Tensor logits, "
           "Tensor keys, Tensor positions, float temperature, int top_k, float top_p, float min_p, int stream) -> ()");
 }

@@ -1,14 +1,16 @@
-// swiglu on one row: y = silu(gate) * up, computed in f32 and rounded once. Shared by the op, the experts and the decode step.
+// swiglu on one row, without torch: y = silu(gate) * up in f32, rounded to T once. Shared by the op, the
+// experts (csrc/moe) and the native decode.
 #pragma once
 
 #include "../common/simd.h"
 
 namespace reason_rl {
 
-// silu(gate) = gate / (1 + e^-gate). The exponent stops at 80, where silu is 0 beside 1: inf * 0 would reach the gradient.
+// e^-gate of silu(gate) = gate / (1 + e^-gate). The exponent is capped at 80, where silu is 0 for all
+// purposes: an infinite e^-gate would make the gradient inf * 0 = NaN.
 inline F32x16 swiglu_exp(F32x16 gate) { return exp(min(gate * -1.0f, splat(80.0f))); }
 
-// y [inner_size] = silu(gate) * up; gate_up holds the gate's inner_size values, then those of up.
+// y: T[inner_size]; gate_up: T[2 * inner_size], the gate first.
 template <class T>
 void swiglu_row(T* y, const T* gate_up, int64_t inner_size) {
     for (int64_t j = 0; j < inner_size; j += LANES) {
@@ -21,7 +23,8 @@ void swiglu_row(T* y, const T* gate_up, int64_t inner_size) {
 struct SwigluGradient {
     F32x16 y, dgate, dup;
 };
-// y as above, and what dy becomes on the way back: silu' = s * (1 + gate * (1 - s)) with s = sigmoid(gate), 1 - s = e^-gate * s.
+// y, and the gradients for dy: silu' = s * (1 + gate * (1 - s)) with s = sigmoid(gate) and 1 - s = e^-gate *
+// s.
 inline SwigluGradient swiglu_gradient(F32x16 gate, F32x16 up, F32x16 dy) {
     const F32x16 e = swiglu_exp(gate), sigmoid = splat(1.0f) / (e + 1.0f), silu = gate / (e + 1.0f);
     return {silu * up, dy * up * (sigmoid * fma(gate, e * sigmoid, splat(1.0f))), dy * silu};

@@ -1,23 +1,25 @@
-"""Attention, causal and grouped-query, in its two forms: over a pack of segments, and over a paged cache.
+"""Causal grouped-query attention, over a pack of segments and over a paged KV cache.
 
     out[t, h] = sum_j softmax_j(q[t, h] . k[j, h'] * scale) * v[j, h']      h' = h // (H / K)
 
-`attention`: training and prefill. A segment sees all of its prefix (a group's prompt, standing once in the pack for its G
-completions), then causally itself.
-`paged_attention`: decoding, one query a sequence. The rows of a group name one prefix, whose blocks are read once for all of them;
-each row's own keys follow on blocks of its own.
+`attention`: training and prefill. A segment attends to all of its prefix (a group's prompt, which the pack
+holds once for its G completions), then causally to itself.
+`paged_attention`: decode, one query per sequence. The rows of a group share a prefix, whose blocks are read
+once for all of them; each row's own keys follow, on other blocks.
 
-Scores, softmax and sums are f32 (f64 for f64 inputs); the result is rounded once to q's dtype. Keys are summed in tiles of fixed
-size, prefix first, so that both forms give a token the same bits. Saved for backward: q, k, v, the result and two f32 a row (its
-highest score, its denominator), from which the weights are computed again; the reference saves the weights. dk and dv of a shared
-prefix are summed over its readers in their order, in f32. The kernels take even head dims up to 256; "auto" gives the others to
-the reference. On a GPU the weights and their gradients are rounded to bf16 before a matrix product where q is bf16, as in
-FlashAttention-2 (arXiv:2307.08691), whose online softmax this is. `paged_attention` has no gradient. impl="flash_attn" is that
-library's kernel, for segments without a prefix: only by name, since its bits depend on the batch.
+Scores, softmax and sums are f32 (f64 for f64 inputs); the result is rounded once to q's dtype. Keys are
+summed in tiles of fixed size, prefix first, so that both ops give a token the same bits. On a GPU weights and
+their gradients are rounded to bf16 before a matrix product if q is bf16, as in FlashAttention-2
+(arXiv:2307.08691), whose online softmax this is. The kernels take even head dims up to 256; "auto" sends
+others to the reference. `paged_attention` has no gradient. impl="flash_attn" calls that library, for segments
+without a prefix; its bits depend on the batch.
 
-Flops per query-key pair and head: 4 * C, and 10 * C backward (14 * C on a GPU, triton_backward.py). Siblings: plan.py, pages.py,
-tiles.py, reference.py, function.py and triton_{kernel,forward,backward}.py here, csrc/attention/,
-tests/kernels/test_attention{,_tiles, _native}.py, test_paged_attention.py.
+Saved for backward: q, k, v, the result and two f32 per row (highest score, denominator), from which the
+weights are recomputed; the reference saves the weights. dk and dv of a shared prefix are summed over its
+readers in order, in f32.
+Flops per query-key pair and head: 4 * C, and 10 * C backward (14 * C on a GPU, triton_backward.py).
+Siblings: plan.py, pages.py, tiles.py, reference.py, function.py and triton_{kernel,forward,backward}.py here,
+csrc/attention/, tests/kernels/test_attention{,_tiles,_native}.py, test_paged_attention.py.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from kernels.attention.function import (
     attention_flash,
     attention_native,
     attention_triton,
-    flash_why_not,
+    flash_unsupported_reason,
     paged_attention_native,
     paged_attention_triton,
 )
@@ -38,7 +40,7 @@ from kernels.attention.plan import BLOCK_SIZE, SegmentPlan, plan_segments
 from kernels.attention.reference import attention_reference, make_inputs, paged_attention_reference
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
-from kernels.native import DTYPES, cpu_why_not
+from kernels.native import DTYPES, cpu_unsupported_reason
 
 __all__ = ["BLOCK_SIZE", "Pages", "SegmentPlan", "attention", "make_inputs", "paged_attention", "plan_pages", "plan_segments"]
 
@@ -50,13 +52,13 @@ triton_ops.register("attention", {
     "paged_attention": "(Tensor(a!) out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor prefix_table, Tensor prefix_lens, "
                        "Tensor prefix_index, Tensor own_table, Tensor own_lens, Tensor order, Tensor starts, float scale) -> ()"})
 OP = Op("attention", (
-    Implementation("native", attention_native, cpu_why_not, DTYPES),
-    Implementation("triton", attention_triton, triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("native", attention_native, cpu_unsupported_reason, DTYPES),
+    Implementation("triton", attention_triton, triton_ops.unsupported_reason, triton_ops.DTYPES),
     Implementation("reference", attention_reference),
-    Implementation("flash_attn", attention_flash, flash_why_not, (torch.bfloat16, torch.float16), is_automatic=False)))
+    Implementation("flash_attn", attention_flash, flash_unsupported_reason, (torch.bfloat16, torch.float16), is_automatic=False)))
 PAGED_OP = Op("paged_attention", (
-    Implementation("native", paged_attention_native, cpu_why_not, DTYPES),
-    Implementation("triton", paged_attention_triton, triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("native", paged_attention_native, cpu_unsupported_reason, DTYPES),
+    Implementation("triton", paged_attention_triton, triton_ops.unsupported_reason, triton_ops.DTYPES),
     Implementation("reference", paged_attention_reference)))
 
 
@@ -64,7 +66,7 @@ MAX_HEAD_DIM = 256
 
 
 def _choose(op: Op, q: torch.Tensor, impl: str) -> Implementation:
-    """By name, what was named; by itself, the reference where the kernels would refuse q's head dim."""
+    """The named implementation; under "auto" the reference if the kernels do not support q's head dim."""
     is_odd = q.shape[2] % 2 == 1 or not 2 <= q.shape[2] <= MAX_HEAD_DIM
     return op.choose(q, "reference" if is_odd and impl == "auto" else impl)
 
@@ -78,7 +80,8 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: torch.Tensor | SegmentPlan,
     scale: float | None = None, impl: str = "auto",
 ) -> torch.Tensor:
-    """q: float[T, H, C], k and v: float[T, K, C], segments: i32[S, 4] on the CPU or their plan -> float[T, H, C]."""
+    """q: float[T, H, C], k and v: float[T, K, C], segments: i32[S, 4] on the CPU, or their plan -> float[T,
+    H, C]."""
     check("attention", "q", q, ("T", "H", "C"), FLOATS)
     check("attention", "k", k, (q.shape[0], "K", q.shape[2]), q.dtype, like=q)
     check("attention", "v", v, tuple(k.shape), q.dtype, like=q)
@@ -93,8 +96,8 @@ def attention(
 def paged_attention(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, pages: Pages, scale: float | None = None, impl: str = "auto"
 ) -> torch.Tensor:
-    """q: float[R, H, C]; caches: float[K, num_blocks, BLOCK_SIZE, C], finite wherever `pages` points -> float[R, H, C].
-    Without a gradient: an input that wants one is refused."""
+    """q: float[R, H, C], caches: float[K, num_blocks, BLOCK_SIZE, C], finite in all blocks of `pages` ->
+    float[R, H, C]. There is no gradient: an input that requires one is an error."""
     op = "paged_attention"
     check(op, "q", q, (pages.num_rows, "H", "C"), FLOATS)
     check(op, "k_cache", k_cache, (pages.num_kv_heads, pages.num_blocks, BLOCK_SIZE, q.shape[2]), q.dtype, like=q)

@@ -1,8 +1,9 @@
-"""Attention as an autograd.Function over ops that write their result, and each implementation's way to them.
+"""Attention as an autograd.Function over ops that write their result, and the call of each implementation.
 
-`attention_by(ops)`: ops has attention_fwd(out, stats, q, k, v, *tables, scale) and attention_bwd(dq, dk, dv, dout, out, stats, q,
-k, v, *tables, scale). The tables say what the pack looks like: for torch.ops.reason_rl the segments, which C++ cuts up itself; for
-torch.ops.reason_rl_triton what tiles.py makes of them, on the device. `stats` f32[K, T, H / K, 2] is between its two ops.
+`attention_by(ops)`: ops has attention_fwd(out, stats, q, k, v, *tables, scale) and attention_bwd(dq, dk, dv,
+dout, out, stats, q, k, v, *tables, scale). The tables describe the pack: for torch.ops.reason_rl the
+segments, which C++ cuts into tiles; for torch.ops.reason_rl_triton the tables of tiles.py, on the device.
+`stats` f32[K, T, H / K, 2] is saved for backward; each implementation defines its content.
 """
 
 from __future__ import annotations
@@ -91,12 +92,12 @@ def _missing_flash() -> str:
     return "" if importlib.util.find_spec("flash_attn") else "flash-attn is not installed"
 
 
-def flash_why_not(device: torch.device) -> str:
+def flash_unsupported_reason(device: torch.device) -> str:
     return _missing_flash() if device.type == "cuda" else "CUDA only"
 
 
 def attention_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: SegmentPlan, scale: float) -> torch.Tensor:
-    """flash-attn's own kernel, for comparisons: it knows no prefix beside a segment, and promises no bits."""
+    """flash-attn's kernel, for comparisons. It supports no shared prefix, and is not batch-invariant."""
     if not plan.num_tokens:
         return q.clone()
     longest, shared = plan.segments[:, 1::2].amax(0).tolist()

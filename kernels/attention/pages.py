@@ -1,6 +1,7 @@
-"""`Pages`: where each decoding row's keys stand in the paged cache, worked out once a step and used by every layer.
+"""`Pages`: the KV blocks of each row of a decode step, built once per step and used by every layer.
 
-The rows of a group name one prefix. They are laid side by side ("slots"), so that a prefix's keys are read once for all of them.
+The rows of a group share a prefix. They get adjacent slots, so that a prefix's keys are read once for all of
+them.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from kernels.checks import check
 
 @dataclass(frozen=True)
 class KeySet:
-    """The keys of some readers (prefixes, or rows), in whole blocks."""
+    """The keys of all prefixes, or of all rows, in whole blocks."""
 
     block_index: torch.Tensor
-    """i64[readers * K * NB]: rows of the cache seen as [K * num_blocks, BLOCK_SIZE * C]."""
+    """i64[readers * K * NB]: rows of the cache viewed as [K * num_blocks, BLOCK_SIZE * C]."""
     mask: torch.Tensor
-    """bool[readers, 1, 1, NB * BLOCK_SIZE]: True where there is a key."""
+    """bool[readers, 1, 1, NB * BLOCK_SIZE]: True at keys, False at padding."""
 
 
 @dataclass(frozen=True)
 class Pages:
-    """The tables, and what the reference makes of them when it runs."""
+    """The block tables (see `plan_pages`); the other properties are derived at their first use."""
 
     prefix_table: torch.Tensor
     prefix_lens: torch.Tensor
@@ -35,10 +36,6 @@ class Pages:
     own_lens: torch.Tensor
     num_kv_heads: int
     num_blocks: int
-
-    def to(self, device: torch.device) -> Pages:
-        return Pages(self.prefix_table.to(device), self.prefix_lens.to(device), self.prefix_index.to(device),
-                     self.own_table.to(device), self.own_lens.to(device), self.num_kv_heads, self.num_blocks)
 
     @property
     def num_rows(self) -> int:
@@ -55,18 +52,19 @@ class Pages:
 
     @cached_property
     def starts(self) -> torch.Tensor:
-        """i64[B + 1]: where the rows of each prefix start in `order`. Like that, without a word from the device."""
+        """i64[B + 1]: the rows of prefix b are order[starts[b]:starts[b + 1]]. searchsorted avoids a device
+        sync."""
         prefixes = torch.arange(self.num_prefixes + 1, device=self.prefix_index.device)
         return torch.searchsorted(self.prefix_index.index_select(0, self.order), prefixes)
 
     @cached_property
     def group_size(self) -> int:
-        """Most rows of one prefix, G."""
+        """G: the most rows of any prefix."""
         return int(self.starts.diff().max()) if self.num_rows else 0
 
     @cached_property
     def slots(self) -> torch.Tensor:
-        """i64[R]: row r's place among the num_prefixes * G slots."""
+        """i64[R]: the slot of row r among the num_prefixes * G slots."""
         prefix = self.prefix_index.index_select(0, self.order)
         rank = torch.arange(self.num_rows, device=prefix.device) - self.starts.index_select(0, prefix)
         return torch.empty_like(prefix).index_copy_(0, self.order, prefix * self.group_size + rank)
@@ -84,8 +82,9 @@ def plan_pages(
     *, prefix_table: torch.Tensor, prefix_lens: torch.Tensor, prefix_index: torch.Tensor, own_table: torch.Tensor,
     own_lens: torch.Tensor, num_kv_heads: int, num_blocks: int,
 ) -> Pages:
-    """Prefix b has prefix_lens[b] keys in the blocks prefix_table[b] (i64[B, NP]); row r reads prefix prefix_index[r] (i64[R]),
-    then own_lens[r] >= 1 keys in the blocks own_table[r] (i64[R, NO]). Tables are padded with any block of the cache."""
+    """Prefix b has prefix_lens[b] keys in the blocks prefix_table[b] (i64[B, NP]). Row r reads prefix
+    prefix_index[r] (i64[R]), then own_lens[r] >= 1 keys in the blocks own_table[r] (i64[R, NO]). Any block of
+    the cache may pad a table, such as the null block."""
     op = "plan_pages"
     check(op, "own_table", own_table, ("R", "NO"), torch.int64)
     check(op, "prefix_table", prefix_table, ("B", "NP"), torch.int64, like=own_table)

@@ -1,8 +1,10 @@
-"""`SegmentPlan`: where each segment's queries and keys stand, worked out once per pack and used by every layer.
+"""`SegmentPlan`: the segments of a pack and the tables derived from them, built once per pack and used by
+every layer.
 
-A segment (start, length, prefix_start, prefix_length) attends to all of its prefix, then causally to itself. Prefix and own
-keys are two parts, each counted from its own start, which is also how the paged cache holds them: a completion starts on a
-fresh block. So training and decoding sum over the same keys in the same order, key tile by key tile.
+A segment (start, length, prefix_start, prefix_length) attends to all of its prefix, then causally to itself.
+Key tiles count from the start of the prefix, then from the start of the segment. The paged cache has the same
+layout, as a completion starts on a fresh block. So training and decode sum over the same keys in the same
+order, tile by tile.
 """
 
 from __future__ import annotations
@@ -17,19 +19,19 @@ from kernels.attention import tiles
 from kernels.checks import describe
 
 BLOCK_SIZE = 16
-"""Tokens in one KV block."""
+"""Tokens per KV block."""
 QUERY_STEP = 32
-"""Segments whose padded lengths agree to this step are computed together."""
+"""The reference pads lengths to multiples of this, and computes segments of equal padded lengths together."""
 MAX_SCORES = 1 << 23
-"""Query-key pairs computed together, per head: bounds the memory of the reference's scores."""
+"""Most query-key pairs per head that the reference computes together; bounds the memory of its scores."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Segments of alike sizes, padded to M queries (as many own keys) and P prefix keys."""
+    """Segments of similar sizes, padded to M queries, M own keys and P prefix keys."""
 
     own_index: torch.Tensor
-    """i64[S', M]: packed rows; padding points at row T, which is zero."""
+    """i64[S', M]: packed rows; padding is row T, which is zero."""
     own_mask: torch.Tensor
     """bool[S', M, M]: True where the query may see the own key."""
     prefix_index: torch.Tensor
@@ -42,12 +44,12 @@ class Chunk:
 class SegmentPlan:
     num_tokens: int
     segments: torch.Tensor
-    """i32[S, 4] on the CPU, checked: all that the native kernel needs."""
+    """i32[S, 4] on the CPU, checked. The native kernel needs nothing else."""
     device: torch.device
     _made: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def tables(self, repeat: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> tiles.Tables:
-        """For the GPU's kernels: made at the first layer, on `device` from then on."""
+        """For the Triton kernels: built and moved to `device` at the first layer, then reused."""
         key = (repeat, num_kv_heads, head_dim, dtype, device)
         if key not in self._made:
             self._made[key] = tiles.move(tiles.make_tables(self.segments, repeat, num_kv_heads, head_dim, dtype), device)
@@ -55,7 +57,7 @@ class SegmentPlan:
         return made
 
     def cu_seqlens(self, device: torch.device) -> torch.Tensor:
-        """For flash-attn: i32[S + 1], where each segment starts and the last ends."""
+        """For flash-attn: i32[S + 1], the start of each segment and the end of the last."""
         if device not in self._made:
             self._made[device] = torch.cat((self.segments[:, 0], torch.tensor([self.num_tokens], dtype=torch.int32))).to(device)
         made: torch.Tensor = self._made[device]
@@ -68,7 +70,8 @@ class SegmentPlan:
 
     @cached_property
     def output_index(self) -> torch.Tensor:
-        """For the reference: i64[T]; each packed row's place among the chunks' outputs laid end to end."""
+        """For the reference: i64[T], the position of each packed row in the concatenated outputs of the
+        chunks."""
         index = torch.zeros(self.num_tokens, dtype=torch.int64)
         offset = 0
         for chunk in self._chunks:
@@ -94,7 +97,8 @@ class SegmentPlan:
 
 
 def check_segments(segments: torch.Tensor, num_tokens: int) -> None:
-    """i32[S, 4] on the CPU; the segments tile [0, T) in order, and each prefix lies wholly before its segment."""
+    """Raises unless segments are i32[S, 4] on the CPU, tile [0, T) in order, and each prefix lies before its
+    segment."""
     if segments.dtype != torch.int32 or segments.dim() != 2 or segments.shape[1] != 4 or segments.device.type != "cpu":
         raise ValueError(f"attention: segments must be i32[S, 4] on cpu, got {describe(segments)}")
     position = 0
@@ -111,7 +115,7 @@ def check_segments(segments: torch.Tensor, num_tokens: int) -> None:
 
 
 def plan_segments(segments: torch.Tensor, num_tokens: int, device: torch.device | str = "cpu") -> SegmentPlan:
-    """segments i32[S, 4] on the CPU -> the plan; its tensors on `device`, made when they are asked for."""
+    """segments i32[S, 4] on the CPU -> the plan; its tensors are built on `device` at their first use."""
     check_segments(segments, num_tokens)
     return SegmentPlan(num_tokens, segments.contiguous(), torch.device(device))
 

@@ -1,11 +1,9 @@
 """The specification of attention, packed and paged: both call `attend`, which fixes the order of every sum.
 
-What makes the two agree to the bit in float32 on the CPU (seen with torch 2.13; tests/kernels/test_attention.py watches it):
-torch.bmm gives a row the same bits in any batch of 4 rows or more, and sums over the inner dimension one after the other
-up to at least 128 terms, so that zeros at its end change nothing. So queries are padded to 8 rows; the keys of the prefix, then
-the own keys, are taken in tiles of 128 counted from each part's start; and masked keys add exact zeros. The row maximum is exact
-in any order; the denominator is one more column of the product with the values, so that it is summed in that same order. A
-product of fewer than 12 columns is summed in another order, by its inner length; so the values of small heads are padded to 16.
+Products go in blocks of fixed rows (kernels/products.py) by tiles of KEY_TILE keys: the keys of the prefix, then the own keys,
+each counted from its part's start and padded to whole tiles. So a product has one shape whatever the pack or the decode batch, and
+its sums one order. Masked keys add exact zeros. The row maximum is exact in any order. The denominator is one more column of the
+product with the values, so it is summed in that same order. tests/kernels/test_attention.py checks the bits.
 """
 
 from __future__ import annotations
@@ -17,20 +15,17 @@ import torch.nn.functional as F
 
 from kernels.attention.pages import KeySet, Pages
 from kernels.attention.plan import SegmentPlan
+from kernels.products import batch_in_blocks
 
-KEY_TILE = 128
-MIN_ROWS = 8
+KEY_TILE = 64
 MIN_COLUMNS = 16
 MASKED = -1e30
 """exp(MASKED - max) is exactly 0 beside any real score; a padding row, all masked, stays finite."""
 
 
-def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """rows [..., M, A] @ matrix [..., A, N], with at least MIN_ROWS rows."""
-    num_rows = rows.shape[-2]
-    if num_rows >= MIN_ROWS:
-        return torch.matmul(rows, matrix)
-    return torch.matmul(F.pad(rows, (0, 0, 0, MIN_ROWS - num_rows)), matrix)[..., :num_rows, :]
+def _padding(num_keys: int) -> int:
+    """Keys that fill the last tile."""
+    return -num_keys % KEY_TILE
 
 
 def weigh(scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -40,11 +35,15 @@ def weigh(scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def sum_values(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """weights [..., M, J], v [..., J, C] -> [..., M, C + 1 or more]: the weighted sum of v; column C sums the weights."""
-    values = F.pad(v, (0, max(1, MIN_COLUMNS - v.shape[-1])), value=1.0)
-    total = _product(weights[..., :KEY_TILE], values[..., :KEY_TILE, :])
-    for first in range(KEY_TILE, v.shape[-2], KEY_TILE):
-        total = total + _product(weights[..., first : first + KEY_TILE], values[..., first : first + KEY_TILE, :])
+    """weights [..., M, J'], v [..., J, C] -> [..., M, C + 1 or more]: the weighted sum of v; column C sums the weights.
+    J' is J, padded to whole tiles with weights of 0."""
+    head_dim, padding = v.shape[-1], _padding(v.shape[-2])
+    values = F.pad(v, (0, max(1, MIN_COLUMNS - head_dim), 0, padding), value=1.0)
+    total = None
+    for w, x in zip(weights.split(KEY_TILE, -1), values.split(KEY_TILE, -2), strict=True):
+        part = batch_in_blocks(w, x)
+        total = part if total is None else total + part
+    assert total is not None
     return total
 
 
@@ -53,8 +52,11 @@ def normalise(total: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def masked_scores(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """q [..., M, C], k [..., J, C], mask bool -> [..., M, J]"""
-    return torch.where(mask, _product(q, k.transpose(-1, -2)) * scale, MASKED)
+    """q [..., M, C], k [..., J, C], mask bool[..., J] -> [..., M, J'], with J' = J padded to whole tiles."""
+    padding = _padding(k.shape[-2])
+    tiles = F.pad(k, (0, 0, 0, padding)).transpose(-1, -2).split(KEY_TILE, -1)
+    scores = torch.cat([batch_in_blocks(q, tile) for tile in tiles], -1)
+    return torch.where(F.pad(mask, (0, padding)), scores * scale, MASKED)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,16 @@
-"""Attention's gradients on a GPU: two walks over the same pairs, and no atomics.
+"""Attention's gradients on a GPU: two passes over the query-key pairs, without atomics.
 
     P = exp(score - highest) / total      dS = P * (dout v^T - delta)      delta = sum(dout * out)
     dq = scale * dS k                     dk = scale * dS^T q              dv = P^T dout
 
-A program of `attention_bwd_query_kernel` has a tile of query rows and walks the keys as forward does: dq, and delta for the other.
-One of `attention_bwd_key_kernel` has a tile of keys and walks its readers in the pack's order: for a shared prefix, all of the
-group's completions. Where they are very many (tiles.py), neighbouring programs share them out, and `attention_bwd_merge_kernel`
-adds the parts up in that order. So 14 FLOPs a pair and column, not the 10 of one walk, which would have to add dq up over
-programs. Bytes: the first as forward with dout beside q; the second q and dout once for each BLOCK_N keys that they see, out of
-L2, and 16 * C a part and key. C 128 in bf16 on sm_90: 247 and 255 registers of 256 threads, 160 and 129 KB, so one program a
-multiprocessor.
+A program of attention_bwd_query_kernel has a tile of query rows and walks the keys as in the forward pass:
+dq, and delta for the second pass. A program of attention_bwd_key_kernel has a tile of keys and walks its
+readers in the pack's order: for a shared prefix, all completions of the group. If they are very many
+(tiles.py), several programs divide them, and attention_bwd_merge_kernel adds the parts in order. This takes
+14 flops per pair and column. One pass would take 10, but would have to add dq over programs. Bytes moved: the
+first pass as forward, plus dout; the second reads q and dout once per BLOCK_N keys that they see, from L2,
+and moves 16 * C bytes per part and key. C 128 in bf16 on sm_90: 247 and 255 registers for each of 256
+threads, 160 and 129 KB, so one program per multiprocessor.
 """
 
 from __future__ import annotations
@@ -25,11 +26,21 @@ from kernels.triton_ops import IS_INTERPRETED
 
 @triton.jit(do_not_specialize=["tiles", "num_tokens"])
 def attention_bwd_query_kernel(
-    dq, delta, dout, out, stats, q, k, v, tiles, num_tokens, scale, dq_scale,
+    dq,  # [T, H, C]
+    delta,  # f32[K, T, R]
+    dout,  # [T, H, C]
+    out,  # [T, H, C]
+    stats,  # f32[K, T, R, 2]
+    q,  # [T, H, C]
+    k,  # [T, K, C]
+    v,  # [T, K, C]
+    tiles,  # i32[N, 5]
+    num_tokens, scale, dq_scale,
     K: tl.constexpr, R: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    """BLOCK_M of a tile's SPLIT * BLOCK_M rows. delta f32[K, T, R]."""
+    """BLOCK_M of the SPLIT * BLOCK_M rows of a tile: dq and delta."""
+    # The tile and its rows.
     tile, kv_head = tiles + tl.program_id(0) // SPLIT * 5, tl.program_id(1)
     start, length, prefix_start, prefix_length = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     first_row = tl.load(tile + 4) + tl.program_id(0) % SPLIT * BLOCK_M
@@ -42,12 +53,14 @@ def attention_bwd_query_kernel(
     drows = tl.load(dout + row_start + at_row, mask=row_mask, other=0.0)
     if UPCAST:
         rows, drows = rows.to(tl.float32), drows.to(tl.float32)
+    # delta, and the rows' softmax statistics.
     row_delta = tl.sum(tl.load(out + row_start + at_row, mask=row_mask, other=0.0).to(tl.float32) * drows.to(tl.float32), 1)
     at_stat = stat_offset(start, first_row, kv_head, num_tokens, R) + m
     top = tl.load(stats + at_stat * 2, mask=is_row, other=0.0)
     total = tl.load(stats + at_stat * 2 + 1, mask=is_row, other=1.0)
     share = 1.0 / total
     tl.store(delta + at_stat, row_delta, mask=is_row)
+    # The prefix's tiles of keys, then the segment's.
     limits = (first_row + m) // R
     sums = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     at_key = n[:, None] * (K * C) + c[None, :]
@@ -74,11 +87,24 @@ def attention_bwd_query_kernel(
 
 @triton.jit(do_not_specialize=["parts", "wholes", "readers", "num_tokens", "num_parts"])
 def attention_bwd_key_kernel(
-    dk, dv, part_sums, dout, stats, delta, q, k, v, parts, wholes, readers, num_tokens, num_parts, scale, dk_scale,
+    dk,  # [T, K, C]
+    dv,  # [T, K, C]
+    part_sums,  # f32[P, K, 2, BLOCK_N, BLOCK_C]
+    dout,  # [T, H, C]
+    stats,  # f32[K, T, R, 2]
+    delta,  # f32[K, T, R]
+    q,  # [T, H, C]
+    k,  # [T, K, C]
+    v,  # [T, K, C]
+    parts,  # i32[P, 4]
+    wholes,  # i32[U, 4]
+    readers,  # i32[Q, 6]
+    num_tokens, num_parts, scale, dk_scale,
     K: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    """A tile of keys and its readers, or a part of them: then to part_sums f32[P, K, 2, BLOCK_N, BLOCK_C]."""
+    """dk and dv of a tile of keys over all of its readers; or over a part of them, written to part_sums."""
+    # The tile of keys.
     unit, kv_head = tl.program_id(0), tl.program_id(1)
     is_part = unit < num_parts
     record = tl.where(is_part, parts + unit * 4, wholes + (unit - num_parts) * 4)
@@ -91,6 +117,7 @@ def attention_bwd_key_kernel(
     values = tl.load(v + first_key + at_key, mask=key_mask, other=0.0)
     if UPCAST:
         keys, values = keys.to(tl.float32), values.to(tl.float32)
+    # Each reader's tiles of query rows, in order.
     key_sums = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     value_sums = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for number in range(tl.load(record + 2), tl.load(record + 3)):
@@ -110,20 +137,21 @@ def attention_bwd_key_kernel(
             if UPCAST:
                 rows, drows = rows.to(tl.float32), drows.to(tl.float32)
             limits = tl.where(is_row, start + (first_row + m) // R, -1)
-            scores = tl.dot(keys, tl.trans(rows), input_precision="ieee")  # [N, M], as all of these
+            scores = tl.dot(keys, tl.trans(rows), input_precision="ieee")  # [N, M], like the other products
             at_stat = stat_offset(start, first_row, kv_head, num_tokens, R) + m
             top = tl.load(stats + at_stat * 2, mask=is_row, other=0.0)
             total = tl.load(stats + at_stat * 2 + 1, mask=is_row, other=1.0)
             row_delta = tl.load(delta + at_stat, mask=is_row, other=0.0)
             if q.dtype.element_ty == tl.float32:
                 weights = tl.exp2(tl.fma(scores, scale, -top[None, :])) / total[None, :]
-            else:  # one number a row, for want of registers: its rounding is far below that of the weights
+            else:  # one number per row saves registers; its rounding is far below that of the bf16 weights
                 weights = tl.exp2(tl.fma(scores, scale, -(top + tl.log2(total))[None, :]))
             weights = tl.where(places[:, None] <= limits[None, :], weights, 0.0)
             value_sums = tl.dot(weights.to(drows.dtype), drows, value_sums, input_precision="ieee")
             dweights = tl.dot(values, tl.trans(drows), input_precision="ieee")
             dscores = weights * (dweights - row_delta[None, :])
             key_sums = tl.dot(dscores.to(rows.dtype), rows, key_sums, input_precision="ieee")
+    # Stored, or left for the merge kernel.
     key_sums *= dk_scale
     if is_part:
         at = part_sums + (unit.to(tl.int64) * K + kv_head) * (2 * BLOCK_N * BLOCK_C) + n[:, None] * BLOCK_C + c[None, :]
@@ -136,9 +164,13 @@ def attention_bwd_key_kernel(
 
 @triton.jit(do_not_specialize=["merges"])
 def attention_bwd_merge_kernel(
-    dk, dv, part_sums, merges, K: tl.constexpr, C: tl.constexpr, STRIP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    dk,  # [T, K, C]
+    dv,  # [T, K, C]
+    part_sums,  # f32[P, K, 2, BLOCK_N, BLOCK_C]
+    merges,  # i32[M, 4]
+    K: tl.constexpr, C: tl.constexpr, STRIP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """STRIP keys of a tile that several programs had, dk or dv: the parts, added in their order."""
+    """dk or dv of STRIP keys of a tile that was split: adds its parts in order."""
     merge, kv_head, which = merges + tl.program_id(0) * 4, tl.program_id(1), tl.program_id(2) % 2
     n, c = tl.program_id(2) // 2 * STRIP + tl.arange(0, STRIP), tl.arange(0, BLOCK_C)
     sums = tl.zeros((STRIP, BLOCK_C), tl.float32)
@@ -157,9 +189,11 @@ def attention_bwd(
 ) -> None:
     if not len(tiles):
         return
+    # A negative scale moves its sign to q, so that the log2 scale is positive.
     dq_scale = scale
     if scale < 0:
-        q, scale = -q, -scale  # dk is scale * dS^T q all the same
+        q, scale = -q, -scale  # dk = scale * dS^T q is unchanged
+    # Over queries: dq and delta.
     (num_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
     shape = {"K": num_kv_heads, "R": num_heads // num_kv_heads, "C": head_dim, "UPCAST": IS_INTERPRETED}
     delta = torch.empty(num_kv_heads, num_tokens, shape["R"], dtype=torch.float32, device=q.device)
@@ -167,6 +201,7 @@ def attention_bwd(
     split = forward_config(head_dim, q.dtype)["BLOCK_M"] // config["BLOCK_M"]
     attention_bwd_query_kernel[len(tiles) * split, num_kv_heads](
         dq, delta, dout, out, stats, q, k, v, tiles, num_tokens, log2_scale(scale), dq_scale, **shape, SPLIT=split, **config)
+    # Over keys: dk and dv, then the parts of split tiles.
     config = key_config(head_dim, q.dtype)
     block_keys, columns = config["BLOCK_N"], config["BLOCK_C"]
     sums = torch.empty(len(parts), num_kv_heads, 2, block_keys, columns, dtype=torch.float32, device=q.device)

@@ -1,17 +1,20 @@
-"""Attention on a GPU, forward: over a pack of segments, and over a paged cache. The gradients stand in triton_backward.py.
+"""Attention on a GPU, forward: over a pack of segments, and over a paged cache. triton_backward.py has the
+gradients.
 
-Both take `attend`, which adds one tile of keys to what some query rows have summed so far: the prefix's tiles first, then the own
-ones, each part in tiles of BLOCK_N counted from its own start. A masked key has weight 0 exactly, and a tile that a row does not
-see changes none of its bits. So a row's bits follow from its own keys: packed, decoded, in any company. Keys are not split over
-programs: training would have to keep the sums of two parts in registers to merge in the same way. What that costs: a long prompt
-with few groups decodes on only as many multiprocessors as it has kv heads and tiles of rows.
+Both call `attend`, which adds one tile of keys to the running sums of some query rows: the prefix's tiles
+first, then the own keys', each in tiles of BLOCK_N counted from its start. A masked key has weight exactly 0,
+and a tile that a row does not see changes none of its bits. So a row's bits follow from its keys alone:
+packed or decoded, in any batch. Keys are not split over programs, since training would have to keep the sums
+of two parts in registers to merge them equally. The cost: a long prompt with few groups decodes on only as
+many multiprocessors as it has kv heads and tiles of rows.
 
-A row is one head of one token. The R = H / K heads that share keys stand side by side, so that a tile of rows fills the matrix
-units also where a sequence has one token. Bytes of a packed forward: q and out once; k and v once for each BLOCK_M rows that see
-them, out of L2: 128 FLOPs a byte at BLOCK_M 128. Decode reads a group's prompt once for BLOCK_M / R of its sequences, own keys
-once, and passes what a prompt came to (C + 2 numbers a row, f32) through memory. C 128 in bf16 on sm_90: 213 registers of 256
-threads and 128 KB, so one program a multiprocessor, its two warpgroups 64 rows each; decode up to 254 of 128 threads and 80 KB, so
-two.
+A row is one head of one token. The R = H / K heads that share keys are adjacent rows, so that a tile of rows
+fills the matrix units even if a sequence has one token. Bytes moved by a packed forward pass: q and out once;
+k and v once per BLOCK_M rows that see them, from L2: 128 flops per byte at BLOCK_M 128. Decode reads a
+group's prompt once for BLOCK_M / R of its sequences and own keys once, and stores the sums over a prompt (C +
+2 f32 per row) in memory. C 128 in bf16 on sm_90: 213 registers for each of 256 threads and 128 KB, so one
+program per multiprocessor, with two warpgroups of 64 rows each; decode up to 254 registers for each of 128
+threads and 80 KB, so two programs.
 """
 
 from __future__ import annotations
@@ -29,16 +32,27 @@ from kernels.triton_ops import IS_INTERPRETED
 
 PAGE = tl.constexpr(BLOCK_SIZE)
 NEVER = tl.constexpr(2**31 - 1)
-"""The place of a key that no row sees."""
+"""The position of a key that no row sees."""
 LOWEST = tl.constexpr(-1e30)
-"""A row's highest score before its first key; finite, so that no difference is NaN."""
+"""A row's highest score before its first key; finite, so that no difference of two is NaN."""
 
 
 @triton.jit
-def attend(q, k, v, places, limits, top, total, sums, scale):
-    """One tile of keys k, v [N, C] for the rows q [M, C]: row m sees key n where places[n] <= limits[m]. Scores count in log2.
+def attend(
+    q,  # [M, C]
+    k,  # [N, C]
+    v,  # [N, C]
+    places,  # i32[N]
+    limits,  # i32[M]
+    top,  # f32[M]: highest score so far, in log2
+    total,  # f32[M]: sum of 2^(score - top)
+    sums,  # f32[M, C]: sum of 2^(score - top) * v
+    scale,
+):
+    """Adds one tile of keys to (top, total, sums). Row m sees key n if places[n] <= limits[m]; scores are in
+    log2.
 
-    Every sum is spelled out as tl.fma or tl.dot, so that no two kernels round it at other points.
+    Every sum is an explicit tl.fma or tl.dot, so that all kernels round it at the same points.
     """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     scores = tl.where(places[None, :] <= limits[:, None], scores, float("-inf"))
@@ -52,8 +66,9 @@ def attend(q, k, v, places, limits, top, total, sums, scale):
 
 @triton.jit
 def row_offsets(token, first, m, kv_head, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """Row `first` + m of a segment from `token` on, in q [T, H, C]: a start in 64 bits, since T * H * C may pass 2^31, and steps
-    [M] from there. Row r is head r % R of kv head `kv_head`, r // R tokens on."""
+    """The offsets in q [T, H, C] of rows `first` + m of the segment that starts at `token`: a 64-bit start,
+    since T * H * C may exceed 2^31, and steps [M] from it. Row r is head r % R of kv head `kv_head`, at token
+    r // R of the segment."""
     skip = first // R
     start = ((token.to(tl.int64) + skip) * K + kv_head) * (R * C)
     return start, (((first + m) // R - skip) * K * R + (first + m) % R) * C
@@ -61,17 +76,25 @@ def row_offsets(token, first, m, kv_head, K: tl.constexpr, R: tl.constexpr, C: t
 
 @triton.jit
 def stat_offset(token, first, kv_head, num_tokens, R: tl.constexpr):
-    """The same row `first` in [K, T, R]; the rows of a segment follow each other."""
+    """The offset of row `first` in [K, T, R], where the rows of a segment are contiguous."""
     return (kv_head.to(tl.int64) * num_tokens + token) * R + first
 
 
-@triton.jit(do_not_specialize=["tiles", "num_tokens"])  # tables stand anywhere in a buffer: one kernel, however they are aligned
+# Tables start anywhere in a buffer; without do_not_specialize each alignment would compile another kernel.
+@triton.jit(do_not_specialize=["tiles", "num_tokens"])
 def attention_fwd_kernel(
-    out, stats, q, k, v, tiles, num_tokens, scale,
+    out,  # [T, H, C]
+    stats,  # f32[K, T, R, 2]
+    q,  # [T, H, C]
+    k,  # [T, K, C]
+    v,  # [T, K, C]
+    tiles,  # i32[N, 5]: start, length, prefix_start, prefix_length, first row
+    num_tokens, scale,
     K: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    """A tile of rows of one segment and kv head; tiles i32[N, 5]: start, length, prefix_start, prefix_length, first row."""
+    """One tile of rows of one segment and kv head."""
+    # The tile and its rows.
     tile, kv_head = tiles + tl.program_id(0) * 5, tl.program_id(1)
     start, length, prefix_start, prefix_length = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     first_row = tl.load(tile + 4)
@@ -81,8 +104,9 @@ def attention_fwd_kernel(
     row_start, row_steps = row_offsets(start, first_row, m, kv_head, K, R, C)
     at_row = row_steps[:, None] + c[None, :]
     rows = tl.load(q + row_start + at_row, mask=row_mask, other=0.0)
-    if UPCAST:  # the interpreter cannot multiply bf16
+    if UPCAST:  # Triton's interpreter cannot multiply bf16
         rows = rows.to(tl.float32)
+    # The prefix's tiles of keys, then the segment's.
     limits = (first_row + m) // R
     top = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -102,7 +126,8 @@ def attention_fwd_kernel(
         if UPCAST:
             keys, values = keys.to(tl.float32), values.to(tl.float32)
         top, total, sums = attend(rows, keys, values, places, limits, top, total, sums, scale)
-    result = (sums + 0.0) / total[:, None]  # + 0: a -0 becomes the +0 that it is after a tile that adds nothing
+    # Normalised and stored.
+    result = (sums + 0.0) / total[:, None]  # + 0: turns -0 into +0, as a tile that adds nothing would
     tl.store(out + row_start + at_row, result.to(out.dtype.element_ty), mask=row_mask)
     at_stat = stats + stat_offset(start, first_row, kv_head, num_tokens, R) * 2 + m * 2
     tl.store(at_stat, top, mask=is_row)
@@ -111,18 +136,30 @@ def attention_fwd_kernel(
 
 @triton.jit(do_not_specialize=["table", "lens", "prefix_index", "order", "starts", "num_blocks", "width"])
 def paged_attention_fwd_kernel(
-    out, prefix_sums, prefix_stats, q, k_cache, v_cache, table, lens, prefix_index, order, starts, num_blocks, width, scale,
+    out,  # [T, H, C]
+    prefix_sums,  # f32[T, H, C]
+    prefix_stats,  # f32[T, H, 2]
+    q,  # [T, H, C]
+    k_cache,  # [K, num_blocks, PAGE, C]
+    v_cache,  # [K, num_blocks, PAGE, C]
+    table,  # i64[readers, width]: the prefixes' or the tokens' block table
+    lens,  # i64[readers]
+    prefix_index,  # i64[T]
+    order,  # i64[T]
+    starts,  # i64[B + 1]
+    num_blocks, width, scale,
     IS_PREFIX: tl.constexpr, K: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    """One kv head. IS_PREFIX: the rows of some tokens that share a prefix, over its keys; what they come to goes to prefix_sums
-    f32[T, H, C] and prefix_stats f32[T, H, 2]. Else the rows of one token, from there on over its own keys.
+    """One kv head. IS_PREFIX: the rows of some tokens that share a prefix, over its keys; writes prefix_sums
+    and prefix_stats. Else the rows of one token, which continue from there over its own keys.
 
-    order i64[T] sorts the tokens by prefix; those of prefix b stand at starts[b]..starts[b + 1] in it. There, every
-    (BLOCK_M // R)-th token has a program with work: so no list of tiles, nor its length, has to come from the host.
+    The tokens of prefix b are order[starts[b]:starts[b + 1]]. Of their programs every (BLOCK_M // R)-th does
+    the work and the others return, so that the host needs neither the tiles nor their number.
     """
     number, kv_head = tl.program_id(0), tl.program_id(1)
     m, n, c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
+    # The rows of this program.
     if IS_PREFIX:
         reader = tl.load(prefix_index + tl.load(order + number))
         if (number - tl.load(starts + reader)) % (BLOCK_M // R) != 0:
@@ -140,6 +177,7 @@ def paged_attention_fwd_kernel(
     rows = tl.load(q + at_row, mask=row_mask, other=0.0)
     if UPCAST:
         rows = rows.to(tl.float32)
+    # Their sums so far.
     if IS_PREFIX:
         top = tl.full((BLOCK_M,), LOWEST, tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
@@ -148,6 +186,7 @@ def paged_attention_fwd_kernel(
         top = tl.load(prefix_stats + row * 2, mask=is_row, other=LOWEST)
         total = tl.load(prefix_stats + row * 2 + 1, mask=is_row, other=1.0)
         sums = tl.load(prefix_sums + at_row, mask=row_mask, other=0.0)
+    # The keys, from the blocks of the table.
     length = tl.load(lens + reader)
     limits = tl.zeros((BLOCK_M,), tl.int32)
     at_key = (n % PAGE)[:, None] * C + c[None, :]
@@ -161,6 +200,7 @@ def paged_attention_fwd_kernel(
         if UPCAST:
             keys, values = keys.to(tl.float32), values.to(tl.float32)
         top, total, sums = attend(rows, keys, values, places, limits, top, total, sums, scale)
+    # Sums over the prefix, or the result.
     if IS_PREFIX:
         tl.store(prefix_sums + at_row, sums, mask=row_mask)
         tl.store(prefix_stats + row * 2, top, mask=is_row)
@@ -171,7 +211,8 @@ def paged_attention_fwd_kernel(
 
 
 def log2_scale(scale: float) -> float:
-    """Of scores that count in log2. Above 0, so that a masked score stays -inf: at 1e-18 all weights are as equal as at 0."""
+    """The scale of scores in log2. At least 1e-18, so that a masked score stays -inf; all weights are then
+    equal, as at 0."""
     return max(scale / math.log(2.0), 1e-18)
 
 
@@ -179,7 +220,7 @@ def attention_fwd(
     out: torch.Tensor, stats: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: torch.Tensor,
     parts: torch.Tensor, wholes: torch.Tensor, readers: torch.Tensor, merges: torch.Tensor, scale: float,
 ) -> None:
-    """stats f32[K, T, H / K, 2]: a row's highest score in log2, and the sum of 2^(score - highest)."""
+    """stats f32[K, T, H / K, 2]: each row's highest score in log2, and its sum of 2^(score - highest)."""
     if not len(tiles):
         return
     if scale < 0:
@@ -212,7 +253,7 @@ def paged_attention(
 
 @functools.cache
 def capability(device: torch.device) -> int:
-    """90 for sm_90; 0 where kernels are interpreted."""
+    """90 for sm_90; 0 if kernels are interpreted."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)

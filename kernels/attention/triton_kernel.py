@@ -1,4 +1,5 @@
-"""Attention on a GPU: the launchers under their schemas' names, and the forms in which they launch (ahead_of_time.py)."""
+"""Attention on a GPU: the launchers under their schemas' names, and their specialisations for
+ahead_of_time.py."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ TENSORS = {
     I32: ("tiles", "parts", "wholes", "readers", "merges"), I64: ("table", "lens", "prefix_index", "order", "starts")}
 INTEGERS = ("num_tokens", "num_parts", "num_blocks", "width")
 FORMS = ((128, torch.bfloat16, 4), (32, torch.bfloat16, 2), (32, F32, 2), (256, torch.bfloat16, 4))
-"""Head dim, dtype, query heads of a kv head: of a large model, of the default one, and the largest head dim (packed alone)."""
+"""Head dim, dtype and query heads per kv head: of a large model, of the default one, and the largest head dim
+(packed only)."""
 
 
 def _compile(
@@ -35,8 +37,8 @@ def _compile(
 
 
 def forms(head_dim: int, dtype: torch.dtype, repeat: int, capability: int = 90) -> list[Compile]:
-    """One model's: the packed kernels, then the paged ones as they are launched on sm_`capability`."""
-    # The tiles are made for sm_90's C 128 in bf16; on the others a few registers go to memory.
+    """The specialisations of one model: the packed kernels, then the paged ones for sm_`capability`."""
+    # The tiles fit sm_90 at C 128 in bf16; elsewhere a few registers spill.
     may_spill, shape = head_dim > 32 or dtype == F32, {"K": 8, "R": repeat, "C": head_dim, "UPCAST": False}
     query, paged = query_config(head_dim, dtype), paged_config(head_dim, dtype, repeat, capability)
     split = forward_config(head_dim, dtype)["BLOCK_M"] // query["BLOCK_M"]

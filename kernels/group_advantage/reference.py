@@ -1,7 +1,7 @@
-"""group_advantage in plain torch: the specification every other implementation is held to.
+"""group_advantage in plain torch: the specification of every other implementation.
 
-Called by the op in `kernels/group_advantage/__init__.py` after its contract checks; `make_inputs` gives the named cases
-of its tests and benches. Left out: the checks themselves.
+The op in `kernels/group_advantage/__init__.py` calls it after its contract checks; `make_inputs` gives the
+named cases of its tests and benches. Left out: the checks.
 """
 
 from __future__ import annotations
@@ -10,16 +10,23 @@ import torch
 
 
 def group_advantage_reference(
-    rewards: torch.Tensor, mask: torch.Tensor, kind: str, eps: float
+    rewards: torch.Tensor, mask: torch.Tensor | None, kind: str, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """rewards f32|f64[B, G], mask bool[B, G] -> (advantages like rewards, has_signal bool[B])"""
+    # Statistics of each group, in f64.
+    if mask is None:
+        mask = torch.ones_like(rewards, dtype=torch.bool)
     r = rewards.double().where(mask, 0.0)  # `where`, not a product: a masked reward may be NaN
-    n = mask.sum(1, keepdim=True).double()  # [B, 1]; the quotient of two integers would be an f32
+    n = mask.sum(1, keepdim=True).double()  # [B, 1]; two integers would divide in f32
     highest = r.masked_fill(~mask, -torch.inf).amax(1)
     lowest = r.masked_fill(~mask, torch.inf).amin(1)
-    has_signal = highest > lowest  # [B]; false where n is 0 (-inf > inf) or 1
+    total = r.sum(1, keepdim=True)
+    # [B]; false where n is 0 (-inf > inf) or 1. A group with a NaN or infinite reward has signal, so that its
+    # NaN is not hidden.
+    has_signal = (highest > lowest) | ~total.squeeze(1).isfinite()
 
-    mean = r.sum(1, keepdim=True) / n.clamp(min=1)
+    # The advantage of each kind.
+    mean = total / n.clamp(min=1)
     centered = (r - mean).where(mask, 0.0)
     if kind == "std":
         advantages = centered / (_sample_std(centered.square().sum(1, keepdim=True), n) + eps)
@@ -33,7 +40,8 @@ def group_advantage_reference(
         batch_mean = r.sum() / num_unmasked.clamp(min=1)
         squares = (r - batch_mean).where(mask, 0.0).square().sum()
         advantages = centered / (_sample_std(squares, num_unmasked) + eps)
-    # The mean of equal f64 rewards may be rounded off them, which an eps near it would blow up: hence the exact zero.
+    # The rounded mean of equal rewards may differ from them, and a small eps would magnify that: zero is set
+    # exactly.
     advantages = advantages.where(has_signal[:, None], 0.0)
     return advantages.to(rewards.dtype), has_signal
 

@@ -1,9 +1,11 @@
-"""`group_advantage` on a GPU: a program takes as many groups as make 1024 rewards, or one larger group piece by piece.
+"""`group_advantage` on a GPU: a program takes groups of 1024 rewards together, or one larger group in tiles
+of 1024.
 
-Statistics are in f64 and in an order that follows from G alone, so that a group's advantages do not depend on the groups beside it.
-"batch_std", which is the batch's, takes a launch before: at most 256 programs each give count, mean and sum of squares about it of
-their rewards; every program of the main kernel merges these, in the same order.
-Moved: 5 bytes a reward in, 4 out (f32); a group beyond 1024 rewards is read three times, from the caches after the first.
+Statistics are in f64, and their order follows from G alone, so that a group's advantages do not depend on the
+rest of the batch. "batch_std" needs the std of the whole batch, hence a launch before: at most 256 programs
+each write the count, the mean and the sum of squared deviations of their rewards, and every program of the
+main kernel merges these in the same order. Moved: 5 bytes per reward in, 4 out (f32); a group of more than
+1024 rewards is read three times, from the caches after the first.
 """
 
 from __future__ import annotations
@@ -20,17 +22,23 @@ PARTS = 256
 
 @triton.jit
 def load_rewards(rewards, mask, b, g, B, G):
-    """-> (f64[BLOCK_B, BLOCK_G], 0 where masked, and whether it takes part)"""
-    where = b[:, None] * G + g[None, :]
-    is_there = (b[:, None] < B) & (g[None, :] < G)
-    takes_part = tl.load(mask + where, mask=is_there, other=0) != 0
-    return tl.load(rewards + where, mask=takes_part, other=0.0).to(tl.float64), takes_part
+    """-> (rewards f64[BLOCK_B, BLOCK_G], 0 where masked, and bool[BLOCK_B, BLOCK_G]: unmasked)"""
+    offset = b[:, None] * G + g[None, :]
+    takes_part = (b[:, None] < B) & (g[None, :] < G)
+    if mask is not None:
+        takes_part = tl.load(mask + offset, mask=takes_part, other=0) != 0
+    return tl.load(rewards + offset, mask=takes_part, other=0.0).to(tl.float64), takes_part
 
 
 @triton.jit(do_not_specialize=["B"])
-def group_advantage_batch_kernel(parts, rewards, mask, B, G, BLOCK_B: tl.constexpr, BLOCK_G: tl.constexpr):
-    """parts f64[3, programs]: of this program's tiles the count, the mean, and the sum of squares about that mean."""
+def group_advantage_batch_kernel(
+    parts,  # f64[3, programs]: count, mean, and sum of squared deviations from that mean, of the program's tiles
+    rewards,  # f32|f64[B, G]
+    mask,  # bool[B, G] or None
+    B, G, BLOCK_B: tl.constexpr, BLOCK_G: tl.constexpr,
+):
     part, num_parts = tl.program_id(0), tl.num_programs(0)
+    # First pass: count and mean.
     n, total = tl.zeros((BLOCK_B,), tl.float64), tl.zeros((BLOCK_B,), tl.float64)
     squares = tl.zeros((BLOCK_B,), tl.float64)
     for tile in range(part, tl.cdiv(B, BLOCK_B), num_parts):
@@ -41,6 +49,7 @@ def group_advantage_batch_kernel(parts, rewards, mask, B, G, BLOCK_B: tl.constex
             total += tl.sum(r, 1)
     count = tl.sum(n, 0)
     mean = tl.sum(total, 0) / tl.maximum(count, 1.0)
+    # Second pass: squared deviations.
     for tile in range(part, tl.cdiv(B, BLOCK_B), num_parts):
         b = tile * BLOCK_B + tl.arange(0, BLOCK_B).to(tl.int64)
         for first in range(0, G, BLOCK_G):
@@ -54,7 +63,8 @@ def group_advantage_batch_kernel(parts, rewards, mask, B, G, BLOCK_B: tl.constex
 
 @triton.jit
 def batch_std(parts, num_parts, PARTS: tl.constexpr):
-    """Of the whole batch: squares about a part's own mean, and what that mean is off the batch's (Chan, Golub and LeVeque 1979)."""
+    """The std of the whole batch. A part adds its squared deviations from its own mean, and n times the
+    squared distance of that mean from the batch's (Chan, Golub and LeVeque 1979)."""
     part = tl.arange(0, PARTS)
     is_there = part < num_parts
     n = tl.load(parts + part, mask=is_there, other=0.0)
@@ -67,9 +77,15 @@ def batch_std(parts, num_parts, PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "num_parts"])
 def group_advantage_kernel(
-    advantages, has_signal, rewards, mask, parts, B, G, num_parts,
+    advantages,  # like rewards
+    has_signal,  # bool[B]
+    rewards,  # f32|f64[B, G]
+    mask,  # bool[B, G] or None
+    parts,  # f64[3, num_parts] of group_advantage_batch_kernel, or None
+    B, G, num_parts,
     KIND: tl.constexpr, EPS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_G: tl.constexpr, PARTS: tl.constexpr,
 ):
+    # Count, sum and extremes of each group.
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     n, total = tl.zeros((BLOCK_B,), tl.float64), tl.zeros((BLOCK_B,), tl.float64)
     highest, lowest = tl.full((BLOCK_B,), float("-inf"), tl.float64), tl.full((BLOCK_B,), float("inf"), tl.float64)
@@ -79,8 +95,11 @@ def group_advantage_kernel(
         total += tl.sum(r, 1)
         highest = tl.maximum(highest, tl.max(tl.where(takes_part, r, float("-inf")), 1))
         lowest = tl.minimum(lowest, tl.min(tl.where(takes_part, r, float("inf")), 1))
-    is_signal = highest > lowest
-    mean, eps = total / tl.maximum(n, 1.0), tl.full((BLOCK_B,), EPS, tl.float64)  # as an argument it would be an f32
+    # A group with a NaN or infinite reward has signal, so that its NaN is not hidden: total * 0 is then NaN.
+    is_signal = (highest > lowest) | (total * 0.0 != 0.0)
+
+    # The divisor of each kind. EPS is a constexpr because Triton passes a float argument as f32.
+    mean, eps = total / tl.maximum(n, 1.0), tl.full((BLOCK_B,), EPS, tl.float64)
     scale = tl.full((BLOCK_B,), 1.0, tl.float64)
     if KIND == "std":
         squares = tl.zeros((BLOCK_B,), tl.float64)
@@ -93,10 +112,12 @@ def group_advantage_kernel(
         scale = tl.maximum(n - 1.0, 1.0) / tl.maximum(n, 1.0)
     elif KIND == "batch_std":
         scale = batch_std(parts, num_parts, PARTS) + eps
+
     for first in range(0, G, BLOCK_G):
         g = first + tl.arange(0, BLOCK_G)
         r, takes_part = load_rewards(rewards, mask, b, g, B, G)
-        # The mean of equal rewards may be rounded off them, which an eps near it would blow up: hence the exact zero.
+        # The rounded mean of equal rewards may differ from them, and a small eps would magnify that: zero is
+        # set exactly.
         advantage = tl.where(takes_part & is_signal[:, None], (r - mean[:, None]) / scale[:, None], 0.0)
         is_there = (b[:, None] < B) & (g[None, :] < G)
         tl.store(advantages + b[:, None] * G + g[None, :], advantage.to(advantages.dtype.element_ty), mask=is_there)
@@ -104,13 +125,13 @@ def group_advantage_kernel(
 
 
 def config(group_size: int) -> dict[str, int]:
-    """TILE rewards a program, or as many of one group's as a program holds at a time."""
+    """TILE rewards per program: several whole groups, or one tile of a larger group at a time."""
     block = min(triton.next_power_of_2(group_size), TILE)
     return {"BLOCK_B": TILE // block, "BLOCK_G": block, "num_warps": 4}
 
 
 def group_advantage(
-    advantages: torch.Tensor, has_signal: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor, kind: str, eps: float
+    advantages: torch.Tensor, has_signal: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor | None, kind: str, eps: float
 ) -> None:
     num_groups, group_size = rewards.shape
     chosen = config(group_size)

@@ -1,4 +1,5 @@
-"""`grpo_loss` as an autograd.Function over one op that writes loss, gradients and metrics; the backward scales what was kept."""
+"""`grpo_loss` as an autograd.Function. One op writes loss, gradients and metrics; the backward pass scales
+the saved gradients."""
 
 from __future__ import annotations
 
@@ -8,15 +9,12 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels.grpo_loss.spec import LossSpec
+from kernels.grpo_loss.inputs import LossInputs
+from kernels.grpo_loss.spec import CHOICES, LossSpec
 
 METRICS = ("loss_sum", "clip_low_sum", "clip_high_sum", "clip_dual_sum", "importance_cut_sum", "num_tokens_sum", "approx_kl_sum",
            "w_sum", "w_sq_sum", "kl_sum", "entropy_sum", "ratio_max", "ratio_min", "logprob_gap_max")
-"""In the order of csrc/grpo_loss/cpu.cpp and triton_kernel.py; the choices below are numbers in the order of their words."""
-CHOICES = {
-    "ratio": ("token", "sequence"), "surrogate": ("clip", "cispo", "reinforce"), "kl_estimator": ("k1", "k2", "k3"),
-    "importance": ("none", "tis", "icepop"), "normalizer": ("token", "sequence", "constant"),
-}
+"""In the order of csrc/grpo_loss/cpu.cpp and triton_kernel.py."""
 NUMBERS = ("clip_low", "clip_high", "dual_clip", "kl_coef", "importance_low", "importance_high", "entropy_coef")
 
 
@@ -28,20 +26,27 @@ def numbers_of(spec: LossSpec) -> list[float]:
     return [float(getattr(spec, name)) for name in NUMBERS]
 
 
-def named_metrics(
-    metrics: torch.Tensor, spec: LossSpec, rollout_logprobs: torch.Tensor | None, ref_logprobs: torch.Tensor | None,
-    entropy: torch.Tensor | None,
-) -> dict[str, torch.Tensor]:
-    """metrics f32[14] -> those that the inputs give."""
+def counts_of(inputs: LossInputs, spec: LossSpec) -> list[int]:
+    return [inputs.num_sequences, inputs.total_loss_tokens, inputs.total_sequences, spec.constant_length]
+
+
+def tensors_of(inputs: LossInputs) -> list[torch.Tensor | None]:
+    """The five tensors of LossInputs, in the order of the ops' schemas, contiguous."""
+    tensors = (inputs.old_logprobs, inputs.advantages, inputs.sequence_index, inputs.rollout_logprobs, inputs.ref_logprobs)
+    return [None if x is None else x.detach().contiguous() for x in tensors]
+
+
+def named_metrics(metrics: torch.Tensor, inputs: LossInputs, spec: LossSpec, has_entropy: bool) -> dict[str, torch.Tensor]:
+    """metrics f32[14] -> by name, without those whose inputs were not given."""
     absent = {
-        "importance_cut_sum": spec.importance == "none", "kl_sum": ref_logprobs is None,
-        "entropy_sum": entropy is None, "logprob_gap_max": rollout_logprobs is None,
+        "importance_cut_sum": spec.importance == "none", "kl_sum": inputs.ref_logprobs is None,
+        "entropy_sum": not has_entropy, "logprob_gap_max": inputs.rollout_logprobs is None,
     }
     return {name: value for name, value in zip(METRICS, metrics.unbind(), strict=True) if not absent.get(name)}
 
 
 def grpo_loss_by(ops: Any) -> Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """ops: has grpo_loss (torch.ops.reason_rl, torch.ops.reason_rl_triton)."""
+    """The op by `ops.grpo_loss`; ops: torch.ops.reason_rl or torch.ops.reason_rl_triton."""
 
     class GrpoLoss(torch.autograd.Function):
         @staticmethod
@@ -52,9 +57,8 @@ def grpo_loss_by(ops: Any) -> Callable[..., tuple[torch.Tensor, dict[str, torch.
             loss, metrics, dlogprobs, dentropy = (
                 torch.empty(shape, dtype=torch.float32, device=logprobs.device)
                 for shape in ((), (len(METRICS),), logprobs.shape, logprobs.shape if spec.entropy_coef != 0 else (0,)))
-            old, advantages, index, rollout, ref = (None if x is None else x.detach().contiguous() for x in constants)
             ops.grpo_loss(
-                loss, metrics, dlogprobs, dentropy, logprobs.contiguous(), old, advantages, index, rollout, ref,
+                loss, metrics, dlogprobs, dentropy, logprobs.contiguous(), *constants,
                 None if entropy is None else entropy.contiguous(), choices_of(spec), counts, numbers_of(spec))
             ctx.save_for_backward(dlogprobs, dentropy if spec.entropy_coef != 0 else None)
             ctx.mark_non_differentiable(metrics)
@@ -67,22 +71,9 @@ def grpo_loss_by(ops: Any) -> Callable[..., tuple[torch.Tensor, dict[str, torch.
             return dlogprobs * grads[0], None if dentropy is None else dentropy * grads[0], None, None, None
 
     def grpo_loss(
-        logprobs: torch.Tensor,
-        *,
-        old_logprobs: torch.Tensor,
-        advantages: torch.Tensor,
-        sequence_index: torch.Tensor,
-        num_sequences: int,
-        spec: LossSpec,
-        total_loss_tokens: int,
-        total_sequences: int,
-        rollout_logprobs: torch.Tensor | None,
-        ref_logprobs: torch.Tensor | None,
-        entropy: torch.Tensor | None,
+        logprobs: torch.Tensor, inputs: LossInputs, spec: LossSpec, entropy: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, metrics = GrpoLoss.apply(
-            logprobs, entropy, [old_logprobs, advantages, sequence_index, rollout_logprobs, ref_logprobs], spec,
-            [num_sequences, total_loss_tokens, total_sequences, spec.constant_length])
-        return loss, named_metrics(metrics, spec, rollout_logprobs, ref_logprobs, entropy)
+        loss, metrics = GrpoLoss.apply(logprobs, entropy, tensors_of(inputs), spec, counts_of(inputs, spec))
+        return loss, named_metrics(metrics, inputs, spec, entropy is not None)
 
     return grpo_loss

@@ -1,10 +1,12 @@
-"""grpo_loss in plain torch: the specification every other implementation is held to.
+"""grpo_loss in plain torch: the specification of every other implementation.
 
-Called by the op in `kernels/grpo_loss/__init__.py` after its contract checks; the formulas stand in its docstring.
-`make_inputs` gives the named cases of tests and benches. Left out: the checks, and merging metrics (metrics.py).
+The op in `kernels/grpo_loss/__init__.py` calls it after its contract checks; the formulas are in that
+docstring, the surrogates in surrogates.py. `make_inputs` gives the named cases of tests and benches. Left
+out: the checks, and merging metrics (metrics.py).
 
-All that is differentiated is elementwise in f32|f64[N]; sums over a sequence are of constants alone, and run per
-segment in a fixed order, so that two runs give the same bits. Letters: N loss tokens, S sequences of this microbatch.
+All differentiated arithmetic is elementwise in f32|f64[N]. Sums over a sequence are of constants alone, and
+run per segment in a fixed order, so that two runs give the same bits. Letters: N loss tokens, S sequences of
+this microbatch.
 """
 
 from __future__ import annotations
@@ -13,51 +15,48 @@ from typing import Any
 
 import torch
 
+from kernels.grpo_loss.inputs import LossInputs
 from kernels.grpo_loss.spec import LossSpec
+from kernels.grpo_loss.surrogates import find_surrogate
 
 MAX_LOG_RATIO = 20.0
-"""exp of more is 4.9e8 and grows to inf, whose gradient is NaN even in the branch that min() leaves out."""
+"""exp(20) is 4.9e8. A larger ratio may reach inf, whose gradient is NaN even in the branch that min() leaves
+out."""
 
 
 def grpo_loss_reference(
-    logprobs: torch.Tensor,
-    *,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    sequence_index: torch.Tensor,
-    num_sequences: int,
-    spec: LossSpec,
-    total_loss_tokens: int,
-    total_sequences: int,
-    rollout_logprobs: torch.Tensor | None,
-    ref_logprobs: torch.Tensor | None,
-    entropy: torch.Tensor | None,
+    logprobs: torch.Tensor, inputs: LossInputs, spec: LossSpec, entropy: torch.Tensor | None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Tensors f32|f64[N] (sequence_index i32|i64[N]) -> (loss [], metrics of [] each)."""
-    old_logprobs, advantages = old_logprobs.detach(), advantages.detach()
-    index, lengths = sequence_index, _lengths(sequence_index, num_sequences)
+    """logprobs, entropy f32|f64[N] -> (loss [], metrics of [] each)."""
+    # Ratios, per token or per sequence.
+    old_logprobs, advantages = inputs.old_logprobs.detach(), inputs.advantages.detach()
+    index, lengths = inputs.sequence_index, _lengths(inputs.sequence_index, inputs.num_sequences)
     log_ratio = logprobs - old_logprobs
     ratio = _exp(_at_level(log_ratio, index, lengths) if spec.ratio == "sequence" else log_ratio)
 
-    token_loss, counts = _surrogate(logprobs, ratio, advantages, spec)
+    # The loss of each token: importance * surrogate + KL penalty - entropy bonus.
+    token_loss, clips = find_surrogate(spec.surrogate)(logprobs, ratio, advantages, spec)
+    flags = {f"clip_{clip}_sum": clips.get(clip) for clip in ("low", "high", "dual")}
     if spec.importance != "none":
-        assert rollout_logprobs is not None
-        mismatch = old_logprobs - rollout_logprobs.detach()
-        importance, is_cut = _importance(
+        assert inputs.rollout_logprobs is not None
+        mismatch = old_logprobs - inputs.rollout_logprobs.detach()
+        importance, flags["importance_cut_sum"] = _importance(
             _at_level(mismatch, index, lengths) if spec.ratio == "sequence" else mismatch, spec)
         token_loss = importance * token_loss
-        counts["importance_cut_sum"] = is_cut.sum()
     if spec.kl_coef > 0:
-        assert ref_logprobs is not None
-        token_loss = token_loss + spec.kl_coef * _kl(logprobs, ref_logprobs.detach(), spec.kl_estimator)
+        assert inputs.ref_logprobs is not None
+        token_loss = token_loss + spec.kl_coef * _kl(logprobs, inputs.ref_logprobs.detach(), spec.kl_estimator)
     if spec.entropy_coef != 0:
         assert entropy is not None
         token_loss = token_loss - spec.entropy_coef * entropy
 
-    loss = (token_loss * _weights(token_loss, index, lengths, spec, total_loss_tokens, total_sequences)).sum()
+    # This microbatch's share of the batch's loss, and the metrics.
+    loss = (token_loss * _weights(token_loss, lengths, inputs, spec)).sum()
     with torch.no_grad():
-        metrics = {"loss_sum": loss.detach(), **{name: count.to(loss.dtype) for name, count in counts.items()}}
-        metrics |= _metrics(logprobs, log_ratio, ratio, rollout_logprobs, ref_logprobs, entropy)
+        none = loss.new_zeros(())
+        metrics = {"loss_sum": loss.detach()}
+        metrics |= {name: none if flag is None else flag.sum().to(loss.dtype) for name, flag in flags.items()}
+        metrics |= _metrics(logprobs, log_ratio, ratio, inputs, entropy)
     return loss, metrics
 
 
@@ -72,11 +71,12 @@ def _exp(log_ratio: torch.Tensor) -> torch.Tensor:
 
 
 def _at_level(log_ratio: torch.Tensor, sequence_index: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """[N] -> [N]: each token reads the mean of its sequence, and its gradient reaches its own logprob undivided.
+    """[N] -> [N]: each token reads the mean of its sequence, and its gradient reaches its own logprob
+    undivided.
 
-    The undivided gradient (GSPO-token, arXiv:2507.18071 eq. 14) sums up to the sequence's own: the len equal terms of a
-    sequence each owe 1/len of theirs to every token, len * 1/len = 1. It spares the backward a scatter, whose order of
-    addition a GPU does not keep.
+    The undivided gradient is GSPO-token's, arXiv:2507.18071 eq. 14. It equals the gradient through the mean:
+    the len equal terms of a sequence each owe 1/len of their gradient to every token, and len * 1/len = 1. It
+    spares the backward pass a scatter, whose order of addition a GPU does not keep.
     """
     constant = log_ratio.detach()
     sums = torch.segment_reduce(constant, "sum", lengths=lengths, initial=0, unsafe=True)  # [S]; unsafe: no device sync
@@ -84,32 +84,8 @@ def _at_level(log_ratio: torch.Tensor, sequence_index: torch.Tensor, lengths: to
     return means.index_select(0, sequence_index) + (log_ratio - constant)
 
 
-def _surrogate(
-    logprobs: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor, spec: LossSpec
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of each token before importance weights, and how many tokens each clip binds at."""
-    low, high = 1 - spec.clip_low, 1 + spec.clip_high
-    is_low, is_high = (ratio < low) & (advantages != 0), (ratio > high) & (advantages != 0)
-    is_dual = torch.zeros_like(is_low)
-    if spec.surrogate == "reinforce":
-        token_loss = -advantages * logprobs
-        is_low = is_high = is_dual
-    elif spec.surrogate == "cispo":
-        token_loss = -ratio.detach().clamp(low, high) * advantages * logprobs
-    else:
-        objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
-        # The pessimistic min binds only where the clip makes the objective smaller.
-        is_low, is_high = is_low & (advantages < 0), is_high & (advantages > 0)
-        if spec.dual_clip:
-            floor = spec.dual_clip * advantages
-            is_dual = (advantages < 0) & (objective < floor)
-            objective = torch.where(is_dual, floor, objective)
-        token_loss = -objective
-    return token_loss, {"clip_low_sum": is_low.sum(), "clip_high_sum": is_high.sum(), "clip_dual_sum": is_dual.sum()}
-
-
 def _importance(log_weight: torch.Tensor, spec: LossSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Constant weights [N], and where they were truncated or masked."""
+    """-> (constant weights [N], bool[N]: truncated or masked)."""
     weight = _exp(log_weight)
     if spec.importance == "tis":
         return weight.clamp(max=spec.importance_high), weight > spec.importance_high
@@ -128,29 +104,26 @@ def _kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: str) -> t
 
 def _k3(d: torch.Tensor) -> torch.Tensor:
     d = d.clamp(max=MAX_LOG_RATIO)
-    return d.expm1() - d  # expm1: exp(d) - 1 keeps no digit of a small d in f32
+    return d.expm1() - d  # expm1: exp(d) - 1 would lose all digits of a small d in f32
 
 
-def _weights(
-    like: torch.Tensor, index: torch.Tensor, lengths: torch.Tensor,
-    spec: LossSpec, total_tokens: int, total_sequences: int,
-) -> torch.Tensor:
-    """The share of the whole batch's loss that each token's loss gets, constant [N]."""
+def _weights(like: torch.Tensor, lengths: torch.Tensor, inputs: LossInputs, spec: LossSpec) -> torch.Tensor:
+    """The constant weight [N] of each token's loss in the batch's loss."""
     if spec.normalizer == "token":
-        return torch.full_like(like, 1 / max(total_tokens, 1))
+        return torch.full_like(like, 1 / max(inputs.total_loss_tokens, 1))
     if spec.normalizer == "constant":
-        return torch.full_like(like, 1 / (max(total_sequences, 1) * spec.constant_length))
-    return 1 / (lengths.index_select(0, index).to(like.dtype) * total_sequences)
+        return torch.full_like(like, 1 / (max(inputs.total_sequences, 1) * spec.constant_length))
+    return 1 / (lengths.index_select(0, inputs.sequence_index).to(like.dtype) * inputs.total_sequences)
 
 
 def _metrics(
-    logprobs: torch.Tensor, log_ratio: torch.Tensor, ratio: torch.Tensor,
-    rollout_logprobs: torch.Tensor | None, ref_logprobs: torch.Tensor | None, entropy: torch.Tensor | None,
+    logprobs: torch.Tensor, log_ratio: torch.Tensor, ratio: torch.Tensor, inputs: LossInputs, entropy: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
-    """See metrics.py for each. The extremes of no tokens are those of the empty set, so that merging stays right."""
+    """metrics.py defines each. Without tokens, extremes are -inf and inf, the neutral elements of merging."""
+    # Ratios between the current policy and the policies that sampled.
     edge = logprobs.new_tensor([torch.inf])
-    gap = log_ratio if rollout_logprobs is None else logprobs - rollout_logprobs
-    weight = _exp(gap)  # the current policy over the one that sampled
+    gap = log_ratio if inputs.rollout_logprobs is None else logprobs - inputs.rollout_logprobs
+    weight = _exp(gap)  # the current policy over the policy that sampled
     metrics = {
         "num_tokens_sum": logprobs.new_tensor(float(logprobs.numel())),
         "ratio_max": torch.cat([ratio, -edge]).amax(),
@@ -159,17 +132,19 @@ def _metrics(
         "w_sum": weight.sum(),
         "w_sq_sum": weight.square().sum(),
     }
-    if rollout_logprobs is not None:
+    # Metrics of the optional inputs.
+    if inputs.rollout_logprobs is not None:
         metrics["logprob_gap_max"] = torch.cat([gap.abs(), -edge]).amax()
-    if ref_logprobs is not None:
-        metrics["kl_sum"] = _k3(ref_logprobs - logprobs).sum()
+    if inputs.ref_logprobs is not None:
+        metrics["kl_sum"] = _k3(inputs.ref_logprobs - logprobs).sum()
     if entropy is not None:
         metrics["entropy_sum"] = entropy.sum()
     return metrics
 
 
 def make_inputs(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, dict[str, Any]]:
-    """Name -> keyword arguments of `grpo_loss`, all but `spec`; the totals count this microbatch alone."""
+    """Name -> {"logprobs", "entropy", and the fields of LossInputs}; the totals count this microbatch
+    alone."""
     lengths = {
         "one_token": [1],
         "uneven": [5, 1, 0, 17, 3, 8],

@@ -1,13 +1,14 @@
-"""`grpo_loss` on a GPU: loss, both gradients and all metrics of a block of tokens in one pass, whatever the LossSpec.
+"""`grpo_loss` on a GPU: loss, both gradients and all metrics of a block of tokens in one pass, for every
+LossSpec with a built-in surrogate.
 
-    sequence   where a spec reads sequences: each one's weight and mean log ratios, one program a sequence
-    (main)     1024 tokens a program: dlogprobs, dentropy, and 14 partial metrics
-    metrics    one program adds the partials up, in f64 and in order
+    sequence   if the spec needs it: each sequence's weight and mean log ratios, one program per sequence
+    (main)     1024 tokens per program: dlogprobs, dentropy, and 14 partial metrics
+    metrics    one program adds up the partial metrics, in f64 and in order
 
-A token's formulas stand once, in `token_loss`, as reference.py has them. Moved: 12 bytes a token in, 4 more where sequences are
-read and for each optional input, 4 out for each gradient; the partials are 64 bytes for 1024 tokens. A sequence's sums start at its
-first token, so that its bits do not depend on where in the microbatch it stands. Nothing waits for the device: a sequence_index out
-of 0..S-1 is never followed, it gives a NaN loss.
+`token_loss` holds the formulas of a token, as in reference.py. Moved: 12 bytes per token in, 4 more if
+sequences are read and for each optional input, 4 out for each gradient; partial metrics are 64 bytes per 1024
+tokens. A sequence's sums start at its first token, so that their bits do not depend on its position in the
+microbatch. No device sync: a sequence_index outside 0..S-1 is not used as an offset, and gives a NaN loss.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import triton
 import triton.language as tl
 
 from kernels.ahead_of_time import Compile, pointer
-from kernels.grpo_loss.function import CHOICES, METRICS
+from kernels.grpo_loss.function import METRICS
+from kernels.grpo_loss.spec import CHOICES
 
 MAX_LOG_RATIO = tl.constexpr(20.0)
 CONFIG = {"BLOCK": 1024, "num_warps": 8}
-"""Four tokens a thread: one 16-byte load for each input, and registers for 32 warps and more on an SM."""
-ROW = tl.constexpr(16)
-"""Floats of a block's partials: METRICS in their order, and two not used."""
+"""Four tokens per thread: one 16-byte load of each input, and registers for 32 or more warps per SM."""
+NUM_FLOATS = tl.constexpr(16)
+"""Floats of a block's partial metrics: METRICS in order, and two unused."""
 NUM_METRICS, NUM_SUMS = tl.constexpr(len(METRICS)), tl.constexpr(METRICS.index("ratio_max"))
 APPROX_KL, W = tl.constexpr(METRICS.index("approx_kl_sum")), tl.constexpr(METRICS.index("w_sum"))
 RATIO_MIN, GAP_MAX = tl.constexpr(METRICS.index("ratio_min")), tl.constexpr(METRICS.index("logprob_gap_max"))
@@ -36,7 +38,7 @@ def capped(log_ratio):
 
 @triton.jit
 def k3_of(d):
-    """exp(d) - 1 - d without loss of digits: its series up to d^10 below 1."""
+    """exp(d) - 1 - d without loss of digits: for |d| < 1 by its series up to d^10."""
     series = d * (1.0 / 3628800) + 1.0 / 362880
     series = series * d + 1.0 / 40320
     series = series * d + 1.0 / 5040
@@ -54,12 +56,14 @@ def token_loss(
     low, high, dual_clip, kl_coef, importance_low, importance_high, entropy_coef,
     SURROGATE: tl.constexpr, IMPORTANCE: tl.constexpr, ESTIMATOR: tl.constexpr,
 ):
-    """The loss of tokens f32[BLOCK] before their weight, and its slope in their logprobs.
+    """The loss of tokens f32[BLOCK] before their weight, and its derivative in their logprobs.
 
-    log_ratio, mismatch: logprob - old_logprob and old_logprob - rollout_logprob, at the spec's level; low, high: the
-    ratio's bounds; ref, entropy: None where not given, kl_coef and entropy_coef then 0.
-    -> (loss, slope, ratio, kl to the reference, and where the clips bind and importance cut: low, high, dual, cut)
+    log_ratio, mismatch: logprob - old_logprob and old_logprob - rollout_logprob, at the spec's level. low,
+    high: the clip range of the ratio. ref, entropy: None if not given; kl_coef and entropy_coef are 0 then.
+    -> (loss, slope, ratio, k3 to the reference policy, and the tokens that the low, high and dual clip or
+    importance change)
     """
+    # The surrogate.
     ratio = tl.exp(capped(log_ratio))
     is_low, is_high = (ratio < low) & (advantage != 0.0), (ratio > high) & (advantage != 0.0)
     is_dual = is_low & False
@@ -78,9 +82,10 @@ def token_loss(
         floor = dual_clip * advantage
         objective = tl.where(free > bound, bound, free)
         is_dual = (dual_clip != 0.0) & (advantage < 0.0) & (objective < floor)
-        # What is cut has no slope; NaN compares false and keeps its own.
+        # A clipped token has no slope. NaN compares false and keeps its NaN slope.
         slope = tl.where((free > bound) | is_dual | (log_ratio > MAX_LOG_RATIO), 0.0, -free)
         loss = -tl.where(is_dual, floor, objective)
+    # Times the importance weight, a constant.
     if IMPORTANCE != "none":
         w = tl.exp(capped(mismatch))
         is_cut = w > importance_high
@@ -90,6 +95,7 @@ def token_loss(
             is_cut = is_cut | (w < importance_low)
             w = tl.where(is_cut, 0.0, w)
         loss, slope = loss * w, slope * w
+    # Plus the KL penalty, minus the entropy bonus.
     kl = tl.zeros_like(ratio)
     if ref is not None:
         d = ref - logprob
@@ -109,14 +115,15 @@ def token_loss(
 
 @triton.jit
 def lower_bound(ascending, N, value, WIDTH: tl.constexpr):
-    """The first n with ascending[n] >= value, or N: WIDTH probes at a time, so three rounds for a thousand million."""
+    """The first n with ascending[n] >= value, or N. With WIDTH = 1024 probes per round, three rounds search
+    10^9 elements."""
     low, size = N * 0, N
     while size > 0:
         step = tl.cdiv(size, WIDTH)
-        n = tl.arange(0, WIDTH) * step  # the first of each of WIDTH parts
+        n = tl.arange(0, WIDTH) * step  # the first element of each of WIDTH parts
         is_below = tl.load(ascending + low + n, mask=n < size, other=value) < value
         num_below = tl.sum(is_below.to(tl.int64), 0)
-        # In the last part whose first is below, behind that first one.
+        # The answer lies in the last part whose first element is below, after that element.
         last = tl.maximum(num_below - 1, 0) * step
         size = tl.where(num_below > 0, tl.minimum(step, size - last) - 1, 0)
         low += tl.where(num_below > 0, last + 1, 0)
@@ -125,10 +132,16 @@ def lower_bound(ascending, N, value, WIDTH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "S"])
 def grpo_loss_sequence_kernel(
-    sequences, logprobs, old_logprobs, rollout_logprobs, sequence_index, N, S, weight, total_sequences,
+    sequences,  # f32[3, S]: token weight; with BY_SEQUENCE mean log ratio, mean mismatch
+    logprobs,  # f32[N]
+    old_logprobs,  # f32[N]
+    rollout_logprobs,  # f32[N] or None
+    sequence_index,  # i32|i64[N]
+    N, S, weight, total_sequences,
     BY_LENGTH: tl.constexpr, BY_SEQUENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """sequences f32[3, S]: weight of each of its tokens; with BY_SEQUENCE mean log ratio, and mean mismatch where there is one."""
+    """Fills `sequences`. BY_LENGTH: the token weight is 1 / (length * total_sequences), else `weight`."""
+    # The sequence's tokens, begin..end - 1.
     s = tl.program_id(0).to(tl.int64)
     N, S = N.to(tl.int64), S.to(tl.int64)
     begin = lower_bound(sequence_index, N, s, BLOCK)
@@ -137,6 +150,7 @@ def grpo_loss_sequence_kernel(
     if BY_LENGTH:
         weight = tl.div_rn(1.0, length * total_sequences)
     tl.store(sequences + s, weight)
+    # The means over its tokens.
     if BY_SEQUENCE:
         log_ratio, mismatch = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
         for first in range(begin, end, BLOCK):
@@ -152,11 +166,22 @@ def grpo_loss_sequence_kernel(
 
 @triton.jit(do_not_specialize=["N", "S"])
 def grpo_loss_kernel(
-    dlogprobs, dentropy, partials, logprobs, old_logprobs, advantages, sequence_index, rollout_logprobs, ref_logprobs, entropies,
-    sequences, N, S, weight, low, high, dual_clip, kl_coef, importance_low, importance_high, entropy_coef,
+    dlogprobs,  # f32[N]
+    dentropy,  # f32[N], or [0] without an entropy bonus
+    partials,  # f32[num_blocks, NUM_FLOATS]
+    logprobs,  # f32[N]
+    old_logprobs,  # f32[N]
+    advantages,  # f32[N]
+    sequence_index,  # i32|i64[N]
+    rollout_logprobs,  # f32[N] or None
+    ref_logprobs,  # f32[N] or None
+    entropies,  # f32[N] or None
+    sequences,  # f32[3, S] of grpo_loss_sequence_kernel, or None
+    N, S, weight, low, high, dual_clip, kl_coef, importance_low, importance_high, entropy_coef,
     SURROGATE: tl.constexpr, IMPORTANCE: tl.constexpr, ESTIMATOR: tl.constexpr, BY_SEQUENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """Optional inputs are None where not given, `sequences` where no choice reads it; `weight` counts where it does not."""
+    """`sequences` is None if the spec does not need it; the weight of every token is then `weight`."""
+    # The inputs of a block of tokens.
     N, S = N.to(tl.int64), S.to(tl.int64)
     block = tl.program_id(0).to(tl.int64)
     n = block * BLOCK + tl.arange(0, BLOCK)
@@ -175,6 +200,7 @@ def grpo_loss_kernel(
     if entropies is not None:
         entropy = tl.load(entropies + n, mask=is_there, other=0.0)
         measured_entropy = entropy
+    # Weights and ratios that belong to the sequence.
     if sequences is not None:
         s = tl.load(sequence_index + n, mask=is_there, other=-1).to(tl.int64)
         is_known = (s >= 0) & (s < S)
@@ -183,17 +209,19 @@ def grpo_loss_kernel(
             log_ratio = tl.load(sequences + S + s, mask=is_known, other=float("nan"))
             if IMPORTANCE != "none":
                 mismatch = tl.load(sequences + 2 * S + s, mask=is_known, other=float("nan"))
+    # The loss of each token and its gradients.
     loss, slope, ratio, kl, is_low, is_high, is_dual, is_cut = token_loss(
         logprob, advantage, log_ratio, mismatch, ref, entropy, low, high, dual_clip, kl_coef, importance_low, importance_high,
         entropy_coef, SURROGATE, IMPORTANCE, ESTIMATOR)
     tl.store(dlogprobs + n, slope * weight, mask=is_there)
     tl.store(dentropy + n, tl.zeros_like(logprob) - entropy_coef * weight, mask=is_there & (entropy_coef != 0.0))
 
-    w = tl.exp(capped(gap))  # the current policy over the one that sampled
+    # The block's metrics.
+    w = tl.exp(capped(gap))  # the current policy over the policy that sampled
     sums = (loss * weight, is_low, is_high, is_dual, is_cut, is_there, k3_of(capped(token_log_ratio)), w, w * w, kl,
             measured_entropy)
     extremes = (ratio, -ratio, tl.abs(gap))
-    row = partials + block * ROW
+    row = partials + block * NUM_FLOATS
     for i in tl.static_range(NUM_SUMS):
         tl.store(row + i, tl.sum(tl.where(is_there, sums[i].to(tl.float32), 0.0), 0))
     for i in tl.static_range(NUM_METRICS - NUM_SUMS):
@@ -201,20 +229,25 @@ def grpo_loss_kernel(
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
-def grpo_loss_metrics_kernel(loss, metrics, partials, num_blocks, BLOCK: tl.constexpr):
-    """partials f32[num_blocks, ROW] -> loss f32[] and metrics f32[NUM_METRICS]."""
-    metric = tl.arange(0, ROW)
-    sums = tl.zeros((BLOCK, ROW), tl.float64)
-    most = tl.full((BLOCK, ROW), float("-inf"), tl.float32)
+def grpo_loss_metrics_kernel(
+    loss,  # f32[]
+    metrics,  # f32[NUM_METRICS]
+    partials,  # f32[num_blocks, NUM_FLOATS]
+    num_blocks, BLOCK: tl.constexpr,
+):
+    """Merges the blocks' partial metrics in order."""
+    metric = tl.arange(0, NUM_FLOATS)
+    sums = tl.zeros((BLOCK, NUM_FLOATS), tl.float64)
+    most = tl.full((BLOCK, NUM_FLOATS), float("-inf"), tl.float32)
     for first in range(0, num_blocks, BLOCK):
         block = first + tl.arange(0, BLOCK).to(tl.int64)
         is_there = (block[:, None] < num_blocks) & (metric[None, :] < NUM_METRICS)
-        part = tl.load(partials + block[:, None] * ROW + metric[None, :], mask=is_there, other=float("-inf"))
+        part = tl.load(partials + block[:, None] * NUM_FLOATS + metric[None, :], mask=is_there, other=float("-inf"))
         most = tl.maximum(most, part)
         sums += tl.where(is_there, part, 0.0).to(tl.float64)
     total, extreme = tl.sum(sums, 0), tl.max(most, 0)
     value = tl.where(metric == RATIO_MIN, -extreme, extreme)
-    # The extremes drop a NaN that the sums keep.
+    # tl.max drops a NaN; the sums keep it, and give it back to the extremes.
     approx_kl, w = tl.sum(tl.where(metric == APPROX_KL, total, 0.0), 0), tl.sum(tl.where(metric == W, total, 0.0), 0)
     kept = tl.where(metric == GAP_MAX, w, approx_kl)
     value = tl.where(kept != kept, float("nan"), value)
@@ -228,14 +261,16 @@ def grpo_loss(
     old_logprobs: torch.Tensor, advantages: torch.Tensor, sequence_index: torch.Tensor, rollout_logprobs: torch.Tensor | None,
     ref_logprobs: torch.Tensor | None, entropy: torch.Tensor | None, choices: list[int], counts: list[int], numbers: list[float],
 ) -> None:
+    # The spec, and the weight of a token unless its sequence decides it.
     ratio, surrogate, estimator, importance, normalizer = (
         allowed[i] for i, allowed in zip(choices, CHOICES.values(), strict=True))
     num_sequences, total_tokens, total_sequences, constant_length = counts
     clip_low, clip_high, dual_clip, kl_coef, importance_low, importance_high, entropy_coef = numbers
-    shares = {"token": total_tokens, "constant": total_sequences * constant_length, "sequence": 1}[normalizer]
-    weight, by_sequence, num_tokens = 1 / max(shares, 1), ratio == "sequence", logprobs.shape[0]
+    denominator = {"token": total_tokens, "constant": total_sequences * constant_length, "sequence": 1}[normalizer]
+    weight, by_sequence, num_tokens = 1 / max(denominator, 1), ratio == "sequence", logprobs.shape[0]
+    # At most three launches; without tokens the metrics alone.
     num_blocks = triton.cdiv(num_tokens, CONFIG["BLOCK"])
-    partials = logprobs.new_empty(num_blocks, ROW.value)
+    partials = logprobs.new_empty(num_blocks, NUM_FLOATS.value)
     sequences: torch.Tensor | None = None
     if num_tokens:
         if by_sequence or normalizer == "sequence":
@@ -252,7 +287,8 @@ def grpo_loss(
 
 
 def compiles() -> list[Compile]:
-    """The lightest form of the main kernel and the heaviest, and what stands before and after it."""
+    """The lightest and the heaviest specialisation of the main kernel, and the kernels before and after
+    it."""
     f32, i32 = torch.float32, "*i32"
     given, scalars = pointer(f32), ("low", "high", "dual_clip", "kl_coef", "importance_low", "importance_high", "entropy_coef")
     columns = ("dlogprobs", "dentropy", "partials", "logprobs", "old_logprobs", "advantages")

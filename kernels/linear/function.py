@@ -1,4 +1,5 @@
-"""`linear` as an autograd.Function over three ops that write their result: the product and its two gradients."""
+"""`linear` as an autograd.Function over three ops that write their result: the product and its two
+gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from torch.autograd.function import once_differentiable
 
 
 def linear_by(ops: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """ops: has linear_fwd, linear_dgrad and linear_wgrad (torch.ops.reason_rl, torch.ops.reason_rl_triton)."""
+    """The op by `ops`, which has linear_fwd, linear_dgrad and linear_wgrad: torch.ops.reason_rl or
+    torch.ops.reason_rl_triton."""
 
     class Linear(torch.autograd.Function):
         @staticmethod

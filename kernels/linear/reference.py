@@ -1,22 +1,16 @@
-"""The specification of `linear`: torch's own GEMM, with few rows padded so that a row's bits do not depend on its company."""
+"""The specification of `linear`: torch's own GEMM, in blocks of rows so that a row's bits do not depend on its batch."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-MIN_ROWS = 16
-"""torch's float32 GEMM on the CPU takes other code paths (another order of the sum over K) for fewer than 12 rows.
-Seen with torch 2.13 on AVX-512; tests/kernels/test_linear.py watches it."""
+from kernels.products import linear_in_blocks
 
 
 def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [M, K] @ weight [N, K]^T -> [M, N] in x's dtype."""
-    weight = weight.to(x.dtype)
-    num_rows = x.shape[0]
-    if num_rows >= MIN_ROWS:
-        return F.linear(x, weight)
-    return F.linear(F.pad(x, (0, 0, 0, MIN_ROWS - num_rows)), weight)[:num_rows]
+    return linear_in_blocks(x, weight.to(x.dtype))
 
 
 def linear_torch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

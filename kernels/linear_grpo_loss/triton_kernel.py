@@ -1,13 +1,16 @@
-"""`linear_grpo_loss` on a GPU: the launchers of linear_logprob and grpo_loss in turn, with no kernel of its own.
+"""`linear_grpo_loss` on a GPU: calls the launchers of linear_logprob and grpo_loss; it adds no kernel.
 
-The loss kernel stands between forward and backward as it is: it moves some 20 bytes a token, beside 2DV flops a token before it and
-4DV after; folded into the merge of the logprobs it would spare a launch, and need another form for sequence-level ratios.
+The loss kernel runs unchanged between forward and backward. It moves some 20 bytes per token, against 2DV
+flops per token before it and 4DV after. Fusing it with the merge of the logprobs would save one launch, and
+sequence-level ratios would need a second version.
 
-What the fold buys is memory and a product. A token's dloss/dlogprob needs no other token's logprob (under ratio="token"), so rows
-go in blocks whose bf16 softmax fits SOFTMAX_BYTES: forward, loss, backward products, then the next block; 6NDV flops for any number
-of tokens. The loss kernel runs over all tokens each time, with old_logprobs where there are no logprobs yet: their slopes are not
-used, and the last run's loss and metrics are those of all. Under ratio="sequence" all logprobs come first, and a softmax that does
-not fit is computed again, 8NDV flops; so are f32 logits, whose gradients take more digits than bf16 has.
+The op saves memory and a product over its two ops in turn. Under ratio="token" a token's dloss/dlogprob needs
+no other token's logprob, so the rows are processed in blocks whose bf16 softmax fits SOFTMAX_BYTES: forward,
+loss, backward products, next block. That takes 6NDV flops for any number of tokens. The loss kernel runs over
+all tokens each time; tokens of later blocks have old_logprobs for logprobs, their slopes are not used, and
+the last run gives the loss and metrics of all tokens. Under ratio="sequence" all logprobs are needed first,
+and a softmax beyond the budget is recomputed: 8NDV flops. So are f32 logits, whose gradients need more digits
+than bf16 has.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from __future__ import annotations
 import torch
 
 from kernels.ahead_of_time import Compile
-from kernels.grpo_loss.function import CHOICES, NUMBERS
+from kernels.grpo_loss.function import NUMBERS
+from kernels.grpo_loss.spec import CHOICES
 from kernels.grpo_loss.triton_kernel import grpo_loss
 from kernels.linear_logprob import function
 from kernels.linear_logprob.triton_kernel import linear_logprob_bwd, linear_logprob_fwd
@@ -27,29 +31,32 @@ def linear_grpo_loss(
     sequence_index: torch.Tensor, rollout_logprobs: torch.Tensor | None, ref_logprobs: torch.Tensor | None, temperature: float,
     choices: list[int], counts: list[int], numbers: list[float],
 ) -> None:
-    """dhidden, dweight: without elements where no gradient is wanted."""
-    num_rows, is_wanted = hidden.shape[0], dweight.numel() > 0
+    """dhidden and dweight have no elements if no gradient is needed."""
+    # Buffers; rows that have no logprob yet count with their old_logprob.
+    num_rows, needs_grad = hidden.shape[0], dweight.numel() > 0
     weight = weight.to(hidden.dtype)
     entropy, dlogprob, dentropy = (torch.zeros_like(logprobs) for _ in range(3))
     stats = logprobs.new_empty(num_rows, 2)
     has_bonus = numbers[NUMBERS.index("entropy_coef")] != 0
     logprobs.copy_(old_logprobs)
+    # Rows per block.
     step = num_rows
-    if is_wanted and CHOICES["ratio"][choices[0]] == "token":
+    if needs_grad and CHOICES["ratio"][choices[0]] == "token":
         step = max(1, function.SOFTMAX_BYTES // (2 * weight.shape[0]) // 128) * 128
+    # Logprobs of a block, the loss over all rows, and the gradients of the block.
     for first in range(0, max(num_rows, 1), max(step, 1)):
         rows = slice(first, min(first + step, num_rows))
-        softmax, tops = function.kept_softmax(hidden[rows], weight, is_wanted)
+        softmax, tops = function.kept_softmax(hidden[rows], weight, needs_grad)
         of_rows = (hidden[rows], weight, target_ids[rows])
         linear_logprob_fwd(logprobs[rows], entropy[rows], stats[rows], softmax, tops, *of_rows, temperature)
         grpo_loss(loss, metrics, dlogprob, dentropy if has_bonus else dentropy[:0], logprobs, old_logprobs, advantages,
                   sequence_index, rollout_logprobs, ref_logprobs, entropy, choices, counts, numbers)
-        if is_wanted:
+        if needs_grad:
             linear_logprob_bwd(dhidden[rows], dweight, dlogprob[rows], dentropy[rows], *of_rows, stats[rows], entropy[rows],
                                softmax, tops, temperature, is_added=first > 0)
-        del softmax, tops  # before the next block's are made: two would be twice SOFTMAX_BYTES
+        del softmax, tops  # freed before the next block's: two would take twice SOFTMAX_BYTES
 
 
 def compiles() -> list[Compile]:
-    """None but those of linear, linear_logprob and grpo_loss."""
+    """None besides those of linear, linear_logprob and grpo_loss."""
     return []

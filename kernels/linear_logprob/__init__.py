@@ -1,21 +1,23 @@
-"""`linear_logprob`: from the last hidden states to each target token's logprob, and the entropy of its distribution.
+"""`linear_logprob`: from the last hidden states to each target token's logprob and its distribution's
+entropy.
 
     z[n, v]    = sum_d hidden[n, d] * weight[v, d] / temperature
     logprob[n] = z[n, target_ids[n]] - logsumexp_v z[n, v]
     entropy[n] = logsumexp_v z[n, v] - sum_v softmax(z)[n, v] * z[n, v]                        (both in nats)
 
-z is accumulated in f32 from the operands' dtype; both results are f32. Differentiable in hidden and weight. The weight is in
-hidden's dtype, or an f32 master that is rounded to it where it is used; dhidden has hidden's dtype, dweight the weight's and is
-summed in f32.
+z is accumulated in f32 from operands of hidden's dtype; both results are f32. Differentiable in hidden and
+weight. The weight has hidden's dtype, or is an f32 master that is rounded to it at each use. dhidden has
+hidden's dtype; dweight has the weight's, and is summed in f32.
 
-Saved for backward: hidden, weight, target_ids, and 12N bytes (largest logit, log of the sum, entropy): the backward computes the
-logits again, a chunk of the vocabulary at a time, and rounds their gradient to hidden's dtype for its two products. By Triton in
-bf16 also softmax(z), 2NV bytes, where it fits SOFTMAX_BYTES (function.py); by the reference z and softmax(z), 8NV bytes.
-Flops: 2NDV forward, 6NDV backward, 4NDV with the softmax at hand. By Triton a row whose target is no token gets a logprob of NaN,
-since a device cannot raise; natively that is an error. impl="torch" is the reference with torch's own GEMM as it is, fast and bound
-to the batch.
-Siblings: reference.py, function.py and triton_kernel.py here, csrc/linear_logprob/, tests/kernels/test_linear_logprob.py; `sample`
-shares its logits.
+Saved for backward: hidden, weight, target_ids, and 12N bytes (largest logit, log of the sum, entropy). The
+backward pass recomputes the logits, one chunk of the vocabulary at a time, and rounds their gradient to
+hidden's dtype for its two products. Triton in bf16 also saves softmax(z), 2NV bytes, if it fits SOFTMAX_BYTES
+(function.py); the reference saves z and softmax(z), 8NV bytes.
+Flops: 2NDV forward, 6NDV backward, 4NDV with a saved softmax. A target outside the vocabulary is an error
+natively; by Triton its logprob is NaN, since a device cannot raise. impl="torch" is the reference with
+torch's own GEMM: fast, and not batch-invariant.
+Siblings: reference.py, function.py and triton_kernel.py here, csrc/linear_logprob/,
+tests/kernels/test_linear_logprob.py; `sample` computes the same logits.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
 from kernels.linear_logprob.function import kept_softmax, linear_logprob_by
 from kernels.linear_logprob.reference import linear_logprob_reference, linear_logprob_torch, make_inputs
-from kernels.native import DTYPES, OPS, cpu_why_not
+from kernels.native import DTYPES, OPS, cpu_unsupported_reason
 
 __all__ = ["OP", "linear_logprob", "make_inputs"]
 
@@ -38,8 +40,8 @@ triton_ops.register("linear_logprob", {
                           "Tensor weight, Tensor target_ids, Tensor stats, Tensor entropy, Tensor softmax, Tensor tops, "
                           "float temperature) -> ()"})
 OP = Op("linear_logprob", (
-    Implementation("native", linear_logprob_by(OPS), cpu_why_not, DTYPES),
-    Implementation("triton", linear_logprob_by(triton_ops.OPS, kept_softmax), triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("native", linear_logprob_by(OPS), cpu_unsupported_reason, DTYPES),
+    Implementation("triton", linear_logprob_by(triton_ops.OPS, kept_softmax), triton_ops.unsupported_reason, triton_ops.DTYPES),
     Implementation("reference", linear_logprob_reference),
     Implementation("torch", linear_logprob_torch, is_automatic=False)))
 
@@ -55,7 +57,7 @@ def linear_logprob(
 
 
 def check_inputs(hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor, temperature: float) -> None:
-    """What `linear_logprob` raises, for `linear_grpo_loss` too."""
+    """Raises linear_logprob's errors; linear_grpo_loss calls it too."""
     check("linear_logprob", "hidden", hidden, ("N", "D"), FLOATS)
     check("linear_logprob", "weight", weight, ("V", hidden.shape[1]), (hidden.dtype, torch.float32), like=hidden)
     check("linear_logprob", "target_ids", target_ids, (hidden.shape[0],), torch.int64, like=hidden)

@@ -1,22 +1,26 @@
-"""Mixture of experts: `route` picks k experts a token, `experts` runs and combines them, `load_balance` and `z_loss` steer routers.
+"""Mixture of experts: `route` picks k experts per token, `experts` runs and combines them, `load_balance` and
+`z_loss` regularise the router.
 
     scores  = softmax(logits) or sigmoid(logits)                     f32[T, E]
-    chosen  = top-k of scores + expert_bias, ties by index           (the bias steers the choice only, arXiv:2408.15664)
+    chosen  = top-k of scores + expert_bias, ties by index           (the bias affects the choice alone,
+                                                                      arXiv:2408.15664)
     weights = scores[chosen], divided by their sum if normalize      f32[T, k]
-    out[t]  = sum over c = 0..k-1 in order of weights[t, c] * down_e(swiglu(gate_up_e(x[t]))),  e = chosen[t, c]
-    load_balance = E * sum_e (share of routed tokens)_e * (mean score)_e        (Switch, arXiv:2101.03961, eq. 4)
-    z_loss = the mean over tokens of logsumexp(logits)^2                         (ST-MoE, arXiv:2202.08906, eq. 5)
+    out[t]  = sum_c weights[t, c] * down_e(swiglu(gate_up_e(x[t]))), e = chosen[t, c], c = 0..k-1 in order
+    load_balance = E * sum_e (fraction of routed tokens)_e * (mean score)_e    (Switch, arXiv:2101.03961 eq. 4)
+    z_loss = mean over tokens of logsumexp(logits)^2                           (ST-MoE, arXiv:2202.08906 eq. 5)
 
-Gradients reach the router through `weights` and through the mean score; the choice itself has none.
-Router logits and the combine are f32; expert GEMMs are in x's dtype, by `linear`'s rules, so a token's bits do not depend on
-which others were sent to its expert. Expert weights are in x's dtype, or f32 masters that are rounded to it where they are used;
-their gradients are summed in f32. impl="torch" runs the experts by torch's own GEMMs, fast and bound to the batch.
+Gradients reach the router through `weights` and the mean score; the choice has none. Router logits and the
+combine are f32. Expert GEMMs are in x's dtype and batch-invariant like `linear`, so a token's bits do not
+depend on the other tokens of its expert. Expert weights have x's dtype, or are f32 masters that are rounded
+to it at each use; their gradients are summed in f32. impl="torch" runs the experts by torch's own GEMMs:
+fast, and not batch-invariant.
 
-Saved for backward: x, expert_ids, weights, the gate_up outputs (the reference keeps the swiglu and down outputs too). Flops: 6TkDI
-forward, 12TkDI backward.
-On a GPU nothing waits for the device: expert_ids out of 0..E-1, which raise on the CPU, make their tokens NaN.
-Siblings: reference.py, function.py, triton_kernel.py (experts), triton_route.py and triton_plan.py (the sort) here,
-csrc/moe/, tests/kernels/test_moe.py.
+Saved for backward: x, expert_ids, weights, the gate_up outputs (the reference saves the swiglu and down
+outputs too).
+Flops: 6TkDI forward, 12TkDI backward.
+On a GPU there is no device sync: expert_ids outside 0..E-1, which raise on the CPU, make their tokens NaN.
+Siblings: reference.py, function.py, triton_kernel.py (experts), triton_route.py and triton_plan.py (the sort)
+here, csrc/moe/, tests/kernels/test_moe.py.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from kernels.moe.reference import (
     route_reference,
     z_loss_reference,
 )
-from kernels.native import DTYPES, OPS, cpu_why_not
+from kernels.native import DTYPES, OPS, cpu_unsupported_reason
 
 __all__ = ["Route", "expert_counts", "experts", "load_balance", "make_inputs", "route", "z_loss"]
 
@@ -51,12 +55,12 @@ triton_ops.register("moe", {
     "moe_experts_bwd": "(Tensor(a!) dx, Tensor(b!) dgate_up, Tensor(c!) ddown, Tensor(d!) dweights, Tensor dy, Tensor kept, "
                        "Tensor x, Tensor gate_up, Tensor down, Tensor expert_ids, Tensor weights) -> ()"})
 ROUTE_OP = Op("moe_route", (
-    Implementation("native", route_by(OPS), cpu_why_not, DTYPES),
-    Implementation("triton", route_by(triton_ops.OPS), triton_ops.why_not, (torch.float32,)),
+    Implementation("native", route_by(OPS), cpu_unsupported_reason, DTYPES),
+    Implementation("triton", route_by(triton_ops.OPS), triton_ops.unsupported_reason, (torch.float32,)),
     Implementation("reference", route_reference)))
 EXPERTS_OP = Op("moe_experts", (
-    Implementation("native", experts_by(OPS), cpu_why_not, DTYPES),
-    Implementation("triton", experts_by(triton_ops.OPS, sums_stay_f32=False), triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("native", experts_by(OPS), cpu_unsupported_reason, DTYPES),
+    Implementation("triton", experts_by(triton_ops.OPS, sums_stay_f32=False), triton_ops.unsupported_reason, triton_ops.DTYPES),
     Implementation("reference", experts_reference),
     Implementation("torch", experts_torch, is_automatic=False)))
 WIDE = (torch.float32, torch.float64)
@@ -66,7 +70,8 @@ def route(
     router_logits: torch.Tensor, num_experts_per_tok: int, *, score: str = "softmax", normalize: bool = True,
     expert_bias: torch.Tensor | None = None, impl: str = "auto",
 ) -> Route:
-    """router_logits: f32[T, E], expert_bias: f32[E] -> Route(expert_ids i64[T, k], weights f32[T, k], scores f32[T, E])."""
+    """router_logits: f32[T, E], expert_bias: f32[E] -> Route(expert_ids i64[T, k], weights f32[T, k], scores
+    f32[T, E])."""
     check("route", "router_logits", router_logits, ("T", "E"), WIDE)
     num_experts = router_logits.shape[1]
     if not 1 <= num_experts_per_tok <= num_experts:
@@ -81,14 +86,15 @@ def route(
 
 
 def load_balance(scores: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
-    """scores: f32[T, E], expert_ids: i64[T, k] -> f32[]: 1 when the load is even, up to E when one expert takes all."""
+    """scores: f32[T, E], expert_ids: i64[T, k] -> f32[]: 1 if the load is even, up to E if one expert gets
+    all tokens."""
     check("load_balance", "scores", scores, ("T", "E"), WIDE)
     check("load_balance", "expert_ids", expert_ids, (scores.shape[0], "k"), torch.int64, like=scores)
     return load_balance_reference(scores, expert_ids)
 
 
 def z_loss(router_logits: torch.Tensor) -> torch.Tensor:
-    """router_logits: f32[T, E] -> f32[]: small where the logits are, whatever they say."""
+    """router_logits: f32[T, E] -> f32[]; keeps the logits small."""
     check("z_loss", "router_logits", router_logits, ("T", "E"), WIDE)
     return z_loss_reference(router_logits)
 
@@ -96,7 +102,8 @@ def z_loss(router_logits: torch.Tensor) -> torch.Tensor:
 def experts(
     x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, impl: str = "auto"
 ) -> torch.Tensor:
-    """x: float[T, D], gate_up: [E, 2I, D], down: [E, D, I] as x or f32, expert_ids: i64[T, k], weights: f32[T, k] -> [T, D]."""
+    """x: float[T, D], gate_up [E, 2I, D] and down [E, D, I] of the same dtype or f32, expert_ids: i64[T, k],
+    weights: f32[T, k] -> float[T, D]."""
     check("experts", "x", x, ("T", "D"), FLOATS)
     check("experts", "gate_up", gate_up, ("E", "2I", x.shape[1]), (x.dtype, torch.float32), like=x)
     check("experts", "down", down, (gate_up.shape[0], x.shape[1], gate_up.shape[1] // 2), (x.dtype, torch.float32), like=x)

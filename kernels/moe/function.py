@@ -1,4 +1,5 @@
-"""`route` and `experts` as autograd.Functions over ops that write their results: torch.ops.*.moe_{route,experts}_{fwd,bwd}."""
+"""`route` and `experts` as autograd.Functions over ops that write their results:
+torch.ops.*.moe_{route,experts}_{fwd,bwd}."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from kernels.moe.reference import Route
 
 
 def route_by(ops: Any) -> Callable[[torch.Tensor, int, str, bool, torch.Tensor | None], Route]:
-    """ops: has moe_route_fwd and moe_route_bwd (torch.ops.reason_rl, torch.ops.reason_rl_triton)."""
+    """The op by `ops`, which has moe_route_fwd and moe_route_bwd: torch.ops.reason_rl or
+    torch.ops.reason_rl_triton."""
 
     class RouteFunction(torch.autograd.Function):
         @staticmethod
@@ -49,8 +51,8 @@ def route_by(ops: Any) -> Callable[[torch.Tensor, int, str, bool, torch.Tensor |
 
 
 def experts_by(ops: Any, sums_stay_f32: bool = True) -> Callable[..., torch.Tensor]:
-    """ops: has moe_experts_fwd and moe_experts_bwd; sums_stay_f32: the latter writes the gradients of the experts' matrices in f32
-    and they are rounded afterwards, else at once."""
+    """The op by `ops`, which has moe_experts_fwd and moe_experts_bwd. sums_stay_f32: the latter writes the
+    gradients of the expert weights in f32, to be rounded afterwards; else it rounds them itself."""
 
     class ExpertsFunction(torch.autograd.Function):
         @staticmethod
@@ -59,22 +61,23 @@ def experts_by(ops: Any, sums_stay_f32: bool = True) -> Callable[..., torch.Tens
             has_backward: bool,
         ) -> torch.Tensor:
             x, gate_up, down, expert_ids = x.contiguous(), gate_up.contiguous(), down.contiguous(), expert_ids.contiguous()
-            shares = weights.float().contiguous()
+            wide_weights = weights.float().contiguous()
             kept = x.new_empty(expert_ids.numel() if has_backward else 0, gate_up.shape[1])
             y = torch.empty_like(x)
-            ops.moe_experts_fwd(y, kept, x, gate_up, down, expert_ids, shares)
-            ctx.save_for_backward(kept, x, gate_up, down, expert_ids, shares)
+            ops.moe_experts_fwd(y, kept, x, gate_up, down, expert_ids, wide_weights)
+            ctx.save_for_backward(kept, x, gate_up, down, expert_ids, wide_weights)
             ctx.weights_dtype = weights.dtype
             return y
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            kept, x, gate_up, down, expert_ids, shares = ctx.saved_tensors
-            dx, dweights = torch.empty_like(x), torch.empty_like(shares)
+            kept, x, gate_up, down, expert_ids, wide_weights = ctx.saved_tensors
+            dx, dweights = torch.empty_like(x), torch.empty_like(wide_weights)
             dgate_up, ddown = (
                 torch.empty(w.shape, dtype=torch.float32 if sums_stay_f32 else w.dtype, device=w.device) for w in (gate_up, down))
-            ops.moe_experts_bwd(dx, dgate_up, ddown, dweights, grads[0].contiguous(), kept, x, gate_up, down, expert_ids, shares)
+            ops.moe_experts_bwd(
+                dx, dgate_up, ddown, dweights, grads[0].contiguous(), kept, x, gate_up, down, expert_ids, wide_weights)
             return dx, dgate_up.to(gate_up.dtype), ddown.to(down.dtype), None, dweights.to(ctx.weights_dtype), None
 
     def experts(

@@ -7,12 +7,8 @@ from typing import NamedTuple
 import torch
 
 from kernels.linear import linear
-from kernels.linear.reference import MIN_ROWS
 from kernels.swiglu import swiglu
 from kernels.swiglu.reference import swiglu_reference
-
-MAX_PADDED_ROWS = 2048
-"""Up to so many rows, padding counted, the experts run as one batch; above, the loop's calls cost nothing beside its work."""
 
 
 class Route(NamedTuple):
@@ -66,12 +62,7 @@ def experts_reference(
     """x [T, D], gate_up [E, 2I, D], down [E, D, I], expert_ids i64[T, k], weights f32[T, k] -> [T, D]."""
     gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
     rows, order, counts = _sort_by_expert(x, expert_ids, gate_up.shape[0])
-    capacity = max(MIN_ROWS, int(counts.max()))
-    if x.dtype != torch.bfloat16 and capacity * gate_up.shape[0] <= MAX_PADDED_ROWS:
-        outputs = _run_batched(rows, expert_ids.flatten()[order], counts, capacity, gate_up, down)
-    else:
-        outputs = _run_each(rows, counts.tolist(), gate_up, down)
-    return _combine(outputs, order, weights)
+    return _combine(_run_each(rows, counts.tolist(), gate_up, down), order, weights)
 
 
 def experts_torch(
@@ -109,22 +100,6 @@ def _run_each(
     inner = [linear(part, matrix, impl) for part, matrix in zip(rows.split(counts), gate_up.unbind(0), strict=True)]
     activated = (swiglu if impl == "torch" else swiglu_reference)(torch.cat(inner))  # [T * k, I]
     return torch.cat([linear(part, matrix, impl) for part, matrix in zip(activated.split(counts), down.unbind(0), strict=True)])
-
-
-def _run_batched(
-    rows: torch.Tensor, expert_of_row: torch.Tensor, counts: torch.Tensor, capacity: int, gate_up: torch.Tensor, down: torch.Tensor
-) -> torch.Tensor:
-    """The same for few rows (a decode step), every expert padded to `capacity`: a quarter of the calls, and the same bits.
-
-    torch.bmm sums over K as `linear` does, for 16 rows or more, in float32 on the CPU; tests/kernels/test_moe.py watches it.
-    """
-    num_experts, hidden_size = gate_up.shape[0], rows.shape[1]
-    rank = torch.arange(rows.shape[0], device=rows.device) - (counts.cumsum(0) - counts).index_select(0, expert_of_row)
-    slot = expert_of_row * capacity + rank
-    padded = rows.new_zeros(num_experts * capacity, hidden_size).index_copy(0, slot, rows).view(num_experts, capacity, -1)
-    activated = swiglu_reference(torch.bmm(padded, gate_up.transpose(1, 2)).view(num_experts * capacity, -1))
-    out = torch.bmm(activated.view(num_experts, capacity, -1), down.transpose(1, 2))
-    return out.view(num_experts * capacity, hidden_size).index_select(0, slot)
 
 
 def make_inputs(

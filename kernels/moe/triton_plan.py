@@ -1,11 +1,13 @@
-"""The (token, choice) pairs sorted by expert on a GPU, and the experts' rows cut into tiles: two launches, no word to the host.
+"""Sorts the (token, choice) pairs by expert on a GPU, and cuts each expert's rows into tiles: two launches,
+no device sync.
 
-A counting sort, stable, so that an expert's rows are in order of token: the pairs are cut into at most MAX_CHUNKS chunks, one
-program each. `count` counts each chunk's pairs by expert; `place` adds up the chunks before its own and the experts before each,
-which is where its pairs go, and writes its share of the tiles. Only integers: the result is one, however the pairs are cut.
+A stable counting sort, so that an expert's rows are in order of token. The pairs are split into at most
+MAX_CHUNKS chunks, one program each. count_kernel counts each chunk's pairs by expert. place_kernel adds up
+the counts of earlier experts and earlier chunks, which gives the rows of its pairs, and writes a part of the
+tiles. All arithmetic is on integers, so the result does not depend on the split.
 
-The number of tiles that experts need is known on the device alone, so a product is launched over as many as there could be; the
-rest have expert -1 and end at once. A pair whose expert does not exist gets row -1, and its token NaN.
+Only the device has the number of tiles, so a product launches as many as there could be; unused ones have
+expert -1 and return at once. A pair with an invalid expert gets row -1, and its token becomes NaN.
 """
 
 from __future__ import annotations
@@ -19,31 +21,34 @@ import triton.language as tl
 from kernels.ahead_of_time import Compile
 
 MAX_CHUNKS = 128
-TABLE_ROWS = tl.constexpr(16)
-TILES = tl.constexpr(16)
+CHUNKS_AT_ONCE = tl.constexpr(16)
+TILES_AT_ONCE = tl.constexpr(16)
 
 
 class Plan(NamedTuple):
     pairs: torch.Tensor
-    """i32[T * k]: token * k + choice of each row, expert by expert."""
+    """i32[T * k]: token * k + choice of each row; rows are sorted by expert."""
     rows: torch.Tensor
     """i32[T * k]: the row of each pair."""
     bounds: torch.Tensor
-    """i32[E + 1]: an expert's first row, and the next one's."""
+    """i32[E + 1]: expert e has the rows bounds[e]..bounds[e + 1] - 1."""
     tiles: torch.Tensor
-    """i32[3, tiles]: expert (-1: none), first row, and the end of the expert's rows."""
+    """i32[3, tiles]: expert (-1: unused), first row, end of the expert's rows."""
 
 
 @triton.jit
 def experts_of(expert_ids, pair, num_pairs, E):
-    """i32, -1 where there is no pair or no such expert."""
+    """-> the expert of each pair, i32; -1 past the last pair and for an invalid expert."""
     expert = tl.load(expert_ids + pair, mask=pair < num_pairs, other=-1)
     return tl.where((expert >= 0) & (expert < E), expert, -1).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "chunk_size"])
-def count_kernel(counts, expert_ids, num_pairs, chunk_size, E, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr):
-    """counts i32[chunks, E]"""
+def count_kernel(
+    counts,  # i32[chunks, E]
+    expert_ids,  # i64[T * k]
+    num_pairs, chunk_size, E, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
+):
     chunk, e = tl.program_id(0), tl.arange(0, BLOCK_E)
     total = tl.zeros((BLOCK_E,), tl.int32)
     for start in range(0, chunk_size, BLOCK_P):
@@ -54,13 +59,20 @@ def count_kernel(counts, expert_ids, num_pairs, chunk_size, E, BLOCK_P: tl.const
 
 @triton.jit(do_not_specialize=["num_pairs", "chunk_size", "num_chunks", "num_tiles"])
 def place_kernel(
-    pairs, rows, bounds, tiles, expert_ids, counts, num_pairs, chunk_size, num_chunks, num_tiles, E,
+    pairs,  # i32[T * k]
+    rows,  # i32[T * k]
+    bounds,  # i32[E + 1]
+    tiles,  # i32[3, num_tiles]
+    expert_ids,  # i64[T * k]
+    counts,  # i32[chunks, E]
+    num_pairs, chunk_size, num_chunks, num_tiles, E,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
 ):
+    # Rows of each expert, and those in earlier chunks.
     chunk, e = tl.program_id(0), tl.arange(0, BLOCK_E)
     total, before = tl.zeros((BLOCK_E,), tl.int32), tl.zeros((BLOCK_E,), tl.int32)
-    for start in range(0, num_chunks, TABLE_ROWS):
-        other = (start + tl.arange(0, TABLE_ROWS))[:, None]
+    for start in range(0, num_chunks, CHUNKS_AT_ONCE):
+        other = (start + tl.arange(0, CHUNKS_AT_ONCE))[:, None]
         count = tl.load(counts + other * E + e[None, :], mask=(other < num_chunks) & (e[None, :] < E), other=0)
         total += tl.sum(count, axis=0)
         before += tl.sum(tl.where(other < chunk, count, 0), axis=0)
@@ -69,6 +81,7 @@ def place_kernel(
         tl.store(bounds + e, end - total, mask=e < E)
         tl.store(bounds + E, tl.sum(total, axis=0))
 
+    # The rows of this chunk's pairs.
     next_row = end - total + before
     for start in range(0, chunk_size, BLOCK_P):
         pair = chunk * chunk_size + start + tl.arange(0, BLOCK_P)
@@ -79,11 +92,12 @@ def place_kernel(
         tl.store(pairs + row, pair, mask=expert >= 0)
         next_row += tl.sum(is_mine, axis=0)
 
+    # A part of the tiles.
     needed = tl.cdiv(total, BLOCK_M)
     last_tile = tl.cumsum(needed, axis=0)
-    origin = end - total - (last_tile - needed) * BLOCK_M  # an expert's tile t begins at origin + t * BLOCK_M
-    for start in range(chunk * TILES, num_tiles, num_chunks * TILES):
-        tile = start + tl.arange(0, TILES)
+    origin = end - total - (last_tile - needed) * BLOCK_M  # tile t of an expert begins at origin + t * BLOCK_M
+    for start in range(chunk * TILES_AT_ONCE, num_tiles, num_chunks * TILES_AT_ONCE):
+        tile = start + tl.arange(0, TILES_AT_ONCE)
         expert = tl.sum((last_tile[None, :] <= tile[:, None]).to(tl.int32), axis=1)
         is_mine = expert[:, None] == e[None, :]
         tl.store(tiles + tile, tl.where(expert < E, expert, -1), mask=tile < num_tiles)
@@ -103,7 +117,7 @@ def make_plan(expert_ids: torch.Tensor, num_experts: int, block_m: int) -> Plan:
     chosen = config(num_experts)
     chunk_size = triton.cdiv(triton.cdiv(num_pairs, MAX_CHUNKS), chosen["BLOCK_P"]) * chosen["BLOCK_P"]
     num_chunks = triton.cdiv(num_pairs, chunk_size)
-    # Each expert that has rows leaves at most one tile unfilled.
+    # Each expert with rows has at most one partial tile.
     num_tiles = num_pairs // block_m + min(num_experts, num_pairs)
     counts, pairs, rows, bounds, tiles = (torch.empty(size, dtype=torch.int32, device=device) for size in (
         (num_chunks, num_experts), (num_pairs,), (num_pairs,), (num_experts + 1,), (3, num_tiles)))

@@ -1,8 +1,9 @@
-"""`route` on a GPU: scores, top-k and weights of a tile of tokens in one pass, and its gradient in another.
+"""`route` on a GPU: scores, top-k and weights of a tile of tokens in one kernel, the gradient in another.
 
-The top-k takes the largest k times. Score and index travel in one 64-bit key, ordered as route orders them (the larger score, NaN
-above all, then the lower index), so a single integer maximum finds the next choice whatever the layout. Sums over experts are over
-one token's own row; those over the choices go in order of k. Bytes of a token: 8E + 12k forward, 8E + 12k to 12E + 12k backward.
+The top-k takes the maximum k times. Score and index form one 64-bit key with the order of `route` (the larger
+score first, NaN above all, then the lower index), so one integer maximum finds the next choice for any
+layout. Sums over experts run over one token's row, sums over choices in order of k. Bytes moved per token: 8E
++ 12k forward, 8E + 12k to 12E + 12k backward.
 """
 
 from __future__ import annotations
@@ -21,17 +22,23 @@ TAKEN = tl.constexpr(-(2**63))
 
 @triton.jit
 def ordered_keys(choice, e, E, BLOCK_E: tl.constexpr):
-    """choice f32[BLOCK_T, BLOCK_E] -> i64, in whose order a choice comes before another."""
+    """choice f32[BLOCK_T, BLOCK_E] -> i64 keys; the larger key is chosen first."""
     bits = choice.to(tl.int32, bitcast=True)
-    key = tl.where(choice != choice, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))  # floats in the order of integers
+    key = tl.where(choice != choice, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))  # integers in the order of the floats
     return tl.where(e < E, (key.to(tl.int64) << 32) | (BLOCK_E - 1 - e), TAKEN)
 
 
 @triton.jit(do_not_specialize=["T"])
 def route_fwd_kernel(
-    expert_ids, weights, scores, logits, bias, T, E, K: tl.constexpr, HAS_BIAS: tl.constexpr, SIGMOID: tl.constexpr,
+    expert_ids,  # i64[T, K]
+    weights,  # f32[T, K]
+    scores,  # f32[T, E]
+    logits,  # f32[T, E]
+    bias,  # f32[E] with HAS_BIAS
+    T, E, K: tl.constexpr, HAS_BIAS: tl.constexpr, SIGMOID: tl.constexpr,
     NORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
+    # Scores.
     t = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     e, c = tl.arange(0, BLOCK_E)[None, :], tl.arange(0, BLOCK_K)[None, :]
     mask = (t < T) & (e < E)
@@ -42,8 +49,9 @@ def route_fwd_kernel(
         raised = tl.where(e < E, accurate_exp(logit - tl.max(logit, axis=1)[:, None]), 0.0)
         score = tl.div_rn(raised, tl.sum(raised, axis=1)[:, None])
     tl.store(scores + t * E + e, score, mask=mask)
+    # The top k, one choice at a time.
     key = ordered_keys(score + tl.load(bias + e, mask=e < E, other=0.0) if HAS_BIAS else score, e, E, BLOCK_E)
-    chosen, share = tl.zeros((BLOCK_T, BLOCK_K), tl.int32), tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    chosen, weight = tl.zeros((BLOCK_T, BLOCK_K), tl.int32), tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
     total = tl.zeros((BLOCK_T, 1), tl.float32)
     for choice in range(K):
         index = BLOCK_E - 1 - (tl.max(key, axis=1)[:, None] & 0xFFFFFFFF).to(tl.int32)
@@ -51,19 +59,25 @@ def route_fwd_kernel(
         key = tl.where(is_taken, TAKEN, key)
         value = tl.sum(tl.where(is_taken, score, 0.0), axis=1)[:, None]
         total += value
-        chosen, share = tl.where(c == choice, index, chosen), tl.where(c == choice, value, share)
+        chosen, weight = tl.where(c == choice, index, chosen), tl.where(c == choice, value, weight)
+    # Weights.
     if NORMALIZE:
-        share = tl.div_rn(share, tl.where(total < LEAST_SUM, LEAST_SUM, total) + tl.zeros_like(share))
+        weight = tl.div_rn(weight, tl.where(total < LEAST_SUM, LEAST_SUM, total) + tl.zeros_like(weight))
     tl.store(expert_ids + t * K + c, chosen.to(tl.int64), mask=(t < T) & (c < K))
-    tl.store(weights + t * K + c, share, mask=(t < T) & (c < K))
+    tl.store(weights + t * K + c, weight, mask=(t < T) & (c < K))
 
 
 @triton.jit(do_not_specialize=["T"])
 def route_bwd_kernel(
-    dlogits, dweights, dscores, expert_ids, scores, T, E, K: tl.constexpr, HAS_DWEIGHTS: tl.constexpr, HAS_DSCORES: tl.constexpr,
+    dlogits,  # f32[T, E]
+    dweights,  # f32[T, K] with HAS_DWEIGHTS
+    dscores,  # f32[T, E] with HAS_DSCORES
+    expert_ids,  # i64[T, K]
+    scores,  # f32[T, E]
+    T, E, K: tl.constexpr, HAS_DWEIGHTS: tl.constexpr, HAS_DSCORES: tl.constexpr,
     SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):
-    """dweights reaches the scores of the chosen, then all go through softmax or sigmoid."""
+    """The gradient of the scores, from dscores and dweights, then through softmax or sigmoid."""
     t = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     e = tl.arange(0, BLOCK_E)[None, :]
     is_token = t < T
@@ -72,6 +86,7 @@ def route_bwd_kernel(
     gradient = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     if HAS_DSCORES:
         gradient = tl.load(dscores + t * E + e, mask=mask, other=0.0)
+    # The gradient that reaches the chosen scores through the weights.
     if HAS_DWEIGHTS:
         divisor, mean = tl.full((BLOCK_T, 1), 1.0, tl.float32), tl.zeros((BLOCK_T, 1), tl.float32)
         if NORMALIZE:
@@ -83,18 +98,19 @@ def route_bwd_kernel(
                 along += tl.load(dweights + t * K + choice, mask=is_token, other=0.0) * value
             is_clamped = total < LEAST_SUM
             divisor = tl.where(is_clamped, LEAST_SUM, total)
-            mean = tl.where(is_clamped, 0.0, along / divisor)  # of dweights, by weight
+            mean = tl.where(is_clamped, 0.0, along / divisor)  # the mean of dweights, weighted by the scores
         for choice in range(K):
             expert = tl.load(expert_ids + t * K + choice, mask=is_token, other=-1)
             upstream = tl.load(dweights + t * K + choice, mask=is_token, other=0.0)
             gradient += tl.where(e == expert, (upstream - mean) / divisor, 0.0)
+    # Through softmax or sigmoid.
     along = 0.0 if SIGMOID else tl.sum(gradient * score, axis=1)[:, None]
     result = score * (gradient * (1.0 - score) if SIGMOID else gradient - along)
     tl.store(dlogits + t * E + e, result, mask=mask)
 
 
 def config(num_experts: int) -> dict[str, int]:
-    """A program's tile, by the number of experts alone."""
+    """The tile of a program, from the number of experts alone."""
     width = triton.next_power_of_2(num_experts)
     return {"BLOCK_T": max(1, TILE // width), "BLOCK_E": width, "num_warps": 4}
 

@@ -1,12 +1,15 @@
-"""`rms_norm`: y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467).
+"""`rms_norm`: y = x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019,
+arXiv:1910.07467).
 
-Reduced in f32 and rounded once, at the end; the weight stays f32. Used before attention, before the experts, at the end,
-and on each head's q and k (qk-norm). One row, one reduction of fixed length: no row sees another.
+Reduced in f32 and rounded once, at the end; the weight stays f32. The model uses it before attention, before
+the experts, before the head, and on each head's q and k (qk-norm). Each row is one reduction of fixed length,
+independent of the other rows.
 
-`add_rms_norm` is the norm of a sum, and the sum: total = x + residual, rounded to x's dtype; on a GPU in one pass instead of two.
+`add_rms_norm` returns the norm of total = x + residual, and total, rounded to x's dtype; on a GPU in one pass
+instead of two.
 
-Saved for backward: x (or total) and weight (the backward finds each row's scale again).
-Bytes: 2 * numel(x) * itemsize forward, 3 backward; with the sum 4 and 4 on a GPU.
+Saved for backward: x (or total) and weight; the backward pass recomputes each row's scale.
+Bytes moved: 2 * numel(x) * itemsize forward, 3 backward; for add_rms_norm 4 and 4 on a GPU.
 Siblings: reference.py, function.py and triton_kernel.py here, csrc/rms_norm/, tests/kernels/test_rms_norm.py.
 """
 
@@ -17,7 +20,7 @@ import torch
 from kernels import triton_ops
 from kernels.checks import FLOATS, check, describe
 from kernels.dispatch import Implementation, Op
-from kernels.native import DTYPES, OPS, cpu_why_not
+from kernels.native import DTYPES, OPS, cpu_unsupported_reason
 from kernels.rms_norm.function import add_rms_norm_by, add_then, rms_norm_by
 from kernels.rms_norm.reference import make_inputs, rms_norm_reference
 
@@ -30,17 +33,17 @@ triton_ops.register("rms_norm", {
     "add_rms_norm_bwd":
         "(Tensor(a!) dx, Tensor(b!) dweight, Tensor dy, Tensor? dtotal, Tensor total, Tensor weight, float eps) -> ()"})
 OP = Op("rms_norm", (
-    Implementation("native", rms_norm_by(OPS), cpu_why_not, DTYPES),
-    Implementation("triton", rms_norm_by(triton_ops.OPS), triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("native", rms_norm_by(OPS), cpu_unsupported_reason, DTYPES),
+    Implementation("triton", rms_norm_by(triton_ops.OPS), triton_ops.unsupported_reason, triton_ops.DTYPES),
     Implementation("reference", rms_norm_reference)))
 ADD_OP = Op("add_rms_norm", (
-    Implementation("native", add_then(rms_norm_by(OPS)), cpu_why_not, DTYPES),
-    Implementation("triton", add_rms_norm_by(triton_ops.OPS), triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("native", add_then(rms_norm_by(OPS)), cpu_unsupported_reason, DTYPES),
+    Implementation("triton", add_rms_norm_by(triton_ops.OPS), triton_ops.unsupported_reason, triton_ops.DTYPES),
     Implementation("reference", add_then(rms_norm_reference))))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, impl: str = "auto") -> torch.Tensor:
-    """x: float[..., D], weight: f32[D] (f64 with f64) -> x's shape and dtype."""
+    """x: float[..., D], weight: f32[D] or f64[D] -> float[..., D], x's dtype."""
     if x.dim() < 1 or x.dtype not in FLOATS:
         raise ValueError(f"rms_norm: x must be float[..., D], got {describe(x)}")
     check("rms_norm", "weight", weight, (x.shape[-1],), (torch.float32, torch.float64), like=x)
@@ -51,7 +54,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, impl: str
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, impl: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and residual: float[..., D] of one shape and dtype, weight: f32[D] -> the normed sum, and the sum."""
+    """x and residual: float[..., D] of one dtype, weight: f32[D] or f64[D] -> (norm of the sum, the sum),
+    both like x."""
     if x.dim() < 1 or x.dtype not in FLOATS:
         raise ValueError(f"add_rms_norm: x must be float[..., D], got {describe(x)}")
     check("add_rms_norm", "residual", residual, tuple(x.shape), x.dtype, like=x)

@@ -1,5 +1,5 @@
-"""`rms_norm` as autograd.Functions over ops that write their result: the norm of rows where they lie (heads of a qkv matrix), and
-the norm of a sum, which a GPU takes in the same pass."""
+"""`rms_norm` as autograd.Functions over ops that write their result. The norm reads strided rows in place
+(heads of a qkv matrix); a GPU computes the norm of a sum in the same pass."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ AddNorm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torc
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """x as the kernels read it: 2 or 3 dimensions, the last in order; a copy only where that is not so."""
+    """x as a view of 2 or 3 dimensions, the last contiguous, as the kernels read it; a copy only if no view
+    fits."""
     if x.dim() not in (2, 3):
         x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def rms_norm_by(ops: Any) -> Norm:
-    """ops: has rms_norm_fwd and rms_norm_bwd (torch.ops.reason_rl, torch.ops.reason_rl_triton)."""
+    """The op by `ops`, which has rms_norm_fwd and rms_norm_bwd: torch.ops.reason_rl or
+    torch.ops.reason_rl_triton."""
 
     class RmsNorm(torch.autograd.Function):
         @staticmethod
@@ -51,7 +53,7 @@ def rms_norm_by(ops: Any) -> Norm:
 
 
 def add_rms_norm_by(ops: Any) -> AddNorm:
-    """ops: has add_rms_norm_fwd and add_rms_norm_bwd (torch.ops.reason_rl_triton)."""
+    """The op by `ops`, which has add_rms_norm_fwd and add_rms_norm_bwd: torch.ops.reason_rl_triton."""
 
     class AddRmsNorm(torch.autograd.Function):
         @staticmethod
@@ -87,7 +89,7 @@ def add_rms_norm_by(ops: Any) -> AddNorm:
 
 
 def add_then(norm: Norm) -> AddNorm:
-    """The sum by torch, then its norm."""
+    """add_rms_norm as torch's sum, then `norm`."""
 
     def add_rms_norm(
         x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float

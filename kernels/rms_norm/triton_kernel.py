@@ -1,11 +1,14 @@
-"""`rms_norm` on a GPU, alone or of a sum x + residual: one pass over memory each way, whole rows in registers.
+"""`rms_norm` on a GPU, of x or of x + residual: one pass over memory forward and one backward, with whole
+rows in registers.
 
-A program holds a tile of whole rows: one wide row, or as many narrow ones (a head's) as fill TILE elements. Tile and warps follow
-from the row's size alone, and a row is reduced across its own columns only, so its bits depend on nothing beside it.
+A program holds a tile of whole rows: one wide row, or as many narrow rows (a head's) as fill TILE elements.
+Tile and warps follow from the row's size alone, and a row is reduced over its own columns only, so its bits
+do not depend on the batch.
 
-Bytes of an element, times itemsize: 2 forward, 3 backward; with the sum 4 and 4. dweight: each of at most MAX_PARTS programs sums
-its own rows in order into a part f32[D], a second kernel adds the parts in order. The parts stay in L2; they are split by the
-number of rows, which only a weight's gradient may be.
+Bytes moved per element, times itemsize: 2 forward, 3 backward; for add_rms_norm 4 and 4. dweight: each of at
+most MAX_PARTS programs sums its rows in order into a part f32[D], and a second kernel adds the parts in
+order. The parts stay in L2. The number of rows decides their split; only the gradient of a weight may depend
+on it.
 """
 
 from __future__ import annotations
@@ -22,12 +25,14 @@ from kernels.triton_ops import DTYPES
 
 TILE = 1024
 MAX_PARTS = 1024
-"""Some eight for each multiprocessor of the largest GPUs: about what fits at once, and enough to hide memory's latency."""
+"""About eight per multiprocessor of the largest GPUs: about as many as run at once, enough to hide memory
+latency."""
 
 
 @triton.jit
 def row_offsets(first_row, inner, stride_outer, stride_inner, BLOCK_R: tl.constexpr):
-    """Where each of BLOCK_R rows of x [outer, inner, D] begins, i64[BLOCK_R, 1]; one division in 64 bits."""
+    """The offset of each of BLOCK_R rows of x [outer, inner, D], i64[BLOCK_R, 1], with one 64-bit
+    division."""
     outer = first_row // inner
     row = (first_row - outer * inner).to(tl.int32) + tl.arange(0, BLOCK_R)
     return ((outer + row // inner) * stride_outer + (row % inner).to(tl.int64) * stride_inner)[:, None]
@@ -41,10 +46,15 @@ def row_scale(x, D, eps):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_fwd_kernel(
-    y, total, x, residual, weight, eps, num_rows, D, inner, stride_outer, stride_inner,
+    y,  # [num_rows, D], contiguous
+    total,  # like y; y again without HAS_RESIDUAL
+    x,  # [num_rows, D] by its strides, or [num_rows / inner, inner, D]
+    residual,  # like y; x again without HAS_RESIDUAL
+    weight,  # f32[D]
+    eps, num_rows, D, inner, stride_outer, stride_inner,
     HAS_RESIDUAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """y, total and residual [num_rows, D] contiguous; x through its strides."""
+    """total = x + residual if HAS_RESIDUAL, else x; y = rms_norm(total)."""
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_R
     row = (first_row + tl.arange(0, BLOCK_R))[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -54,16 +64,24 @@ def rms_norm_fwd_kernel(
         whole = rounded(value + tl.load(residual + row * D + d, mask=mask, other=0.0).to(tl.float32), total.dtype.element_ty)
         tl.store(total + row * D + d, whole, mask=mask)
         value = whole.to(tl.float32)
+    # The norm, in f32 but for the stored result.
     factor = tl.load(weight + d, mask=d < D, other=0.0)
     tl.store(y + row * D + d, rounded(value * row_scale(value, D, eps) * factor, y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "tiles_per_part"])
 def rms_norm_bwd_kernel(
-    dx, parts, dy, dtotal, x, weight, eps, num_rows, tiles_per_part, D, inner_dy, outer_stride_dy, inner_stride_dy,
+    dx,  # [num_rows, D], contiguous
+    parts,  # f32[programs, D]: each program's sum of dweight
+    dy,  # [num_rows, D] by its strides
+    dtotal,  # like dx; dy again without HAS_TOTAL
+    x,  # [num_rows, D] by its strides; the total of add_rms_norm
+    weight,  # f32[D]
+    eps, num_rows, tiles_per_part, D, inner_dy, outer_stride_dy, inner_stride_dy,
     inner, stride_outer, stride_inner, HAS_TOTAL: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """With s a row's scale and g = dy * weight: dx = s * (g - x * s^2 * mean(g * x)) (+ dtotal); dweight gets dy * x * s."""
+    """With s the row's scale and g = dy * weight: dx = s * (g - x * s^2 * mean(g * x)) (+ dtotal), and
+    dweight sums dy * x * s."""
     d = tl.arange(0, BLOCK_D)[None, :]
     factor = tl.load(weight + d, mask=d < D, other=0.0)
     part = tl.program_id(0).to(tl.int64)
@@ -72,10 +90,12 @@ def rms_norm_bwd_kernel(
         first_row = (part * tiles_per_part + tile) * BLOCK_R
         row = (first_row + tl.arange(0, BLOCK_R))[:, None]
         mask = (row < num_rows) & (d < D)
+        # A tile of x and of its upstream gradient.
         from_x = row_offsets(first_row, inner, stride_outer, stride_inner, BLOCK_R) + d
         from_dy = row_offsets(first_row, inner_dy, outer_stride_dy, inner_stride_dy, BLOCK_R) + d
         value = tl.load(x + from_x, mask=mask, other=0.0).to(tl.float32)
         upstream = tl.load(dy + from_dy, mask=mask, other=0.0).to(tl.float32)
+        # dx, and this tile's terms of dweight.
         scale = row_scale(value, D, eps)
         gradient = upstream * factor
         back = scale * scale * (tl.sum(gradient * value, axis=1)[:, None] / D)
@@ -83,13 +103,17 @@ def rms_norm_bwd_kernel(
         if HAS_TOTAL:
             result += tl.load(dtotal + row * D + d, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + row * D + d, rounded(result, dx.dtype.element_ty), mask=mask)
-        dweight += tl.where(mask, upstream * (value * scale), 0.0)  # past the end the scale may be infinite
+        dweight += tl.where(mask, upstream * (value * scale), 0.0)  # rows past the end may have an infinite scale
     tl.store(parts + part * D + d, tl.sum(dweight, axis=0)[None, :], mask=d < D)
 
 
 @triton.jit(do_not_specialize=["num_parts"])
-def dweight_kernel(dweight, parts, num_parts, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    """dweight [D] = the sum of parts [num_parts, D], in order."""
+def dweight_kernel(
+    dweight,  # f32[D]
+    parts,  # f32[num_parts, D]
+    num_parts, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """dweight = the sum of parts over the programs, in order."""
     d = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
     total = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     for first in range(0, num_parts, BLOCK_P):
@@ -102,13 +126,14 @@ PARTS_CONFIG = {"BLOCK_P": 256, "BLOCK_D": 16, "num_warps": 4}
 
 
 def config(size: int) -> dict[str, int]:
-    """Tile and warps, by the size of a row alone: 8 elements a thread, one vector load of bf16, and more only past 4096."""
+    """Tile and warps, from the row size alone: 8 elements per thread, one vector load of bf16, and more only
+    past 4096."""
     width = triton.next_power_of_2(size)
     return {"BLOCK_R": max(1, TILE // width), "BLOCK_D": width, "num_warps": min(16, max(4, width // 256))}
 
 
 def _place(rows: torch.Tensor) -> tuple[int, int, int]:
-    """rows [outer, D] or [outer, inner, D] -> inner, and the strides of both."""
+    """rows [outer, D] or [outer, inner, D] -> (inner, stride of outer, stride of inner)."""
     return (rows.shape[1], rows.stride(0), rows.stride(1)) if rows.dim() == 3 else (1, rows.stride(0), 0)
 
 
@@ -175,7 +200,7 @@ def compiles() -> list[Compile]:
         place = {"inner": 1, "stride_outer": "i32", "stride_inner": "i32"}
         place_dy = {"inner_dy": 1, "outer_stride_dy": "i32", "inner_stride_dy": "i32"}
         heads = place | {"inner": "i32"}, place_dy | {"inner_dy": "i32"}
-        # Heads of the default model and the usual ones, hidden states of both and of wide models.
+        # Heads of the default model and of most models; hidden states of both, and of wide models.
         for size, has_residual in ((32, False), (128, True), (2048, True), (8192, True)):
             of_x, of_dy = (place, place_dy) if has_residual else heads
             forward: dict[str, Any] = {"y": p, "total": p, "x": p, "residual": p, "weight": "*fp32", "eps": "fp32",
@@ -183,7 +208,7 @@ def compiles() -> list[Compile]:
             backward: dict[str, Any] = {"dx": p, "parts": "*fp32", "dy": p, "dtotal": p, "x": p, "weight": "*fp32",
                                         "eps": "fp32", "num_rows": "i32", "tiles_per_part": "i32", "D": "i32", **of_dy, **of_x}
             options, flag = config(size) | {"num_stages": 3}, has_residual
-            may_spill = dtype == torch.float32 and size == 8192  # backward, on sm_100: such a row fills the registers
+            may_spill = dtype == torch.float32 and size == 8192  # backward on sm_100: a row of this size fills the registers
             name = "add_rms_norm" if has_residual else "rms_norm"
             found += [Compile(f"{name}_fwd D{size}", dtype, rms_norm_fwd_kernel, forward, options | {"HAS_RESIDUAL": flag}),
                       Compile(f"{name}_bwd D{size}", dtype, rms_norm_bwd_kernel, backward, options | {"HAS_TOTAL": flag},

@@ -1,10 +1,12 @@
-"""`rope`: rotary position embedding (Su et al. 2021, arXiv:2104.09864) in the half-split layout of Hugging Face checkpoints.
+"""`rope`: rotary position embedding (Su et al. 2021, arXiv:2104.09864) in the half-split layout of Hugging
+Face checkpoints.
 
     y[c]       = x[c] * cos - x[c + C/2] * sin
     y[c + C/2] = x[c + C/2] * cos + x[c] * sin          c < C/2
 
-The angles come as tables (reason_rl/model/rope.py builds them per position), so that scalings stay out of the kernel.
-Computed in f32, stored in x's dtype. Saved for backward: cos, sin. Bytes: 2 * numel(x) * itemsize.
+The angles are tables, built per position by the model (reason_rl/model/rope.py), so that the kernel needs no
+scaling rules. Computed in f32, stored in x's dtype. Saved for backward: cos, sin. Bytes moved: 2 * numel(x) *
+itemsize.
 Siblings: reference.py, function.py and triton_kernel.py here, csrc/rope/, tests/kernels/test_rope.py.
 """
 
@@ -15,7 +17,7 @@ import torch
 from kernels import triton_ops
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
-from kernels.native import DTYPES, OPS, cpu_why_not
+from kernels.native import DTYPES, OPS, cpu_unsupported_reason
 from kernels.rope.function import rope_by
 from kernels.rope.reference import make_inputs, rope_reference
 
@@ -25,8 +27,8 @@ triton_ops.register("rope", {
     "rope_fwd": "(Tensor(a!) y, Tensor x, Tensor cos, Tensor sin) -> ()",
     "rope_bwd": "(Tensor(a!) dx, Tensor dy, Tensor cos, Tensor sin) -> ()"})
 OP = Op("rope", (
-    Implementation("native", rope_by(OPS), cpu_why_not, DTYPES),
-    Implementation("triton", rope_by(triton_ops.OPS), triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("native", rope_by(OPS), cpu_unsupported_reason, DTYPES),
+    Implementation("triton", rope_by(triton_ops.OPS), triton_ops.unsupported_reason, triton_ops.DTYPES),
     Implementation("reference", rope_reference)))
 
 

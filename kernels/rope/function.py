@@ -1,5 +1,5 @@
-"""`rope` as an autograd.Function over two ops that write their result; heads are read where they lie. The tables are facts: no
-gradient."""
+"""`rope` as an autograd.Function over two ops that write their result. Strided heads are read in place; cos
+and sin have no gradient."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kernels.rms_norm.function import as_rows
 
 
 def rope_by(ops: Any) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """ops: has rope_fwd and rope_bwd (torch.ops.reason_rl, torch.ops.reason_rl_triton)."""
+    """The op by `ops`, which has rope_fwd and rope_bwd: torch.ops.reason_rl or torch.ops.reason_rl_triton."""
 
     class Rope(torch.autograd.Function):
         @staticmethod

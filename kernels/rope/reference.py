@@ -1,4 +1,4 @@
-"""The specification of `rope`: each half-pair (x[c], x[c + C/2]) is turned by its angle, in float32."""
+"""The specification of `rope`: each pair (x[c], x[c + C/2]) is rotated by its angle, in f32."""
 
 from __future__ import annotations
 

@@ -1,18 +1,21 @@
-"""`sample`: from the last hidden states to one token a row, its logprob, and the log of the mass that truncation kept.
+"""`sample`: from the last hidden states to one token per row, its logprob, and the log of the mass that
+truncation kept.
 
     z[r, v] = sum_d hidden[r, d] * weight[v, d] / temperature
-    token   = argmax over the kept v of z[r, v] + gumbel[r, v]              (Gumbel-max: a draw from softmax(z) of the kept)
-    logprob = z[token] - logsumexp_v z          over the FULL vocabulary, the very bits that `linear_logprob` gives
-    kept_logmass = log sum of softmax(z) over the kept v; the truncated policy's logprob is logprob - kept_logmass
+    token   = argmax over the kept v of z[r, v] + gumbel[r, v]       (Gumbel-max: a draw from softmax(z))
+    logprob = z[token] - logsumexp_v z      over the FULL vocabulary, with the same bits as `linear_logprob`
+    kept_logmass = log sum of softmax(z) over the kept v; logprob - kept_logmass is the truncated policy's
 
-The noise is counter-based (philox.py): keyed by (keys[r], positions[r], v), so that a row draws the same token in any
-batch. temperature = 0 is greedy (ties by index), with the logprob at temperature 1. NaN or infinite logits raise; but Triton on a
-GPU does not wait to see them: such a row's token is -1, and whoever reads the tokens calls `check_tokens`.
-Flops: 2RDV; bytes: VD * itemsize for small R. Not differentiable.
-The native kernel takes the likeliest tokens off a heap, Triton's finds where they end in histograms; both take the noise in f32,
-with a known error, first: the f64 logs are left to the few tokens that can still win. Their token can differ from the reference's
-where logits differ in a last bit, or where two scores do.
-Siblings: reference.py, philox.py, function.py and triton_*.py here, csrc/sample/, tests/kernels/test_sample.py.
+The noise is counter-based (philox.py): its key is (keys[r], positions[r], v), so that a row draws the same
+token in any batch. temperature = 0 is greedy (ties by index), with the logprob at temperature 1. NaN or
+infinite logits raise. Triton on a GPU would have to sync for that: the row's token is -1 instead, and the
+reader of the tokens calls `check_tokens`.
+Flops: 2RDV. Bytes moved: VD * itemsize for small R. Not differentiable. To truncate, the native kernel pops
+the likeliest tokens from a heap, and Triton's finds the last kept token by histograms. Both first compute the
+noise in f32, with a bounded error, and take f64 logs of only the few tokens that can still win. Their token
+may differ from the reference's if logits differ in the last bit, or if two scores do.
+Siblings: reference.py, philox.py, function.py and triton_*.py here, csrc/sample/,
+tests/kernels/test_sample.py.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import torch
 from kernels import triton_ops
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
-from kernels.native import DTYPES, OPS, cpu_why_not, cuda_why_not
+from kernels.native import DTYPES, OPS, cpu_unsupported_reason, cuda_unsupported_reason
 from kernels.sample.cuda import sample_cuda
 from kernels.sample.function import check_tokens, sample_by
 from kernels.sample.reference import make_inputs, sample_reference
@@ -33,9 +36,9 @@ triton_ops.register("sample", {
     "sample": "(Tensor(a!) token, Tensor(b!) logprob, Tensor(c!) kept_logmass, Tensor hidden, Tensor weight, Tensor keys, "
               "Tensor positions, float temperature, int top_k, float top_p, float min_p) -> ()"})
 OP = Op("sample", (
-    Implementation("native", sample_by(OPS), cpu_why_not, DTYPES),
-    Implementation("triton", sample_by(triton_ops.OPS), triton_ops.why_not, triton_ops.DTYPES),
-    Implementation("cuda", sample_cuda, cuda_why_not, DTYPES, is_automatic=False),
+    Implementation("native", sample_by(OPS), cpu_unsupported_reason, DTYPES),
+    Implementation("triton", sample_by(triton_ops.OPS), triton_ops.unsupported_reason, triton_ops.DTYPES),
+    Implementation("cuda", sample_cuda, cuda_unsupported_reason, DTYPES, is_automatic=False),
     Implementation("reference", sample_reference)))
 
 

@@ -1,6 +1,8 @@
-"""`sample` by csrc/sample/cuda.cu: logits in f32 for as many rows as fit CHUNK_BYTES, then one GPU block a row, without a sort.
+"""`sample` by csrc/sample/cuda.cu: f32 logits of as many rows as fit CHUNK_BYTES, then one thread block per
+row, without a sort.
 
-Not the automatic choice: no measurement has yet shown it ahead of the reference.
+Runs only under impl="cuda"; it is kept until a GPU has measured it against Triton's sampler, then the slower
+one goes.
 """
 
 from __future__ import annotations

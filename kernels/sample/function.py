@@ -1,4 +1,5 @@
-"""`sample` over one op that writes its three results: csrc/sample's, or Triton's. The native decode step calls the same rows."""
+"""`sample` over one op that writes its three results: csrc/sample's or Triton's. The native decode step calls
+the same C++ function for its rows."""
 
 from __future__ import annotations
 
@@ -12,14 +13,14 @@ BROKEN = "sample: the logits of row {} hold NaN or inf; the weights or the hidde
 
 
 def check_tokens(tokens: Sequence[int]) -> None:
-    """Raises ValueError when a row had no token to draw: on a GPU it is -1, and shows only where tokens are read."""
+    """Raises ValueError for a token of -1, with which a GPU marks a row of NaN or infinite logits."""
     for row, token in enumerate(tokens):
         if token < 0:
             raise ValueError(BROKEN.format(row))
 
 
 def sample_by(ops: Any) -> Callable[..., Drawn]:
-    """ops: has sample (torch.ops.reason_rl, torch.ops.reason_rl_triton)."""
+    """The op by `ops.sample`; ops: torch.ops.reason_rl or torch.ops.reason_rl_triton."""
 
     def sample(
         hidden: torch.Tensor, weight: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor,

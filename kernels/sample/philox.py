@@ -1,6 +1,6 @@
 """Counter-based random numbers: Philox4x32-10 (Salmon et al. 2011), in torch integer arithmetic.
 
-The same (key, counter) gives the same 32 bits on every device, in every batch, in any order; nothing is stateful.
+A (key, counter) gives the same bits on every device, in every batch, in any order. There is no state.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ NUM_ROUNDS = 10
 
 
 def _high_low(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of a 32 x 32 bit product held in i64: the product wraps, but its bits are right."""
+    """High and low 32 bits of a 32 x 32 bit product. The i64 product may wrap; its 64 bits are still
+    right."""
     product = a * b
     return (product >> 32) & MASK, product & MASK
 
 
 def philox(key: torch.Tensor, counter: tuple[torch.Tensor | int, ...]) -> torch.Tensor:
-    """key i64[...] (64 bits), counter: up to four words i64, broadcastable with key, the rest 0 -> i64[..., 4] in [0, 2^32)."""
+    """key i64[...] (64 bits); counter: up to four i64 words, broadcastable with key, the rest 0 -> i64[...,
+    4] in [0, 2^32)."""
     key_a, key_b = key & MASK, (key >> 32) & MASK
     zero = torch.zeros_like(key)
     words = [(zero + word) & MASK for word in counter]
@@ -34,9 +36,9 @@ def philox(key: torch.Tensor, counter: tuple[torch.Tensor | int, ...]) -> torch.
 
 
 def uniform(key: torch.Tensor, position: torch.Tensor, num: int) -> torch.Tensor:
-    """key, position i64[R] -> f64[R, num], uniform over the 2^32 midpoints (m + 1/2) / 2^32: never 0, never 1.
+    """key, position i64[R] -> f64[R, num], uniform over the 2^32 midpoints (m + 1/2) / 2^32, never 0 or 1.
 
-    Number v of row r is word v % 4 of the block with counter (v // 4, position[r]).
+    Column v of row r is word v % 4 of the block with counter (v // 4, position[r]).
     """
     blocks = torch.arange((num + 3) // 4, device=key.device)
     words = philox(key[:, None], (blocks[None, :], position[:, None]))  # [R, num/4, 4]
@@ -44,5 +46,6 @@ def uniform(key: torch.Tensor, position: torch.Tensor, num: int) -> torch.Tensor
 
 
 def gumbel(key: torch.Tensor, position: torch.Tensor, num: int) -> torch.Tensor:
-    """-> f32[R, num] of standard Gumbel noise, -log(-log(u)), up to 22.9; f64 inside, where log(u) near u = 1 keeps its digits."""
+    """-> f32[R, num] of standard Gumbel noise, -log(-log(u)), at most 22.9. Computed in f64, which keeps the
+    digits of log(u) near u = 1."""
     return -torch.log(-torch.log(uniform(key, position, num))).float()

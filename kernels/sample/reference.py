@@ -1,4 +1,5 @@
-"""The specification of `sample`: logits, truncation by a stable sort, and the Gumbel-max trick with counter-based noise."""
+"""The specification of `sample`: logits, truncation by a stable sort, and the Gumbel-max trick with
+counter-based noise."""
 
 from __future__ import annotations
 
@@ -10,9 +11,10 @@ from kernels.sample.philox import gumbel
 
 
 def truncation_mask(logprobs: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
-    """logprobs [R, V] -> bool[R, V] of the tokens kept. The likeliest token always is; equal ones go by index.
+    """logprobs [R, V] -> bool[R, V]: the kept tokens. The likeliest token is always kept; equal ones rank by
+    index.
 
-    All three look at the full distribution, and a token is kept when every one of them keeps it.
+    Each of the three limits applies to the full distribution, and a token is kept if all three keep it.
     """
     ordered, index = torch.sort(logprobs, dim=-1, descending=True, stable=True)
     rank = torch.arange(logprobs.shape[1], device=logprobs.device)
@@ -21,7 +23,7 @@ def truncation_mask(logprobs: torch.Tensor, top_k: int, top_p: float, min_p: flo
         keep &= rank < top_k
     if top_p < 1:
         mass = ordered.double().exp()
-        keep &= mass.cumsum(-1) - mass < top_p  # the mass before this token has not reached top_p yet
+        keep &= mass.cumsum(-1) - mass < top_p  # the mass before this token is below top_p
     if min_p > 0:
         keep &= ordered >= ordered[:, :1] + torch.log(torch.tensor(min_p, dtype=ordered.dtype))
     keep[:, 0] = True
@@ -33,19 +35,22 @@ def sample_reference(
     temperature: float, top_k: int, top_p: float, min_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> (token i64[R], logprob f32[R], kept_logmass f32[R])."""
+    # Logits of the full vocabulary.
     logits, log_sum = scaled_logits(hidden, weight, temperature or 1.0)
     finite = torch.isfinite(logits).all(-1)
     if not finite.all():
         raise ValueError(BROKEN.format(int((~finite).nonzero()[0])))
+    # Truncation.
     kept_logmass = torch.zeros_like(log_sum)
     scores = logits
     if temperature and (top_k or top_p < 1 or min_p > 0):
         logprobs = logits - log_sum[:, None]
         keep = truncation_mask(logprobs, top_k, top_p, min_p)
         kept = row_sum(torch.where(keep, logprobs, -torch.inf).double().exp()).log().to(log_sum.dtype)
-        # Keeping everything must read as exactly nothing cut, not as the rounding of a sum.
+        # If all tokens are kept the result must be exactly 0, not the rounding of a sum.
         kept_logmass = torch.where(keep.all(-1), 0.0, kept.clamp(max=0.0))
         scores = torch.where(keep, logits, -torch.inf)
+    # The draw.
     if temperature:
         scores = scores + gumbel(keys, positions, logits.shape[1])
     token = scores.argmax(-1)

@@ -1,11 +1,13 @@
-"""Top-k, top-p and min-p on a GPU, from logits f32[R, V] to one token a row: no sort, and no sum whose order shows.
+"""Top-k, top-p and min-p on a GPU, from logits f32[R, V] to one token per row: no sort, and no sum that
+depends on its order.
 
-The kept tokens are the first in the order (logprob falling, index rising), so a cut is one logprob and, among the tokens that have
-exactly that one, a number of them. It is found digit by digit in the logprobs' bits: a histogram of how many tokens and how much
-mass each digit holds, then the digit in which top_k or top_p is reached. Counts and mass are integers, mass in units of 2^-60:
-atomics on them give the same sums in any order. A row is cut into parts of SPLIT tokens, a program and a histogram each: enough
-programs for a few rows, and the last histograms say how many of the equal tokens stand in the parts before. A level's programs each
-read the level before's histograms; so nothing waits but the launches, four for the digits and one for the draw (min-p alone: one).
+The kept tokens are the first in the order (logprob falling, index rising), so a cut is a logprob and, among
+the tokens that have exactly this logprob, a count. A radix search over the logprobs' bits finds it: for each
+digit a histogram of token counts and mass, then the digit at which top_k or top_p is reached. Counts and mass
+are integers, mass in units of 2^-60, so that atomic additions give the same sums in any order. A row is split
+into parts of SPLIT tokens, with one program and one histogram each: enough programs for a few rows, and the
+last histograms count the equal tokens of earlier parts. Each program of a level reads the histograms of the
+level before, so launches are the only barriers: four for the digits and one for the draw (min-p alone: one).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from kernels.linear_logprob.triton_kernel import MAX_CHUNKS, merged_chunks
 from kernels.sample.triton_noise import gumbel, philox_words
 
 LEVELS = tl.constexpr(4)
-"""Digits of 8, 8, 8 and 7 bits: a logprob is never above 0, so its sign is not one of them."""
+"""Digits of 8, 8, 8 and 7 bits. A logprob is at most 0, so the sign bit is left out."""
 BINS = tl.constexpr(256)
 SPLIT = 16_384
 OFF = 1 << 62
@@ -32,12 +34,12 @@ CONFIG = {"SPLIT": SPLIT, "BLOCK": 1024, "num_warps": 4}
 class CutSpec(NamedTuple):
     top_k: int
     top_p: int
-    """In units of mass, rounded up."""
+    """In units of mass (2^-60), rounded up."""
     log_min_p: float
 
 
 def cut_spec(top_k: int, top_p: float, min_p: float) -> CutSpec | None:
-    """None where nothing is cut."""
+    """None if nothing is cut."""
     if not top_k and top_p == 1 and min_p == 0:
         return None
     log_min_p = math.log(float(torch.tensor(min_p, dtype=torch.float32))) if min_p > 0 else -math.inf
@@ -46,14 +48,14 @@ def cut_spec(top_k: int, top_p: float, min_p: float) -> CutSpec | None:
 
 @triton.jit
 def row_sums(partials, r, R, num_chunks, CHUNKS: tl.constexpr):
-    """-> (the row's largest logit, log of the sum of exp of all less that one), f32."""
+    """-> (the row's largest logit, log of the sum of exp(logit - largest)), f32."""
     highest, log_sum, _ = merged_chunks(partials, r + tl.arange(0, 1), R, num_chunks, CHUNKS)
     return tl.sum(highest, 0), tl.sum(log_sum.to(tl.float32), 0)
 
 
 @triton.jit
 def order_key(logprob):
-    """i32, rises as the logprob falls."""
+    """-> i32 that rises as the logprob falls."""
     return logprob.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -63,13 +65,20 @@ def mass_of(logprob):
 
 
 @triton.jit
-def descend(counts, masses, state, r, R, num_parts, top_k, top_p, LEVEL: tl.constexpr):
-    """-> (the first LEVEL digits of the key at which a limit is reached, tokens and mass before them, tokens that have them), i64;
-    -1 where none is reached. counts i32, masses i64 [LEVELS, R, num_parts, BINS]; state i64[LEVELS, 3, R]."""
+def descend(
+    counts,  # i32[LEVELS, R, num_parts, BINS]
+    masses,  # i64[LEVELS, R, num_parts, BINS]
+    state,  # i64[LEVELS, 3, R]
+    r, R, num_parts, top_k, top_p, LEVEL: tl.constexpr,
+):
+    """-> i64 (the first LEVEL digits of the key at which top_k or top_p is reached, or -1; the tokens and the
+    mass before that prefix; the tokens with it)."""
     prefix, count_before, mass_before, num_here = r * 0, r * 0, r * 0, r * 0
+    # The prefix of the level before.
     if LEVEL > 1:
         prefix = tl.load(state + (3 * LEVEL - 3) * R + r)
         count_before, mass_before = tl.load(state + (3 * LEVEL - 2) * R + r), tl.load(state + (3 * LEVEL - 1) * R + r)
+    # Its histogram over all parts, and the digit at which a limit is reached.
     if LEVEL > 0:
         digit = tl.arange(0, BINS)
         count, mass = tl.zeros((BINS,), tl.int64), tl.zeros((BINS,), tl.int64)
@@ -91,10 +100,17 @@ def descend(counts, masses, state, r, R, num_parts, top_k, top_p, LEVEL: tl.cons
 
 @triton.jit(do_not_specialize=["R", "num_chunks", "top_k", "top_p"])
 def sample_digit_kernel(
-    counts, masses, state, logits, partials, R, V, stride, num_chunks, top_k, top_p,
+    counts,  # i32[LEVELS, R, num_parts, BINS]
+    masses,  # i64[LEVELS, R, num_parts, BINS]
+    state,  # i64[LEVELS, 3, R]
+    logits,  # f32[R, V], rows `stride` apart
+    partials,  # f32[3, num_chunks, R]
+    R, V, stride, num_chunks, top_k, top_p,
     LEVEL: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """counts and masses [LEVEL, r, part] += the histogram of the next digit, over the part's tokens that have the digits so far."""
+    """Adds to counts and masses [LEVEL, r, part] the histogram of the next digit, over the part's tokens with
+    the prefix so far."""
+    # The prefix so far; part 0 stores it for the next level.
     r, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     prefix, count_before, mass_before, _ = descend(counts, masses, state, r, R, num_parts, top_k, top_p, LEVEL)
     if LEVEL > 0 and part == 0:
@@ -104,6 +120,7 @@ def sample_digit_kernel(
     highest, log_sum = row_sums(partials, r, R, num_chunks, CHUNKS)
     shift: tl.constexpr = 0 if LEVEL == LEVELS - 1 else 23 - 8 * LEVEL
     width: tl.constexpr = 7 if LEVEL == LEVELS - 1 else 8
+    # The histogram of the part.
     own = ((LEVEL * R + r) * num_parts + part) * BINS
     for first in range(part * SPLIT, tl.minimum(V, part * SPLIT + SPLIT), BLOCK):
         v = first + tl.arange(0, BLOCK)
@@ -118,13 +135,26 @@ def sample_digit_kernel(
 
 @triton.jit(do_not_specialize=["R", "num_chunks", "top_k", "top_p"])
 def sample_kept_kernel(
-    scores, tokens, picks, lowest, kept, counts, masses, state, logits, partials, keys, positions, R, V, stride, num_chunks, top_k,
-    top_p, log_min_p, HAS_DIGITS: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    scores,  # f64[num_parts, R]: the best score of the part
+    tokens,  # i32[num_parts, R]: its token
+    picks,  # f32[num_parts, R]: its logit
+    lowest,  # f32[num_parts, R]: the lowest logit of the part, -inf if one is NaN
+    kept,  # i64[2, num_parts, R]: the number and the mass of the kept tokens
+    counts,  # i32[LEVELS, R, num_parts, BINS]
+    masses,  # i64[LEVELS, R, num_parts, BINS]
+    state,  # i64[LEVELS, 3, R]
+    logits,  # f32[R, V], rows `stride` apart
+    partials,  # f32[3, num_chunks, R]
+    keys,  # i64[R]
+    positions,  # i64[R]
+    R, V, stride, num_chunks, top_k, top_p, log_min_p,
+    HAS_DIGITS: tl.constexpr, CHUNKS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """The part's winner among the kept tokens and its lowest logit, [num_parts, R] each, as sample_head_kernel gives them; and kept
-    i64[2, num_parts, R], how many they are and their mass."""
+    """Draws each part's winner among the kept tokens."""
     r, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     highest, log_sum = row_sums(partials, r, R, num_chunks, CHUNKS)
+    # The cut: keys below `limit` are kept, and the first num_ties tokens at it; `rank` counts those of
+    # earlier parts.
     limit, num_ties, rank = r * 0 - 1, r * 0, r * 0
     if HAS_DIGITS:
         limit, count_before, mass_before, num_here = descend(counts, masses, state, r, R, num_parts, top_k, top_p, LEVELS)
@@ -136,6 +166,7 @@ def sample_kept_kernel(
         for _ in range(part):
             rank += tl.load(place)
             place += BINS
+    # The draw over the part's tokens, a block at a time.
     best, token, picked = tl.full((), float("-inf"), tl.float64), r.to(tl.int32) * 0 - 1, highest * 0.0
     least = tl.full((BLOCK,), float("inf"), tl.float32)
     num_kept, mass_kept = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int64)
@@ -149,7 +180,7 @@ def sample_kept_kernel(
         if HAS_DIGITS:
             own = order_key(logprob)
             is_tie = (v < V) & (own == limit)
-            rank_of = rank + tl.cumsum(is_tie.to(tl.int64), 0)  # from 1
+            rank_of = rank + tl.cumsum(is_tie.to(tl.int64), 0)  # counted from 1
             keep = keep & ((limit < 0) | (own < limit) | (is_tie & (rank_of <= num_ties)))
             rank += tl.sum(is_tie.to(tl.int64), 0)
         num_kept += keep.to(tl.int64)
@@ -161,6 +192,7 @@ def sample_kept_kernel(
         is_better = highest_score > best
         best, token = tl.where(is_better, highest_score, best), tl.where(is_better, first + i, token)
         picked = tl.where(is_better, tl.sum(tl.where(v == first + i, z, 0.0), 0), picked)
+    # The winner of the part.
     place = part.to(tl.int64) * R + r
     tl.store(scores + place, best)
     tl.store(tokens + place, token)
@@ -171,7 +203,7 @@ def sample_kept_kernel(
 
 
 def new_winners(num: int, num_rows: int, device: torch.device) -> list[torch.Tensor]:
-    """[num, R] each: scores f64, tokens i32, logits f32, lowest logits f32."""
+    """-> empty scores f64, tokens i32, logits f32, lowest logits f32, [num, R] each."""
     dtypes = (torch.float64, torch.int32, torch.float32, torch.float32)
     return [torch.empty(num, num_rows, dtype=dtype, device=device) for dtype in dtypes]
 
@@ -179,11 +211,12 @@ def new_winners(num: int, num_rows: int, device: torch.device) -> list[torch.Ten
 def draw_kept(
     logits: torch.Tensor, vocab_size: int, partials: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, cut: CutSpec,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """-> (the winner of each part as sample_merge_kernel takes them, kept)."""
+    """-> (the winners of the parts, as sample_merge_kernel takes them; kept i64[2, parts, R])."""
     (num_rows, stride), num_chunks, device = logits.shape, partials.shape[1], logits.device
     chunks = triton.next_power_of_2(num_chunks)
     num_parts, has_digits = triton.cdiv(vocab_size, SPLIT), cut.top_k < OFF or cut.top_p < OFF
     winners, kept = new_winners(num_parts, num_rows, device), torch.empty(2, num_parts, num_rows, dtype=torch.int64, device=device)
+    # The digits of the cut, one launch each.
     counts = masses = state = None
     if has_digits:
         shape = (LEVELS.value, num_rows, num_parts, BINS.value)
@@ -193,6 +226,7 @@ def draw_kept(
             sample_digit_kernel[(num_rows, num_parts)](
                 counts, masses, state, logits, partials, num_rows, vocab_size, stride, num_chunks, cut.top_k, cut.top_p,
                 LEVEL=level, CHUNKS=chunks, **CONFIG)
+    # The draw.
     sample_kept_kernel[(num_rows, num_parts)](
         *winners, kept, counts, masses, state, logits, partials, keys, positions, num_rows, vocab_size, stride, num_chunks,
         cut.top_k, cut.top_p, cut.log_min_p, HAS_DIGITS=has_digits, CHUNKS=chunks, **CONFIG)

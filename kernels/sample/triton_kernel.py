@@ -1,16 +1,20 @@
-"""`sample` on a GPU: the head's logits tile by tile, and the draw behind each tile. [R, V] is written only where something is cut.
+"""`sample` on a GPU: the head's logits tile by tile, and a draw after each tile. Only a truncated draw stores
+[R, V].
 
-    head    a program takes a tile of rows and a chunk of the vocabulary, as linear_logprob's forward: of each row it keeps the sums
-            behind the logprob, by linear_logprob's own functions and tiles, so that both have the same bits; and the winner
-    merge   the chunks of some rows, as linear_logprob merges them: sums and winners, of equal scores the smaller token
+    head    a program takes a tile of rows and a chunk of the vocabulary, as in linear_logprob's forward pass.
+            For each row it computes the sums of the logprob, by linear_logprob's functions and tiles, so that
+            both have the same bits; and the winner of the draw
+    merge   merges the chunks of some rows, as linear_logprob does: sums, and winners (ties: lower token)
 
-A tile of logits fills the registers, and most of its rows are empty in a decode step. So it passes through a scratch of its own, in
-L2: 1 KB a row and chunk, f32[num_chunks, R, BLOCK_N]; the draw reads back the rows there are, DRAWN_ROWS at a time.
-The winner is the largest logit + noise, compared in f64. Two f64 logarithms for each token would cost more than the product: noise
-is computed to NOISE_ERROR first, and only tokens that can still win are settled; rows far below the best so far draw none at all.
-Top-k, top-p and min-p (triton_cut.py) need all of a row first: then the head leaves its logits, f32[R, V]. Either takes at most
-CHUNK_BYTES, some rows after the other beyond it. Bytes: the weight, VD * itemsize; with a cut 4RV more, written once, read 2 to 6
-times. A row with NaN or inf among its logits gets the token -1: nothing waits for the device (`check_tokens`).
+A tile of logits fills the registers, and most of its rows are empty in a decode step. So a tile goes through
+a scratch buffer in L2, f32[num_chunks, R, BLOCK_N], 1 KB per row and chunk; the draw reads back only the rows
+in use, DRAWN_ROWS at a time. The winner is the largest logit + noise, compared in f64. Two f64 logarithms per
+token would cost more than the product: the noise is computed to NOISE_ERROR first, and in f64 only for tokens
+that can still win. A tile whose logits are all too far below the best score draws no noise. Top-k, top-p and
+min-p (triton_cut.py) need a whole row: then the head stores its logits, f32[R, V]. Scratch and logits take at
+most CHUNK_BYTES; more rows are processed in blocks. Bytes moved: the weight, VD * itemsize; with a cut 4RV
+more, written once, read 2 to 6 times. A row with NaN or inf among its logits gets the token -1, which needs
+no device sync (`check_tokens`).
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ from kernels.triton_ops import IS_INTERPRETED
 
 CHUNK_BYTES = 1 << 28
 MARGIN = tl.constexpr(2 * NOISE_ERROR.value + 4e-6)
-"""A token this far below another, by near scores, cannot win: those that can are below 26, and rounded three times by 1e-6."""
+"""A token this far below another by approximate scores cannot win. Scores that can win are below 26, and
+three roundings add 1e-6 each."""
 MAX_NOISE = tl.constexpr(23.0)
 DRAWN_ROWS = 16
 NO_TOKEN = tl.constexpr(2**31 - 1)
@@ -37,12 +42,13 @@ NO_TOKEN = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def settle(best, token, picked, z, near, base, is_row, first, key, position):
-    """The rows' winners so far (score f64[M], token i32[M], its logit f32[M]), after tokens first .. first + W - 1 with logits z
-    and near scores `near`, f32[M, W], the latter less `base` f32[M]."""
+    """Updates the rows' winners (score f64[M], token i32[M], its logit f32[M]) with tokens first .. first + W
+    - 1 of logits z f32[M, W]. near f32[M, W]: their approximate scores minus base f32[M]."""
     column = tl.arange(0, z.shape[1])[None, :]
     threshold = tl.where(is_row, (best - base.to(tl.float64)).to(tl.float32) - MARGIN, float("inf"))
     pending, i = tl.max(near, 1, return_indices=True)
     while tl.max((pending > threshold).to(tl.int32), 0) > 0:
+        # The exact score of the likeliest candidate of each row.
         candidate = first + i
         w0, w1, w2, w3 = philox_words(key, position, candidate // 4)
         word = tl.where(candidate % 2 == 0, tl.where(candidate % 4 == 0, w0, w2), tl.where(candidate % 4 == 1, w1, w3))
@@ -59,10 +65,19 @@ def settle(best, token, picked, z, near, base, is_row, first, key, position):
 
 @triton.jit
 def draw_tile(
-    scores, tokens, picks, lowest, scratch, keys, positions, m, chunk, first, R, V, is_new,
+    scores,  # f64[num_chunks, R]
+    tokens,  # i32[num_chunks, R]
+    picks,  # f32[num_chunks, R]
+    lowest,  # f32[num_chunks, R]
+    scratch,  # f32[num_chunks, R, WIDTH]: the tile of logits
+    keys,  # i64[R]
+    positions,  # i64[R]
+    m,  # i64[M]
+    chunk, first, R, V, is_new,
     GREEDY: tl.constexpr, WIDTH: tl.constexpr,
 ):
-    """Rows m, i64[M]: the state of their chunk, [num_chunks, R] each, after one more tile of logits, which is in `scratch`."""
+    """Updates the winners of rows m in this chunk with one more tile of logits."""
+    # The tile, and the winners so far.
     is_row, column = m < R, tl.arange(0, WIDTH)
     state, has_state = chunk.to(tl.int64) * R + m, (m < R) & (is_new == 0)
     inside = is_row[:, None] & (column[None, :] < V - first)
@@ -73,6 +88,7 @@ def draw_tile(
     least = tl.load(lowest + state, mask=has_state, other=float("inf"))
     number = tl.where(z == z, z, float("-inf"))
     least = tl.minimum(least, tl.min(tl.where(inside, number, float("inf")), 1))
+    # The draw.
     peak, i = tl.max(z, 1, return_indices=True)
     if GREEDY:
         is_better = peak.to(tl.float64) > best
@@ -87,7 +103,7 @@ def draw_tile(
             word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
             near = z - base[:, None] + gumbel_near(word)
             best, token, picked = settle(best, token, picked, z, near, base, is_row, first, key, position)
-    tl.debug_barrier()  # a row's state is read by several threads and written by one of them
+    tl.debug_barrier()  # several threads read a row's state, one writes it
     tl.store(scores + state, best, mask=is_row)
     tl.store(tokens + state, token, mask=is_row)
     tl.store(picks + state, picked, mask=is_row)
@@ -96,13 +112,23 @@ def draw_tile(
 
 @triton.jit(do_not_specialize=["R", "num_chunks", "tiles_per_chunk"])
 def sample_head_kernel(
-    partials, scores, tokens, picks, lowest, logits, hidden, weight, keys, positions, scale, R, V, D, num_chunks, tiles_per_chunk,
+    partials,  # f32[3, num_chunks, R]
+    scores,  # f64[num_chunks, R]: the best score of the chunk
+    tokens,  # i32[num_chunks, R]: its token
+    picks,  # f32[num_chunks, R]: its logit
+    lowest,  # f32[num_chunks, R]: the lowest logit of the chunk, -inf if one is NaN
+    logits,  # "keep": f32[R, V rounded up to whole tiles]; else the scratch f32[num_chunks, R, BLOCK_N]
+    hidden,  # f32|bf16[R, D]
+    weight,  # [V, D], hidden's dtype
+    keys,  # i64[R]
+    positions,  # i64[R]
+    scale, R, V, D, num_chunks, tiles_per_chunk,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN_D: tl.constexpr,
     MODE: tl.constexpr, DRAWN_ROWS: tl.constexpr, UPCAST: tl.constexpr,
 ):
-    """The chunk's share of partials f32[3, num_chunks, R]. MODE "keep": logits f32[R, V up to a whole tile]. "draw", "greedy":
-    `logits` is the scratch; of the chunk's winner score f64, token i32 and logit f32, and the lowest logit f32 (-inf: one is no
-    number), [num_chunks, R] each."""
+    """Writes the chunk's column of `partials`, and by MODE: "keep" the logits; "draw" or "greedy" the chunk's
+    winner."""
+    # The rows, and their sums.
     tile_m, chunk = grouped_tile(tl.program_id(0), tl.cdiv(R, BLOCK_M), num_chunks, GROUP_M)
     first_row = tile_m.to(tl.int64) * BLOCK_M
     m = first_row + tl.arange(0, BLOCK_M)
@@ -113,7 +139,7 @@ def sample_head_kernel(
     for tile in range(first_tile, last_tile):
         first = tile * BLOCK_N
         z = logits_tile(hidden, weight, m, tile, R, V, D, scale, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_D, UPCAST)
-        # Within a tile 32 bits do: a pointer of 64 for each logit would not fit the registers.
+        # 32-bit offsets within a tile: a 64-bit pointer per logit would not fit the registers.
         if MODE == "keep":
             stride = tl.cdiv(V, BLOCK_N) * BLOCK_N  # whole tiles
             corner = logits + first_row * stride + first
@@ -124,12 +150,13 @@ def sample_head_kernel(
         tl.store(corner + (row[:, None] * stride + column[None, :]), z, mask=row[:, None] < R - first_row)
         top, total, weighted = add_tile(top, total, weighted, z, partials, m, first, R, V, False)
         if MODE != "keep":
-            tl.debug_barrier()  # the tile is read by other threads than wrote it
+            tl.debug_barrier()  # other threads read the tile than wrote it
             for row in tl.range(0, tl.minimum(BLOCK_M, R - first_row), DRAWN_ROWS, disable_licm=True):
                 drawn = first_row + row + tl.arange(0, DRAWN_ROWS)
                 draw_tile(scores, tokens, picks, lowest, logits, keys, positions, drawn, chunk, first, R, V, tile == first_tile,
                           MODE == "greedy", BLOCK_N)
-            tl.debug_barrier()  # and its place is written again
+            tl.debug_barrier()  # the next tile overwrites it
+    # The chunk's sums.
     place = chunk.to(tl.int64) * R + m
     part = num_chunks.to(tl.int64) * R
     tl.store(partials + place, top, mask=m < R)
@@ -139,13 +166,24 @@ def sample_head_kernel(
 
 @triton.jit(do_not_specialize=["R", "num_chunks", "num_winners"])
 def sample_merge_kernel(
-    token, logprob, kept_logmass, partials, scores, tokens, picks, lowest, kept, R, V, num_chunks, num_winners,
+    token,  # i64[R]
+    logprob,  # f32[R]
+    kept_logmass,  # f32[R]
+    partials,  # f32[3, num_chunks, R]
+    scores,  # f64[num_winners, R]
+    tokens,  # i32[num_winners, R]
+    picks,  # f32[num_winners, R]
+    lowest,  # f32[num_winners, R]
+    kept,  # i64[2, num_winners, R]: number and mass of the kept tokens; or None
+    R, V, num_chunks, num_winners,
     CHUNKS: tl.constexpr, WINNERS: tl.constexpr, ROWS: tl.constexpr,
 ):
-    """kept: None, or i64[2, num_winners, R], how many tokens and how much mass each winner's share of the vocabulary kept."""
+    """Merges the sums of the chunks and the winners of the chunks (or, after a cut, of the parts) of each
+    row."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_row = m < R
     highest, log_sum, _ = merged_chunks(partials, m, R, num_chunks, CHUNKS)
+    # The best of the winners, or -1.
     winner = tl.arange(0, WINNERS)
     place = winner[:, None].to(tl.int64) * R + m[None, :]
     inside = (winner[:, None] < num_winners) & is_row[None, :]
@@ -157,12 +195,13 @@ def sample_merge_kernel(
     is_sound = (highest < float("inf")) & (least - highest > float("-inf")) & (drawn != NO_TOKEN)
     tl.store(token + m, tl.where(is_sound, drawn, -1).to(tl.int64), mask=is_row)
     tl.store(logprob + m, z - highest - log_sum.to(tl.float32), mask=is_row)
+    # The mass that truncation kept.
     logmass = tl.zeros((ROWS,), tl.float32)
     if kept is not None:
         num_kept = tl.sum(tl.load(kept + place, mask=inside, other=0), 0)
         mass = tl.sum(tl.load(kept + num_winners.to(tl.int64) * R + place, mask=inside, other=0), 0)
-        # Keeping everything must read as exactly nothing cut, not as the rounding of a sum.
-        log_of_mass = tl.log(tl.maximum(mass, 1).to(tl.float64) * 8.673617379884035e-19).to(tl.float32)  # units of 2^-60
+        # If all tokens are kept the result must be exactly 0, not the rounding of a sum.
+        log_of_mass = tl.log(tl.maximum(mass, 1).to(tl.float64) * 8.673617379884035e-19).to(tl.float32)  # in units of 2^-60
         logmass = tl.where(num_kept == V, 0.0, tl.minimum(log_of_mass, 0.0))
     tl.store(kept_logmass + m, logmass, mask=is_row)
 
@@ -174,6 +213,7 @@ def draw_rows(
     (num_rows, hidden_size), vocab_size, device = hidden.shape, weight.shape[0], hidden.device
     chosen, kept = config(hidden.dtype, vocab_size, hidden_size), None
     num_chunks, tiles_per_chunk = chunks_of(vocab_size, chosen["BLOCK_N"])
+    # The head, which draws unless there is a cut.
     partials = torch.empty(3, num_chunks, num_rows, device=device, dtype=torch.float32)
     winners = new_winners(num_chunks if cut is None else 0, num_rows, device)
     block_n = chosen["BLOCK_N"]
@@ -183,6 +223,7 @@ def draw_rows(
         partials, *winners, logits, hidden, weight, keys, positions, 1 / (temperature or 1.0), num_rows, vocab_size, hidden_size,
         num_chunks, tiles_per_chunk, **chosen, EVEN_D=hidden_size % chosen["BLOCK_K"] == 0,
         MODE="keep" if cut is not None else "draw" if temperature else "greedy", DRAWN_ROWS=DRAWN_ROWS, UPCAST=IS_INTERPRETED)
+    # The cut, then the merge.
     if cut is not None:
         winners, kept = draw_kept(logits, vocab_size, partials, keys, positions, cut)
     num_winners, merged = winners[0].shape[0], merge_config(num_chunks)
@@ -209,7 +250,8 @@ def sample(
 
 
 def compiles() -> list[Compile]:
-    """The head at a vocabulary of 151,936, drawn from or kept, and the default model's in f32; what follows it."""
+    """The head at a vocabulary of 151,936, drawing or storing its logits, and the default model's in f32; and
+    the later kernels."""
     f32, found = pointer(torch.float32), cut_compiles()
     winners = {"scores": "*fp64", "tokens": "*i32", "picks": f32, "lowest": f32}
     for mode, vocab_size, hidden_size, dtype in (

@@ -1,4 +1,5 @@
-"""The noise of philox.py in Triton: Philox4x32-10 keyed by (key, position), and -log(-log(u)) in f64 or, nearly, in f32."""
+"""The noise of philox.py in Triton: Philox4x32-10 keyed by (key, position), and -log(-log(u)) in f64, or
+approximately in f32."""
 
 from __future__ import annotations
 
@@ -6,28 +7,30 @@ import triton
 import triton.language as tl
 
 NOISE_ERROR = tl.constexpr(5e-6)
-"""At most |gumbel_near - gumbel|: two logs in f32, off by a unit or two in the last place of at most 23, and 1 - x rounded."""
+"""Bounds |gumbel_near - gumbel|: two f32 logs, each off by an ulp or two of at most 23, and the rounding of 1
+- x."""
 
 
 @triton.jit
 def philox_words(key, position, block):
-    """Words 4 * block .. 4 * block + 3 of (key, position), u32: i64 key, i64 position and i32 block broadcast."""
+    """Words 4 * block .. 4 * block + 3 of (key, position), u32. key i64, position i64 and block i32
+    broadcast."""
     zero = block * 0
     return tl.philox(key, block, position.to(tl.uint32), zero, zero)
 
 
 @triton.jit
 def gumbel(word):
-    """u32 -> f32, rounded once."""
+    """u32 -> f32 noise, rounded once."""
     return (-tl.log(-tl.log((word.to(tl.float64) + 0.5) * 2.3283064365386963e-10))).to(tl.float32)
 
 
 @triton.jit
 def gumbel_near(word):
-    """u32 -> f32, to within NOISE_ERROR: enough to pass over the tokens that cannot win."""
+    """u32 -> f32 noise, to within NOISE_ERROR: enough to skip the tokens that cannot win."""
     below_one = ((word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
     is_high = word >= 0x80000000
-    # Near u = 1 the distance to 1 is what counts: -log(1 - x) by its series.
+    # Near u = 1, with x = 1 - u: -log(1 - x) by its series.
     x = tl.where(is_high, below_one, 0.0)
     series = x * (1.0 / 12) + 1.0 / 11
     series = series * x + 1.0 / 10

@@ -1,7 +1,8 @@
-"""`swiglu`: y = silu(gate) * up with gate, up the two halves of the last dimension (Shazeer 2020, arXiv:2002.05202).
+"""`swiglu`: y = silu(gate) * up, where gate and up are the halves of the last dimension (Shazeer 2020,
+arXiv:2002.05202).
 
-Computed in f32, stored in the input's dtype. Saved for backward: gate_up. Bytes: 3 * T * I * itemsize
-forward, 5 backward, in one pass on a GPU.
+Computed in f32, stored in the input's dtype. Saved for backward: gate_up. Bytes moved: 3 * T * I * itemsize
+forward, 5 backward, each in one pass on a GPU.
 Siblings: reference.py, function.py and triton_kernel.py here, csrc/swiglu/, tests/kernels/test_swiglu.py.
 """
 
@@ -12,7 +13,7 @@ import torch
 from kernels import triton_ops
 from kernels.checks import FLOATS, check
 from kernels.dispatch import Implementation, Op
-from kernels.native import DTYPES, OPS, cpu_why_not
+from kernels.native import DTYPES, OPS, cpu_unsupported_reason
 from kernels.swiglu.function import swiglu_by
 from kernels.swiglu.reference import make_inputs, swiglu_reference
 
@@ -22,8 +23,8 @@ triton_ops.register("swiglu", {
     "swiglu_fwd": "(Tensor(a!) y, Tensor gate_up) -> ()",
     "swiglu_bwd": "(Tensor(a!) dgate_up, Tensor dy, Tensor gate_up) -> ()"})
 OP = Op("swiglu", (
-    Implementation("native", swiglu_by(OPS), cpu_why_not, DTYPES),
-    Implementation("triton", swiglu_by(triton_ops.OPS), triton_ops.why_not, triton_ops.DTYPES),
+    Implementation("native", swiglu_by(OPS), cpu_unsupported_reason, DTYPES),
+    Implementation("triton", swiglu_by(triton_ops.OPS), triton_ops.unsupported_reason, triton_ops.DTYPES),
     Implementation("reference", swiglu_reference)))
 
 

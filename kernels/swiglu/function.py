@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 
 
 def swiglu_by(ops: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """ops: has swiglu_fwd and swiglu_bwd (torch.ops.reason_rl, torch.ops.reason_rl_triton)."""
+    """The op by `ops`, which has swiglu_fwd and swiglu_bwd: torch.ops.reason_rl or
+    torch.ops.reason_rl_triton."""
 
     class Swiglu(torch.autograd.Function):
         @staticmethod

@@ -1,7 +1,8 @@
-"""The specification of `swiglu`, written with exp and exactly rounded operations only.
+"""The specification of `swiglu`, with exp and exactly rounded operations only.
 
-torch's silu on the CPU rounds differently in a loop's tail than in its vectorised body, so a value's bits would depend
-on where in the batch it stands; exp does not, and division and multiplication are exact to the last bit everywhere.
+torch's silu on the CPU rounds differently in a loop's tail than in its vectorised body, so a value's bits
+would depend on its position in the batch. exp does not, and division and multiplication are rounded exactly
+everywhere.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up [T, 2I] -> [T, I]."""
     wide = gate_up.float() if gate_up.dtype != torch.float64 else gate_up
     gate, up = wide.chunk(2, dim=-1)
-    # exp(-gate) overflows to inf below -88, where silu is 0 to float32 anyway; clamping keeps inf out of the gradient.
+    # exp(-gate) overflows to inf below -88, where silu is 0 in f32 anyway. The clamp keeps inf out of the
+    # gradient.
     return (gate / (1 + torch.exp(-gate.clamp(min=-80.0))) * up).to(gate_up.dtype)
 
 

@@ -1,7 +1,9 @@
-"""`swiglu` on a GPU: one pass over memory, a tile of rows and columns a program; the formulas serve the experts' epilogues too.
+"""`swiglu` on a GPU: one pass over memory, one tile of rows and columns per program. The experts' epilogues
+use its formulas too.
 
-Bytes of an element of y: 3 forward, 5 backward, times itemsize; some ten flops and one exponential, so memory alone counts. A tile
-is as wide as a row where that is possible and has TILE elements, 16 a thread: two vector loads of each half in flight.
+Bytes moved per element of y: 3 forward, 5 backward, times itemsize. Some ten flops and one exponential per
+element leave the kernel bound by memory. A tile has TILE elements, 16 per thread, so two vector loads of each
+half are in flight; it is as wide as a row up to WIDEST.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ TILE, WIDEST = 2048, 1024
 
 @triton.jit
 def swiglu_value(gate, up):
-    """silu(gate) * up in f32. e^-gate stops at e^80, where silu is 0 beside 1: inf * 0 would reach the gradient."""
+    """silu(gate) * up in f32. e^-gate is capped at e^80, where silu vanishes: inf * 0 would put NaN in the
+    gradient."""
     return gate / (1.0 + tl.exp(tl.minimum(-gate, 80.0, propagate_nan=tl.PropagateNan.ALL))) * up
 
 
@@ -34,7 +37,11 @@ def swiglu_gradient(gate, up, dy):
 
 
 @triton.jit(do_not_specialize=["T"])
-def swiglu_fwd_kernel(y, gate_up, T, INNER, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr):
+def swiglu_fwd_kernel(
+    y,  # [T, INNER]
+    gate_up,  # [T, 2 * INNER]
+    T, INNER, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr,
+):
     t = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     i = (tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I))[None, :]
     mask = (t < T) & (i < INNER)
@@ -44,7 +51,12 @@ def swiglu_fwd_kernel(y, gate_up, T, INNER, BLOCK_T: tl.constexpr, BLOCK_I: tl.c
 
 
 @triton.jit(do_not_specialize=["T"])
-def swiglu_bwd_kernel(dgate_up, dy, gate_up, T, INNER, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr):
+def swiglu_bwd_kernel(
+    dgate_up,  # [T, 2 * INNER]
+    dy,  # [T, INNER]
+    gate_up,  # [T, 2 * INNER]
+    T, INNER, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr,
+):
     t = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     i = (tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I))[None, :]
     mask = (t < T) & (i < INNER)
@@ -57,13 +69,13 @@ def swiglu_bwd_kernel(dgate_up, dy, gate_up, T, INNER, BLOCK_T: tl.constexpr, BL
 
 
 def config(inner_size: int) -> dict[str, int]:
-    """A program's tile, by the width of a row alone."""
+    """The tile of a program, from the width of a row alone."""
     width = min(triton.next_power_of_2(inner_size), WIDEST)
     return {"BLOCK_T": TILE // width, "BLOCK_I": width, "num_warps": 4}
 
 
 def _launch(kernel: Any, y: torch.Tensor, *tensors: torch.Tensor) -> None:
-    """y [T, I] or what has its shape: the sizes come from it."""
+    """y: any tensor of shape [T, I]; it gives the sizes."""
     num_tokens, inner_size = y.shape
     if not y.numel():
         return
@@ -84,7 +96,7 @@ def compiles() -> list[Compile]:
     found = []
     for dtype in DTYPES:
         p = pointer(dtype)
-        for size in (96, 768):  # an expert of the default model, and of the numbers to reach
+        for size in (96, 768):  # an expert of the default model, and of a large one
             sizes, options = {"T": "i32", "INNER": "i32"}, config(size) | {"num_stages": 3}
             found.append(Compile(f"swiglu_fwd I{size}", dtype, swiglu_fwd_kernel, {"y": p, "gate_up": p} | sizes, options))
             found.append(Compile(f"swiglu_bwd I{size}", dtype, swiglu_bwd_kernel, {"dgate_up": p, "dy": p, "gate_up": p} | sizes,

@@ -1,9 +1,9 @@
-"""The countdown verifier: is this text an expression that uses each number exactly once and hits the target?
+"""The countdown verifier: does this expression use each number exactly once and equal the target?
 
-TinyZero's rules: + - * / and parentheses, each given number once. Unary minus is not admitted. The value is exact, in
-rationals, found by a walk over the syntax tree that knows integers and those four operators and nothing else: no `**`,
-no `//`, no names, no calls, no floats. Length, digits and nesting are bounded before the text is parsed. Nothing is
-ever evaluated by Python.
+TinyZero's rules: + - * / and parentheses, each given number once, no unary minus. A walk over the syntax tree
+computes the value in exact fractions. It accepts integers and those four operators only: no `**`, `//`,
+names, calls or floats. Length, digits and nesting are bounded before parsing. Python never evaluates the
+text.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ CHARACTERS = re.compile(r"[0-9+\-*/() ]+")
 
 
 def is_countdown_solution(text: str, numbers: Sequence[int], target: int) -> bool:
-    """Never raises for any text."""
+    """Never raises, whatever the text."""
+    # Bounds first: ast.parse would take long on a huge text, and recurse on a deep one.
     if len(text) > MAX_CHARACTERS or not CHARACTERS.fullmatch(text) or _depth(text) > MAX_DEPTH:
         return False
     if any(len(digits) > MAX_DIGITS for digits in re.findall(r"[0-9]+", text)):
         return False
+
     try:
         tree = ast.parse(text.strip(), mode="eval")
         used: list[int] = []
@@ -35,7 +37,7 @@ def is_countdown_solution(text: str, numbers: Sequence[int], target: int) -> boo
 
 
 def _value(node: ast.expr, used: list[int]) -> Fraction:
-    """The node's value; the integers it reads are added to `used`."""
+    """The node's value. Appends each integer it reads to `used`."""
     match node:
         case ast.Constant(value=number) if type(number) is int:
             used.append(number)
@@ -51,7 +53,7 @@ def _value(node: ast.expr, used: list[int]) -> Fraction:
                     return a * b
                 case ast.Div():
                     return a / b
-    raise ValueError(f"a countdown answer is made of integers and + - * /, not {type(node).__name__}")
+    raise ValueError(f"a countdown answer consists of integers and + - * /, got {type(node).__name__}")
 
 
 def _depth(text: str) -> int:

@@ -1,7 +1,7 @@
-"""Which verifier a task's answers go to, and whether it can read them: what is known of a problem before any completion of it.
+"""Which verifier grades a task's answers, and whether that verifier can read the right answer.
 
-The one file of this room that `data` asks: a row whose right answer no verifier can read is a bad row, and only the verifier knows.
-Left out: grading (grade.py).
+`data` calls this for every row before training: a right answer that no verifier can read makes the row a bad
+row. Left out: grading completions (math/, countdown.py, and programs in reason_rl/reward).
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
+from reason_rl.answers.extract import find_answer
 from reason_rl.answers.math import WORDS, quick_value, read_gold
-from reason_rl.answers.math.extract import find_answer
 from reason_rl.answers.math.tokens import Unreadable
-from reason_rl.config import RewardConfig
-from reason_rl.sandbox.program_names import program_names
+from reason_rl.answers.program_names import program_names
 
 VERIFIER_OF_TASK = {"countdown": "countdown", "gsm8k": "math", "math": "math", "jsonl": "math", "mbpp": "code", "code": "code"}
-"""Where reward.verifier is "auto"; any other task's answers are compared as text."""
+"""For reward.verifier "auto"; answers of any other task are compared as text."""
 
 __all__ = ["find_answer", "verifier_of", "why_unreadable"]
 
 
-def verifier_of(task: str, config: RewardConfig) -> str:
-    return VERIFIER_OF_TASK.get(task, "text") if config.verifier == "auto" else config.verifier
+def verifier_of(task: str, verifier: str = "auto") -> str:
+    """The verifier itself, unless it is "auto": then the task's."""
+    return VERIFIER_OF_TASK.get(task, "text") if verifier == "auto" else verifier
 
 
 def why_unreadable(verifier: str, answer: str, facts: Mapping[str, Any]) -> str:
-    """Why no completion could be right, whatever it says; "" where one could. Facts that a task does not have at all are
-    check_rewards's to say."""
+    """Why no completion could be right, or "" if one could. Missing facts are not checked here: a task lacks
+    them in every row, and check_rewards reports that once."""
     if verifier == "code":
-        return _why_no_exam(facts) if "tests" in facts else ""
+        return _why_untestable(facts) if "tests" in facts else ""
     if not answer.strip():
         return "its answer is empty"
     if verifier != "math" or quick_value(answer) is not None or WORDS.fullmatch(answer):
@@ -42,7 +42,7 @@ def why_unreadable(verifier: str, answer: str, facts: Mapping[str, Any]) -> str:
     return ""
 
 
-def _why_no_exam(facts: Mapping[str, Any]) -> str:
+def _why_untestable(facts: Mapping[str, Any]) -> str:
     parts = [facts.get("setup", ""), *facts["tests"]]
     try:
         for part in parts:

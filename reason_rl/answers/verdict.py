@@ -1,8 +1,8 @@
-"""What a verifier says of one completion: right, wrong, or that it could not be graded.
+"""`Verdict`: a verifier's judgement of one completion.
 
-"wrong" is a statement about the completion: it holds no answer, or not this one. "ungradable" is a statement about the
-verifier: the right answer cannot be read, a deadline passed, a worker died, a sandbox is missing. It is counted and
-logged, and its completion takes no part in the update; it is never a 0.
+"wrong" is about the completion: it has no answer, or another one. "ungradable" is about the verifier: it
+cannot read the right answer, a deadline passed, a worker died, no sandbox holds. An ungradable completion is
+counted, logged and left out of the update; it never becomes a 0.
 """
 
 from __future__ import annotations
@@ -17,32 +17,35 @@ Status = Literal["right", "wrong", "ungradable"]
 
 @dataclass(frozen=True)
 class Verdict:
+    """`Verdict("right", value=1.0)`, `Verdict("wrong", "no_answer")`, `Verdict("ungradable", "deadline")`"""
+
     status: Status
     cause: str = ""
-    """One word for the metrics: why it is ungradable (deadline, crash, memory, start, stalled, raised, not_finite, gold,
-    unreadable, sandbox, tests, closed), or why it is wrong where that is worth counting (no_answer, parse)."""
+    """One word for the metrics. Of ungradable: deadline, crash, memory, start, stalled, raised, not_finite,
+    gold, unreadable, sandbox, tests, closed. Of wrong, where it is counted: no_answer, parse, and how a
+    program failed."""
     value: float = 0.0
-    """1.0 for right, 0.0 for wrong and ungradable; a share in between, or any finite number, for graded rewards."""
+    """1.0 if right, 0.0 if wrong or ungradable; any finite number for partial credit and custom rewards."""
     detail: str = ""
-    """For people: the error's own words."""
+    """The error's message, for people."""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """Further named numbers, where one request asks for several."""
+    """Further numbers by name, for a request that asks for several."""
 
     @property
     def is_graded(self) -> bool:
         return self.status != "ungradable"
 
     def to_wire(self) -> list[Any]:
-        """As plain JSON, in the fields' order: what a worker sends back."""
+        """The fields in order, as plain JSON: the reply of a worker."""
         return [self.status, self.cause, self.value, self.detail[:400], dict(self.parts)]
 
     @classmethod
     def from_wire(cls, fields: Any) -> Verdict:
-        """The inverse; raises ValueError for what is none."""
+        """The inverse; raises ValueError for any other value."""
         kinds: list[Any] = [str, str, int | float, str, dict]
         if not (isinstance(fields, list) and len(fields) == len(kinds) and all(map(isinstance, fields, kinds))
                 and fields[0] in get_args(Status) and all(isinstance(value, int | float) for value in fields[4].values())):
-            raise ValueError(f"no verdict: {str(fields)[:80]}")
+            raise ValueError(f"expected a verdict as [status, cause, value, detail, parts], got {str(fields)[:80]}")
         return cls(*fields)
 
 
@@ -59,7 +62,7 @@ def ungradable(cause: str, detail: str = "") -> Verdict:
 
 
 def graded(value: float) -> Verdict:
-    """A reward's number: right above 0, wrong otherwise; not finite is ungradable."""
+    """A reward's number as a verdict: right above 0, wrong otherwise, ungradable if not finite."""
     number = float(value)
     if not math.isfinite(number):
         return ungradable("not_finite", f"returned {number}")

@@ -1,7 +1,14 @@
 """The run's configuration: schema.py its sections, load.py TOML and command line, checks.py what cannot run, help.py `--help`."""
 
 from reason_rl.config.checks import ConfigError
-from reason_rl.config.load import config_difference, dump_config, load_config, parse_command_line
+from reason_rl.config.load import (
+    config_difference,
+    config_of_stage,
+    dump_config,
+    load_config,
+    parse_command_line,
+    table_of,
+)
 from reason_rl.config.reward import RewardConfig
 from reason_rl.config.schema import (
     Config,
@@ -12,8 +19,10 @@ from reason_rl.config.schema import (
     PretrainConfig,
     RLConfig,
     RunConfig,
+    StageConfig,
 )
 from reason_rl.config.task import TaskConfig
 
-__all__ = ["Config", "ConfigError", "EngineConfig", "EvalConfig", "ModelConfig", "OptimConfig", "PretrainConfig", "RLConfig", "RewardConfig",
-           "RunConfig", "TaskConfig", "config_difference", "dump_config", "load_config", "parse_command_line"]
+__all__ = [
+    "Config", "ConfigError", "EngineConfig", "EvalConfig", "ModelConfig", "OptimConfig", "PretrainConfig", "RLConfig", "RewardConfig", "RunConfig",
+    "StageConfig", "TaskConfig", "config_difference", "config_of_stage", "dump_config", "load_config", "parse_command_line", "table_of"]

@@ -28,7 +28,7 @@ POSITIVE = (
     "eval.temperature", "task.min_level", "pretrain.min_level", "run.keep_checkpoints", "sampling.top_p", "optim.lr",
     "optim.muon_lr", "optim.eps", "pretrain_optim.lr", "pretrain_optim.muon_lr", "pretrain_optim.eps",
     "reward.code_deadline_s", "reward.code_cpu_s", "reward.code_memory_mb", "reward.code_file_mb", "reward.code_output_kb",
-    "reward.code_threads", "reward.repetition_ngram", "reward.custom_deadline_s", "reward.judge_deadline_s", "reward.judge_workers",
+    "reward.code_threads", "reward.custom_deadline_s", "reward.judge_deadline_s", "reward.judge_workers",
     "reward.model_deadline_s", "reward.math_deadline_s", "reward.workers", "reward.max_queued",
     "task.code_shown_tests",
 )

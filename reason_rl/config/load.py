@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -14,33 +15,96 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reason_rl.config.checks import ConfigError, check_config
-from reason_rl.config.schema import Config
+from reason_rl.config.schema import Config, StageConfig
 
+SECTIONS = tuple(field.name for field in dataclasses.fields(Config) if field.metadata.get("is_section", True))
 # Shorthands that every trainer has: --device cpu, --dtype float32, --seed 1, ... stand for --run.device=cpu, ...
 SHORTHANDS = {key: f"run.{key}" for key in ("name", "seed", "device", "dtype", "resume")}
 
 
 def load_config(toml_path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the TOML file, then `--section.key=value` strings, checked as a whole."""
-    values: dict[str, dict[str, Any]] = {}
-    if toml_path is not None:
-        path = Path(toml_path)
-        if not path.is_file():
-            known = sorted(str(p) for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
-            raise ConfigError(f"no config file at {path}" + (f"; there are {', '.join(known)}" if known else ""))
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    """Defaults, then the TOML file, then `--section.key=value` or `--stage.section.key=value` strings, checked as a whole."""
+    values = {} if toml_path is None else _read_toml(Path(toml_path))
+    tables = values.pop("stage", [])
+    stages = _stage_tables(tables)
     for override in overrides:
-        dotted, text = _split_override(override)
-        section, _, key = dotted.partition(".")
-        given = values.setdefault(section, {})
-        if isinstance(given, dict):  # else _build refuses it in its own words
-            given[key] = text
+        path, text = _split_override(override)
+        _override(values, stages, path, text)
     config = _build(values)
-    check_config(config)
+    config = dataclasses.replace(config, stages=tuple(_build_stage(config, table) for table in stages))
+    for stage in config.stages or (None,):
+        check_config(config if stage is None else config_of_stage(config, stage))
     return config
+
+
+def config_of_stage(config: Config, stage: StageConfig) -> Config:
+    """The sections as one stage sees them: the recipe's, with the stage's own keys in place of theirs."""
+    own = {name: dataclasses.replace(getattr(config, name), **keys) for name, keys in stage.sections.items()}
+    return dataclasses.replace(config, **own, stages=())
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        known = sorted(str(p) for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        raise ConfigError(f"no config file at {path}" + (f"; there are {', '.join(known)}" if known else ""))
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def _stage_tables(tables: Any) -> list[dict[str, Any]]:
+    """The [[stage]] tables, each with a kind and a name that is unique in the recipe."""
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ConfigError(f"stages are written as [[stage]] tables, got stage = {tables!r}")
+    stages = [dict(table) for table in tables]
+    for number, stage in enumerate(stages, 1):
+        if not isinstance(stage.get("kind"), str):
+            raise ConfigError(f"[[stage]] number {number} needs a kind, such as kind = \"grpo\", got {stage.get('kind')!r}")
+        stage.setdefault("name", stage["kind"])
+        for key in ("name", "after"):
+            if not re.fullmatch(r"[\w-]+", str(stage.get(key, "x"))):
+                raise ConfigError(f"[[stage]] number {number}: {key} must be a word of letters, digits, - and _, got {stage[key]!r}")
+    names = [stage["name"] for stage in stages]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{names.count(name)} stages are named {name!r}: give each [[stage]] a name that no other has")
+    return stages
+
+
+def _override(values: dict[str, Any], stages: list[dict[str, Any]], path: list[str], text: str) -> None:
+    """Sets one key from the command line: for one stage, or for all of them (a stage's own value gives way too)."""
+    if len(path) == 3:
+        stage = next((stage for stage in stages if stage["name"] == path[0]), None)
+        if stage is None:
+            names = [stage["name"] for stage in stages]
+            raise ConfigError(f"--{'.'.join(path)}: no stage is named {path[0]!r}" + (_nearest(path[0], names) if names else ""))
+        _set(stage, path[1], path[2], text)
+        return
+    section, key = path
+    _set(values, section, key, text)
+    for stage in stages:
+        if isinstance(stage.get(section), dict):
+            stage[section].pop(key, None)
+
+
+def _set(tables: dict[str, Any], section: str, key: str, text: str) -> None:
+    given = tables.setdefault(section, {})
+    if isinstance(given, dict):  # else _build refuses the section
+        given[key] = text
+
+
+def _build_stage(config: Config, table: dict[str, Any]) -> StageConfig:
+    given = {key: value for key, value in table.items() if key not in ("kind", "name", "after")}
+    try:
+        built = _build(given, config)
+    except ConfigError as error:
+        raise ConfigError(f"stage {table['name']!r}: {error}") from error
+    sections = {name: {key: getattr(getattr(built, name), key) for key in keys} for name, keys in given.items()}
+    if "run" in sections:
+        raise ConfigError(f"stage {table['name']!r}: [run] holds for the whole recipe, not for one stage; "
+                          f"set {', '.join(f'run.{key}' for key in sections['run'])} at the top")
+    return StageConfig(table["kind"], table["name"], table.get("after", ""), sections)
 
 
 def parse_command_line(arguments: Sequence[str]) -> Config:
@@ -63,12 +127,13 @@ def parse_command_line(arguments: Sequence[str]) -> Config:
     return load_config(toml_path, overrides)
 
 
-def _split_override(override: str) -> tuple[str, str]:
+def _split_override(override: str) -> tuple[list[str], str]:
+    """`--rl.steps=10` -> (["rl", "steps"], "10"); with a stage's name before them, three names."""
     name, equals, text = override.removeprefix("--").partition("=")
-    name = SHORTHANDS.get(name, name.replace("-", "_"))
-    if not equals or "." not in name:
+    *stage, section, key = SHORTHANDS.get(name, name).split(".") if "." in SHORTHANDS.get(name, name) else ("", "")
+    if not equals or not section or len(stage) > 1:
         raise ConfigError(f"an override reads --section.key=value, got {override!r}" + _nearest(name, list(SHORTHANDS)))
-    return name, text
+    return [*stage, section.replace("-", "_"), key.replace("-", "_")], text
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -76,9 +141,10 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
 
 
-def _build(values: Mapping[str, Any]) -> Config:
-    default = Config()
-    sections = {f.name: getattr(default, f.name) for f in dataclasses.fields(Config)}
+def _build(values: Mapping[str, Any], base: Config | None = None) -> Config:
+    """`base` (by default all defaults) with the given sections' keys converted and put in place."""
+    base = base or Config()
+    sections = {name: getattr(base, name) for name in SECTIONS}
     all_keys = [f"{s}.{key}" for s, v in sections.items() for key in keys_of(v)]
     for section, given in values.items():
         if section not in sections:
@@ -94,7 +160,7 @@ def _build(values: Mapping[str, Any]) -> Config:
             sections[section] = dataclasses.replace(sections[section], **converted)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-    return Config(**sections)
+    return dataclasses.replace(base, **sections)
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
@@ -128,8 +194,7 @@ def keys_of(section: Any) -> list[str]:
 
 def table_of(config: Config) -> dict[str, dict[str, Any]]:
     """section -> key -> value"""
-    sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {name: {key: getattr(section, key) for key in keys_of(section)} for name, section in sections.items()}
+    return {name: {key: getattr(getattr(config, name), key) for key in keys_of(getattr(config, name))} for name in SECTIONS}
 
 
 def dump_config(config: Config) -> str:
@@ -138,6 +203,11 @@ def dump_config(config: Config) -> str:
     for section, values in table_of(config).items():
         lines.append(f"[{section}]")
         lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
+        lines.append("")
+    for stage in config.stages:
+        lines += ["[[stage]]", *(f"{key} = {_toml(getattr(stage, key))}" for key in ("kind", "name", "after") if getattr(stage, key))]
+        for section, keys in stage.sections.items():
+            lines += [f"[stage.{section}]", *(f"{key} = {_toml(value)}" for key, value in keys.items())]
         lines.append("")
     return "\n".join(lines)
 
@@ -150,4 +220,15 @@ def _toml(value: bool | int | float | str) -> str:
 def config_difference(old: Config, new: Config) -> list[str]:
     """Lines `section.key: old -> new` for each value that differs."""
     a, b = table_of(old), table_of(new)
-    return [f"{s}.{k}: {a[s][k]!r} -> {b[s][k]!r}" for s in a for k in a[s] if a[s][k] != b[s][k]]
+    lines = [f"{s}.{k}: {a[s][k]!r} -> {b[s][k]!r}" for s in a for k in a[s] if a[s][k] != b[s][k]]
+    if old.stages != new.stages:
+        lines.append(f"stages: {_stages_in_words(old)} -> {_stages_in_words(new)}")
+    return lines
+
+
+def _stages_in_words(config: Config) -> str:
+    def words(stage: StageConfig) -> str:
+        own = [f"{section}.{key}={value!r}" for section, keys in stage.sections.items() for key, value in keys.items()]
+        return f"{stage.name} ({', '.join([stage.kind, *own])})"
+
+    return ", ".join(map(words, config.stages)) or "the default ones"

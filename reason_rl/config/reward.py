@@ -17,26 +17,9 @@ class RewardConfig:
     """Weight of DAPO's soft overlong penalty, which is 0 up to max_tokens - overlong_buffer and -1 at max_tokens."""
     overlong_buffer: int = 16
     """Tokens before max_tokens over which the penalty grows."""
-    cosine: float = 0.0
-    """Weight of the cosine length reward, which goes from the short to the long value below as a completion nears max_tokens."""
-    cosine_right_short: float = 1.0
-    """Of a right completion without tokens."""
-    cosine_right_long: float = 0.5
-    """Of a right one with max_tokens."""
-    cosine_wrong_short: float = -1.0
-    """Of a wrong one without tokens."""
-    cosine_wrong_long: float = -0.5
-    """Of a wrong one with max_tokens."""
-    cosine_cut: float = -1.0
-    """For a completion cut at max_tokens, right or wrong."""
-    language: float = 0.0
-    """Weight of the share of the thought that is in the prompt's language."""
-    repetition: float = 0.0
-    """Weight of the repetition penalty, -1 (nothing but repetition) to 0."""
-    repetition_ngram: int = 5
-    """Words in a row that count as a repetition when they come again."""
     custom: str = ""
-    """A reward of your own as "module:function", called with (problem, completion text) and returning a number."""
+    """A reward of your own as "module:function"; it takes the arguments of reason_rl/reward/custom.py by name and returns a
+    number."""
     custom_weight: float = 1.0
     custom_deadline_s: float = 20.0
     """For one completion; beyond it the completion is ungraded."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from kernels.grpo_loss.spec import LossSpec
 from reason_rl.config.reward import RewardConfig
@@ -204,7 +205,31 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """A [[stage]] of a recipe: what runs, from which weights, and the keys in which it differs from the recipe's sections.
+
+        [[stage]]
+        kind = "grpo"
+        name = "reasoning"
+        [stage.rl]
+        steps = 40
+    """
+
+    kind: str
+    """The kind of stage: pretrain, grpo, ... (reason_rl/stages)."""
+    name: str
+    """Unique in the recipe; the kind where it is left out."""
+    after: str = ""
+    """The stage whose output this one starts from; the stage before it where left out."""
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """section -> key -> value, for this stage alone."""
+
+
+@dataclass(frozen=True)
 class Config:
+    """A recipe: sections that hold for all stages, and the stages. Without stages: pretrain, then grpo; or grpo alone where
+    model.init_from names a checkpoint."""
+
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -218,3 +243,4 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    stages: tuple[StageConfig, ...] = field(default=(), metadata={"is_section": False})

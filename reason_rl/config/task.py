@@ -9,10 +9,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """program, arithmetic and countdown make their own problems; gsm8k, math, code and jsonl read files: docs/tasks.md."""
+    """program, countdown and your own tasks generate problems; gsm8k, math, code and jsonl read files: docs/tasks.md."""
 
     name: str = "program"
-    """program | arithmetic | countdown | gsm8k | math | code | jsonl"""
+    """program | countdown | gsm8k | math | code | jsonl, or a generated task of your own as "module:Class"."""
     template: str = "plain"
     """What stands around a problem: plain | r1_zero | chat | few_shot, or the path of a .toml file of your own."""
     min_level: int = 5
@@ -23,7 +23,7 @@ class TaskConfig:
     rl_share: float = 0.05
     """Share of the problems that are made, by hash, kept out of the corpus for RL."""
     operations: str = "+-*"
-    """countdown and arithmetic: the operations that problems are made from."""
+    """countdown: the operations that problems are made from."""
     path: str = ""
     """The JSONL file of the problems, or a folder with train.jsonl (code: or mbpp.jsonl), and test.jsonl for the held-out ones."""
     heldout_path: str = ""

@@ -1,33 +1,25 @@
-"""Problems and documents: the room where a step and a corpus begin.
+"""Text in and out of the model: tokenizers, tasks and their problems, documents for pretraining.
 
-    tokenizer.py   text <-> token ids, a checkpoint's or our own; side_files.py, what its folder says beside tokenizer.json
-    chat.py        a checkpoint's chat template, in a sandbox
-    prompts.py     what stands around a problem: templates, in prompts/
-    tasks/         program, arithmetic, countdown: exercises, worked thoughts, facts; files.py: gsm8k, math, code, jsonl
-    split.py       disjoint shares by hash
-    problems.py    `Problem`s for RL steps and held-out evaluation; dataset.py those that stand in files, difficulty.py by pass rate
+    tokenizer.py   text <-> token ids; side_files.py reads the files next to tokenizer.json
+    chat.py        renders a checkpoint's chat template in a sandbox
+    prompts.py     templates, shipped in prompts/, that turn a problem's text into a prompt
+    tasks/         generated tasks (program, countdown, your own), tasks from files (gsm8k, math, code, jsonl)
+    split.py       assigns each exercise to a split by hash
+    problems.py    `Problems`, the interface that a run draws problems from; load.py makes one from the config
+    generated.py   problems drawn from a generated task
+    from_files.py  problems read from JSONL files (rows.py), filtered and ordered by pass rate (difficulty.py)
     corpus.py      documents for pretraining
 """
 
 from __future__ import annotations
 
 from reason_rl.data.corpus import Document, corpus_documents
-from reason_rl.data.dataset import load_dataset
-from reason_rl.data.problems import (
-    check_problems,
-    describe_problems,
-    heldout_problems,
-    is_file_task,
-    problems_digest,
-    problems_to_check,
-    rl_problems,
-    split_of,
-    task_of,
-)
+from reason_rl.data.load import load_problems
+from reason_rl.data.problems import Problems, TooFewProblems, problems_digest
 from reason_rl.data.prompts import load_template
-from reason_rl.data.tasks import FILE_TASKS, TASKS
+from reason_rl.data.tasks import FILE_TASKS, TASKS, CorpusTask, Exercise, Task, Work, load_task
 from reason_rl.data.tokenizer import TextStream, Tokenizer, byte_tokenizer, char_tokenizer, tokenizer_of
 
-__all__ = ["FILE_TASKS", "TASKS", "Document", "TextStream", "Tokenizer", "byte_tokenizer", "char_tokenizer", "check_problems",
-           "corpus_documents", "describe_problems", "heldout_problems", "is_file_task", "load_dataset", "load_template",
-           "problems_digest", "problems_to_check", "rl_problems", "split_of", "task_of", "tokenizer_of"]
+__all__ = ["FILE_TASKS", "TASKS", "CorpusTask", "Document", "Exercise", "Problems", "Task", "TextStream", "Tokenizer",
+           "TooFewProblems", "Work", "byte_tokenizer", "char_tokenizer", "corpus_documents", "load_problems", "load_task",
+           "load_template", "problems_digest", "tokenizer_of"]

@@ -1,12 +1,13 @@
-"""A checkpoint's chat template: messages -> the text that its model was trained to answer.
+"""Renders a checkpoint's chat template: messages -> the prompt text that its model was trained on.
 
-A template is a Jinja program from whoever made the checkpoint, so it runs in jinja2's immutable sandbox, set up as Hugging Face
-does: white space around blocks trimmed, break and continue in loops, `tojson` that escapes nothing, `raise_exception`,
-`strftime_now`, `{% generation %}`, and the tokenizer's special tokens by name. What it raises is one clear error, and so are an
-endless loop, a power and an endless text. The day that `strftime_now` tells is given, not the calendar's: a run's prompts follow
-from its config.
+A template is a Jinja program that came with the checkpoint and is not trusted, so it runs in jinja2's
+immutable sandbox. The sandbox is set up as in Hugging Face: blocks are trimmed of white space, loops have
+break and continue, `tojson` escapes nothing, and `raise_exception`, `strftime_now`, `{% generation %}` and
+the special tokens are defined. Any exception that the template raises becomes one ValueError, and so do an
+endless loop, a power and an endless text. `strftime_now` formats a given day instead of today, so that
+prompts depend on the config alone.
 
-Left out: tools, documents, several conversations at once; a bound on memory, and on what one line does within filters.
+Left out: tools, documents, batches of conversations; limits on memory and on the time that one filter takes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 MAX_LINES = 1_000_000
-"""Lines of the compiled template that one render may take: about a second's work."""
+"""Limit on executed lines of the compiled template in one render: about a second's work."""
 MAX_CHARACTERS = 1_000_000
 Message = Mapping[str, str]
 """{"role": "user", "content": "..."}"""
@@ -33,7 +34,7 @@ Message = Mapping[str, str]
 
 class ChatTemplate:
     def __init__(self, source: str, special: Mapping[str, str], folder: str = "") -> None:
-        """special: {"bos_token": "<s>", ...}. folder: for errors."""
+        """special: {"bos_token": "<s>", ...}. folder: named in errors."""
         self._special, self._folder = dict(special), folder
         environment = Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
@@ -42,39 +43,40 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"the chat template of {folder} is no template: line {error.lineno}: {error.message}") from error
+            raise ValueError(f"the chat template of {folder} is not a valid template: line {error.lineno}: "
+                             f"{error.message}") from error
 
     def render(self, messages: Sequence[Message], day: datetime, **variables: Any) -> str:
-        """The messages as text, up to where the model's own answer begins. variables: switches of the template's, by name."""
+        """The messages as text, up to the assistant's header. variables: the template's switches."""
         given = {**self._special, "messages": [dict(message) for message in messages], "tools": None, "documents": None,
                  "add_generation_prompt": True, "strftime_now": day.strftime, **variables}
         try:
             return _bounded(self._template.generate(given))
-        except Exception as error:  # whatever a template may raise; all of it means that there is no prompt
+        except Exception as error:  # a template may raise anything
             raise ValueError(f"the chat template of {self._folder} fails: {type(error).__name__}: {error}") from error
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Without powers: one of them may take hours within a single line, where nothing counts."""
+    """Refuses powers: one may take hours within a single line, which the line limit cannot stop."""
 
     intercepted_binops = frozenset(("**",))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        raise SecurityError(f"{operator} has no place in a chat template")
+        raise SecurityError(f"the operator {operator} is not allowed in a chat template")
 
 
 class Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` marks the model's own words for supervised training; the text stays as it is."""
+    """`{% generation %}...{% endgeneration %}` marks text for supervised training; renders it unchanged."""
 
-    tags = {"generation"}  # noqa: RUF012 (an instance variable of jinja2's)
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance variable)
 
     def parse(self, parser: Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-def _bounded(pieces: Iterator[str]) -> str:
-    """The pieces joined, drawn under a count of the lines that run: a loop without end ends at the same one on any machine."""
+def _bounded(chunks: Iterator[str]) -> str:
+    """Joins a render's chunks. Limits executed lines, not seconds, to be the same on any machine."""
     lines = length = 0
 
     def count(frame: FrameType, event: str, argument: Any) -> Any:
@@ -84,17 +86,18 @@ def _bounded(pieces: Iterator[str]) -> str:
             raise jinja2.TemplateRuntimeError(f"it does not end within {MAX_LINES:,} lines")
         return count if frame.f_code.co_filename == "<template>" else None
 
-    before, parts = sys.gettrace(), []
+    # The template runs while the chunks are drawn; a trace function counts its lines.
+    before, drawn = sys.gettrace(), []
     sys.settrace(count)
     try:
-        for piece in pieces:
-            parts.append(piece)
-            length += len(piece)
+        for chunk in chunks:
+            drawn.append(chunk)
+            length += len(chunk)
             if length > MAX_CHARACTERS:
                 raise jinja2.TemplateRuntimeError(f"it writes more than {MAX_CHARACTERS:,} characters")
     finally:
         sys.settrace(before)
-    return "".join(parts)
+    return "".join(drawn)
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None,

@@ -1,8 +1,10 @@
-"""How hard each problem is for a model: pass rates that `python -m reason_rl.eval` has measured, to filter and order problems by.
+"""Measured pass rates of problems, to filter and order a file task's problems by difficulty.
 
-A row of the file is one evaluated problem: problem_id (or the prompt), num_right of num_samples, or of num_graded where some could
-not be graded; rows of one problem add up, and one without a graded sample says nothing. A group of completions that are all right
-or all wrong teaches nothing, so problems that a model always or never solves cost time alone.
+`python -m reason_rl.eval` writes them. A row is one problem: problem_id (or the prompt), num_samples,
+num_right, and num_graded if some samples could not be graded. Rows of the same problem add up; a row without
+graded samples is ignored.
+A group whose completions are all right or all wrong has zero advantages, so a problem that the model always
+or never solves costs time and gives no gradient.
 """
 
 from __future__ import annotations
@@ -17,17 +19,17 @@ from reason_rl.config import ConfigError, TaskConfig
 from reason_rl.records import Problem
 
 NUM_BANDS = 10
-"""Of the curriculum: pass rates from 0.9 up, from 0.8 up, ..."""
+"""Difficulty bands of the curriculum: pass rates from 0.9 up, from 0.8 up, ..."""
 
 
 @dataclass(frozen=True)
 class PassRates:
     path: str
     counts: Mapping[int | str, tuple[int, int]]
-    """(right, samples) by problem_id, or by prompt where a row has no id."""
+    """(number right, number graded) by problem_id, or by prompt for rows without an id."""
 
     def of(self, problem: Problem, text: str) -> float | None:
-        """text: the problem without its template."""
+        """The pass rate, or None if there is none. text: the problem without its template."""
         found = next((self.counts[key] for key in (problem.problem_id, problem.prompt, text) if key in self.counts), None)
         return None if found is None else found[0] / found[1]
 
@@ -39,14 +41,15 @@ def read_pass_rates(path: str) -> PassRates:
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
-        key, right, samples = _read_row(line, f"{path}:{number}")
-        if samples:
+        key, num_right, num_graded = _read_row(line, f"{path}:{number}")
+        if num_graded:
             before = counts.get(key, (0, 0))
-            counts[key] = (before[0] + right, before[1] + samples)
+            counts[key] = (before[0] + num_right, before[1] + num_graded)
     return PassRates(path, counts)
 
 
 def _read_row(line: str, where: str) -> tuple[int | str, int, int]:
+    """-> (problem_id or prompt, number right, number graded)."""
     try:
         row: Any = json.loads(line)
     except ValueError as error:
@@ -59,12 +62,12 @@ def _read_row(line: str, where: str) -> tuple[int | str, int, int]:
         0 <= right <= graded <= drawn and drawn > 0
     ):
         return key, right, graded
-    raise ConfigError(f"{where}: a row has problem_id (a number) or prompt (text), num_samples from 1 up and num_right among them, "
-                      f"got {line[:120]}")
+    raise ConfigError(f"{where}: expected problem_id (a number) or prompt (text), num_samples from 1 up, and num_right from 0 to "
+                      f"num_samples (or num_graded), got {line[:120]}")
 
 
 def band_of(rate: float) -> int:
-    """0 for the easiest."""
+    """0 for the easiest band."""
     return NUM_BANDS - 1 - min(int(rate * NUM_BANDS), NUM_BANDS - 1)
 
 

@@ -1,19 +1,19 @@
-"""How a problem becomes a prompt: a template, which is a TOML file of a few lines, shipped in prompts/ or the user's own.
+"""Prompt templates: TOML files, shipped in prompts/ or the user's, that turn a problem into a prompt.
 
-    use_chat_template = false    # true: prompt and examples go through the checkpoint's chat template, as turns of a chat
-    system = ""                  # stands first; the system's message of a chat
+    use_chat_template = false    # true: prompt and examples are turns in the checkpoint's chat template
+    system = ""                  # text before everything else; the system message of a chat
     prompt = "{problem}"         # the text around the problem
-    completion_prefix = ""       # what the completion begins with, such as "<think>": ends the prompt, and is graded with the rest;
-                                 # a <think> that a chat template ends with is one without being named
-    day = 2024-07-26             # what a chat template takes for today, so that prompts do not change with the calendar
-    [variables]                  # switches of the chat template's own
+    completion_prefix = ""       # ends the prompt and is graded as the start of the completion, such as
+                                 # "<think>"; a <think> at the end of a chat template counts without it
+    day = 2024-07-26             # what a chat template gets as today, so that prompts do not change every day
+    [variables]                  # switches of the chat template
     enable_thinking = true
-    [[examples]]                 # worked ones before the problem, any number of them
+    [[examples]]                 # worked examples before the problem, any number of them
     problem = "1 + 1"
     completion = "<think>1 + 1 = 2</think><answer>2</answer>"
 
-All keys but `prompt` may be left out. A raw prompt is these texts put together as they stand; a line break after an opening
-quotation in threes is TOML's and not the text's.
+Only `prompt` is required. A raw prompt is the concatenation of these texts, without separators. (TOML drops a
+line break right after an opening triple quote.)
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ class PromptTemplate:
     name: str = "plain"
 
     def fill(self, problem: str, tokenizer: Tokenizer) -> str:
-        """The prompt's text."""
+        """The prompt as text."""
         text = self._chat(problem, tokenizer) if self.use_chat_template else self._raw(problem)
         prefix = self.completion_prefix.strip()
-        # A chat template may have opened the thought itself.
+        # Some chat templates end with the prefix already.
         is_there = self.use_chat_template and prefix and text.rstrip().endswith(prefix)
         return text if is_there else text + self.completion_prefix
 
     def prefix_of(self, text: str) -> str:
-        """What of the filled prompt counts as the completion's beginning. Where the chat template opens the thought, that too: the
-        completion could not have a whole one else."""
+        """The end of the filled prompt that is graded as the start of the completion. A <think> that the
+        chat template ends with is included, because the completion would lack its opening tag without it."""
         is_open = self.use_chat_template and text.rstrip().endswith("<think>")
         return self.completion_prefix or ("<think>" if is_open else "")
 
     def encode(self, texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-        """The tokens of such texts: what opens a sequence is written by the chat template, else put there by the tokenizer."""
+        """Token ids of filled prompts. The tokenizer adds a BOS to raw ones; chat templates write theirs."""
         return tokenizer.encode_batch(texts, are_prompts=not self.use_chat_template)
 
     def _raw(self, problem: str) -> str:
@@ -67,7 +67,7 @@ class PromptTemplate:
 
     def _chat(self, problem: str, tokenizer: Tokenizer) -> str:
         if tokenizer.chat is None:
-            raise ConfigError(f"task.template = {self.name!r} goes through a chat template, but the checkpoint has none: no "
+            raise ConfigError(f"task.template = {self.name!r} needs a chat template, but the checkpoint has none: no "
                               "chat_template.jinja, and no chat_template in tokenizer_config.json")
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for one in self.examples:
@@ -85,12 +85,12 @@ KINDS = {"prompt": str, "use_chat_template": bool, "system": str, "completion_pr
 
 
 def load_template(name: str) -> PromptTemplate:
-    """One of those shipped, or the file at a path that ends with .toml."""
+    """A shipped template by name, or the file at a path that ends with .toml."""
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not path.is_file():
         shipped = ", ".join(sorted(one.stem for one in FOLDER.glob("*.toml")))
         raise ConfigError(f"task.template must be one of {shipped}, or the path of a .toml file, got {name!r}"
-                          + ("" if path.parent == FOLDER else ", which is not there"))
+                          + ("" if path.parent == FOLDER else ", which does not exist"))
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -110,4 +110,4 @@ def _check(values: Mapping[str, Any], path: Path) -> None:
         raise ConfigError(f"{path}: prompt must hold {SLOT} once, got {values.get('prompt')!r}")
     for one in values.get("examples", []):
         if not isinstance(one, dict) or {key: type(value) for key, value in one.items()} != {"problem": str, "completion": str}:
-            raise ConfigError(f"{path}: an example has a problem and a completion, both text, got {one!r}")
+            raise ConfigError(f"{path}: an example must have problem and completion, both text, got {one!r}")

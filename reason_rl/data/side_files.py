@@ -1,13 +1,13 @@
-"""What a Hugging Face folder says of its tokenizer beside tokenizer.json: which tokens end, open and pad a text, and how a chat is
-written.
+"""Reads the files next to tokenizer.json in a Hugging Face folder: special tokens and the chat template.
 
-    generation_config.json    eos_token_id (a number or a list), pad_token_id; config.json has what that file leaves out
-    tokenizer_config.json     eos_token, bos_token, ... by their text; chat_template
-    special_tokens_map.json   the tokens' texts that tokenizer_config.json leaves out
-    chat_template.jinja       the chat template, before tokenizer_config.json's; additional_chat_templates/ is not read
+    generation_config.json    eos_token_id (a number or a list), pad_token_id; falls back to config.json
+    tokenizer_config.json     eos_token, bos_token, ... as text; chat_template
+    special_tokens_map.json   tokens' texts that tokenizer_config.json leaves out
+    chat_template.jinja       the chat template; takes precedence over tokenizer_config.json
 
-Left out: add_bos_token and add_eos_token, for tokenizer.json itself says what is put around a text; tokens that these files name
-and tokenizer.json does not have (tokenizer.py refuses those it needs).
+Left out: add_bos_token and add_eos_token, because tokenizer.json itself defines the tokens added around a
+text; additional_chat_templates/; named tokens that tokenizer.json does not contain (tokenizer.py refuses
+those it needs).
 """
 
 from __future__ import annotations
@@ -25,17 +25,20 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"
 class SideFiles:
     folder: str = ""
     special: Mapping[str, str] = field(default_factory=dict)
-    """{"bos_token": "<s>", ...}: what a chat template knows them by."""
+    """{"bos_token": "<s>", ...}: the names that chat templates use."""
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
     chat_template: str = ""
 
 
 def read_side_files(folder: Path) -> SideFiles:
+    # Merge each file with its fallback; a null counts as left out.
     config = _read_table(folder / "tokenizer_config.json")
     generation = _read_table(folder / "config.json") | {
         key: value for key, value in _read_table(folder / "generation_config.json").items() if value is not None}
     named = _read_table(folder / "special_tokens_map.json") | {key: value for key, value in config.items() if value is not None}
+
+    # A token is its text, or a table with the text as its content.
     texts = {key: value["content"] if isinstance(value, Mapping) else value
              for key, value in named.items() if key.endswith("_token") and isinstance(value, str | Mapping)}
     pads = _ids(generation.get("pad_token_id"), "pad_token_id", folder)
@@ -52,25 +55,28 @@ def _ids(value: object, key: str, folder: Path) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _chat_template(folder: Path, said: object) -> str:
+def _chat_template(folder: Path, value: object) -> str:
+    """The chat template's source, "" without one. value: chat_template in tokenizer_config.json."""
     path = folder / CHAT_TEMPLATE_FILE
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    if isinstance(said, list):  # several by name
-        said = {one.get("name"): one.get("template") for one in said if isinstance(one, dict)}
-    if isinstance(said, dict):
-        if "default" not in said:
-            raise ValueError(f"{folder}/tokenizer_config.json has several chat templates ({', '.join(map(str, said))}) and none "
+
+    # Of several named templates, take the default.
+    if isinstance(value, list):
+        value = {one.get("name"): one.get("template") for one in value if isinstance(one, dict)}
+    if isinstance(value, dict):
+        if "default" not in value:
+            raise ValueError(f"{folder}/tokenizer_config.json has several chat templates ({', '.join(map(str, value))}) and none "
                              f"is named 'default': put the one to use into {CHAT_TEMPLATE_FILE}")
-        said = said["default"]
-    if said is not None and not isinstance(said, str):
+        value = value["default"]
+    if value is not None and not isinstance(value, str):
         raise ValueError(f"{folder}/tokenizer_config.json: chat_template must be text or a list of named texts, got "
-                         f"{type(said).__name__}")
-    return said or ""
+                         f"{type(value).__name__}")
+    return value or ""
 
 
 def _read_table(path: Path) -> dict[str, Any]:
-    """The JSON file's table; empty where there is no such file."""
+    """The JSON file's object; {} if there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -78,5 +84,5 @@ def _read_table(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it must hold a table, got {type(values).__name__}")
+        raise ValueError(f"{path} is damaged: it must hold a JSON object, got {type(values).__name__}")
     return values

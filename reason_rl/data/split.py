@@ -1,4 +1,4 @@
-"""Which share a problem belongs to, and the number it goes by: hashes of its text, the same in every run and on every machine."""
+"""Assigns exercises to splits, and ids to problems, by hashes that are the same on every machine."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from typing import Literal
 
 from reason_rl.config import TaskConfig
 
-Split = Literal["train", "rl", "heldout"]
+Split = Literal["corpus", "train", "heldout"]
+"""corpus: documents for pretraining. train: problems for RL. heldout: problems for evaluation."""
 
 
 def split_of(key: str, task: TaskConfig) -> Split:
-    """The share an exercise's key belongs to: a fixed point of [0, 1) by hash, cut at heldout_share and rl_share."""
+    """Hashes the key to [0, 1): below heldout_share it is held out, in the next rl_share it is for RL."""
     point = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8, person=b"split").digest(), "big") / 2**64
     if point < task.heldout_share:
         return "heldout"
-    return "rl" if point < task.heldout_share + task.rl_share else "train"
+    return "train" if point < task.heldout_share + task.rl_share else "corpus"
+
+
+def share_of(split: Split, task: TaskConfig) -> tuple[str, float]:
+    """(config key, value) of what sets the split's size: ("task.rl_share", 0.05) for train."""
+    return ("task.heldout_share", task.heldout_share) if split == "heldout" else ("task.rl_share", task.rl_share)
 
 
 def problem_id_of(task_name: str, prompt: str) -> int:

@@ -22,10 +22,10 @@ import torch
 
 from kernels.attention import BLOCK_SIZE
 from kernels.checks import check
-from kernels.native import DTYPES, OPS, cpu_why_not
+from kernels.native import DTYPES, OPS, cpu_unsupported_reason
 from reason_rl.model.transformer import MLP, Block, Transformer
 
-__all__ = ["DecodeBatch", "DecodeModel", "LayerWeights", "cpu_why_not", "decode", "pack_layer", "pack_model", "pack_weight",
+__all__ = ["DecodeBatch", "DecodeModel", "LayerWeights", "cpu_unsupported_reason", "decode", "pack_layer", "pack_model", "pack_weight",
            "store_keys", "unsupported_reason"]
 
 LANES = 16
@@ -61,7 +61,7 @@ def unsupported_reason(model: Transformer) -> str:
         supported = SUPPORTED.get(field.name, ())
         if supported is not ANY and value not in supported:
             return f"not for {field.name} = {value!r}"
-    return cpu_why_not(model.embedding.weight.device)
+    return cpu_unsupported_reason(model.embedding.weight.device)
 
 
 # --- weights

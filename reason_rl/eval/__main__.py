@@ -1,12 +1,9 @@
-"""Measure a checkpoint: `python -m reason_rl.eval runs/program/checkpoints/final --samples 16 --k 1,4,16`.
+"""Measures a checkpoint: `python -m reason_rl.eval runs/program/checkpoints/final --samples 16 --k 1,4,16`.
 
 Samples every problem --samples times, grades, and reports pass@1 (the mean over the samples), the unbiased pass@k, the majority's
-cons@k, thinking tokens and what was truncated or ungradable, each mean with a 95 % interval. A checkpoint in a run's folder is
-measured on that run's task and template; any other wants --task or --config. The same command again goes on where it was stopped.
-Under torchrun each process takes a share of the problems. docs/evaluation.md says what each number means.
-
-Left out: a run's own evaluations (session.py). eval_plan.py makes the options whole, evaluation.py has the arithmetic,
-eval_folder.py the files.
+cons@k, thinking tokens, and truncated and ungradable samples; each mean has a 95 % interval. A checkpoint in a run's folder is
+measured on that run's task and template; any other needs --task or --config. The same command again continues an interrupted one.
+Under torchrun the processes share the problems. docs/evaluation.md explains each number. Left out: a run's own evaluations.
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,28 +30,30 @@ from reason_rl.engine import Engine
 from reason_rl.eval.folder import SUMMARY_FILE, EvalFolder
 from reason_rl.eval.metrics import may_vote, problem_row, summarise
 from reason_rl.eval.plan import DEFAULT_MAX_TOKENS, Plan, make_plan
+from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import load_model
 from reason_rl.parallel.world import World, close_world, end_process, init_world
 from reason_rl.records import Completion, Group, Problem
-from reason_rl.reward import Grader, Pending
-from reason_rl.rollout.collect import EVAL_KEY
+from reason_rl.reward import Grader
+from reason_rl.rollout.collect import EVAL_KEY, collect
 
 EVAL_STEP = 3 * EVAL_KEY
-"""The step in the noise key of everything sampled here: no rollout and no evaluation of a run has it."""
-CHUNK = 4
-"""Problems go to the engine in portions of so many times the completions it decodes together, so that memory stays bounded."""
+"""The step in the noise key of every completion sampled here; no rollout and no evaluation of a run uses it."""
+PORTION = 4
+"""Each rank samples portions of this many times engine.max_num_seqs completions, so that memory stays bounded."""
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """-> (options, `--section.key=value` overrides)"""
     parser = argparse.ArgumentParser(
         prog="python -m reason_rl.eval", allow_abbrev=False, usage="%(prog)s CHECKPOINT [options] [--section.key=value ...]",
-        description="pass@k, cons@k and lengths of a checkpoint on a task's problems. Keys of the config (train.py --help) go too.")
+        description="pass@k, cons@k and lengths of a checkpoint on a task's problems. Keys of [task], [engine], the verifiers and "
+                    "the device (train.py --help) can be set too.")
     parser.add_argument("checkpoint", help="a checkpoint folder, e.g. runs/program/checkpoints/final")
     parser.add_argument("--task", help="the task's name; default: the run's, or --config's")
-    parser.add_argument("--config", help="a TOML file to take task, template and rewards from; default: the run's config.toml")
+    parser.add_argument("--config", help="a TOML file with task, template and rewards; default: the run's config.toml")
     parser.add_argument("--split", choices=("heldout", "rl", "all"), default="heldout",
-                        help="which problems (default: heldout); all: of a task from files")
+                        help="which problems (default: heldout); all: only for a task from files")
     parser.add_argument("--problems", type=int, help="how many; default: all of a file's, else the config's eval.final_problems")
     parser.add_argument("--samples", type=int, default=4, help="completions of each problem (default 4)")
     parser.add_argument("--k", help="comma-separated k of pass@k and cons@k, none above --samples; default: 1 and --samples")
@@ -62,8 +62,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all (default)")
     parser.add_argument("--min-p", type=float, default=0.0, help="default 0")
     parser.add_argument("--max-tokens", type=int, help="of a completion; default: the config's sampling.max_tokens, or "
-                                                       f"{DEFAULT_MAX_TOKENS} where there is no config")
-    parser.add_argument("--seed", type=int, default=0, help="other draws of the completions (default 0)")
+                                                       f"{DEFAULT_MAX_TOKENS} without a config")
+    parser.add_argument("--seed", type=int, default=0, help="draws other completions (default 0)")
     parser.add_argument("--device", help="as run.device; default: the config's")
     parser.add_argument("--dtype", help="as run.dtype; default: the config's")
     parser.add_argument("--out", help="folder of the results; default: evals/NAME in the run's folder, or in runs/")
@@ -71,105 +71,113 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     options, rest = parser.parse_known_args(arguments)
     for argument in rest:
         if not argument.startswith("--") or "=" not in argument or "." not in argument.partition("=")[0]:
-            parser.error(f"unknown argument {argument!r}; a key of the config reads --section.key=value")
+            parser.error(f"unknown argument {argument!r}; a config key is given as --section.key=value")
     return options, rest
 
 
 @dataclass
-class Sampled:
-    """A problem's completions on their way: sampled, then graded and compared."""
+class Votes:
+    """Compares the answers of each graded group in the verifiers' workers, and writes its row once the votes are counted."""
 
-    problem: Problem
-    completions: dict[int, Completion] = field(default_factory=dict)
-    answers: dict[int, str | None] = field(default_factory=dict)
-    pending: dict[int, Pending] = field(default_factory=dict)
-    votes: Future[Verdict] | None = None
+    plan: Plan
+    grader: Grader
+    write: Callable[[dict[str, Any]], None]
+    waiting: deque[tuple[Group, list[str | None], Future[Verdict] | None]] = field(default_factory=deque)
 
-    @property
-    def is_done(self) -> bool:
-        return all(one.is_done for one in self.pending.values()) and (self.votes is None or self.votes.done())
+    def add(self, group: Group) -> None:
+        problem = group.problem
+        verifier = verifier_of(problem.task, self.plan.config.reward.verifier)
+        texts = [self.plan.tokenizer.decode_completion(completion.token_ids) for completion in group.completions]
+        answers = [answer_of(problem.completion_prefix + text, verifier) for text in texts]
+        votes = None
+        if verifier in COMPARED:
+            ballots = [answer for answer, completion in zip(answers, group.completions, strict=True)
+                       if may_vote(answer, completion.finish_reason)]
+            votes = self.grader.service.submit("votes", {"answers": ballots, "verifier": verifier})
+        self.waiting.append((group, answers, votes))
+        self.write_counted()
+
+    def write_counted(self) -> None:
+        """Writes the rows that wait for nothing more, in the order in which groups were added."""
+        while self.waiting and ((votes := self.waiting[0][2]) is None or votes.done()):
+            self._write_next()
+
+    def finish(self) -> None:
+        """Writes all rows, waiting for their votes."""
+        while self.waiting:
+            self._write_next()
+
+    def _write_next(self) -> None:
+        group, answers, future = self.waiting.popleft()
+        votes = None if future is None else self.grader.service.result("votes", future)
+        self.write(problem_row(group, answers, votes, self.plan.tokenizer))
 
 
 @dataclass
-class Evaluator:
-    """Samples problems and hands over each one's row as soon as it is graded, in the order in which problems finish sampling."""
+class Evaluation:
+    """An evaluation that is ready to sample."""
 
     plan: Plan
-    engine: Engine
-    grader: Grader
-    on_row: Callable[[dict[str, Any]], None]
-    on_completion: Callable[[Completion], None]
-    _open: dict[int, Sampled] = field(default_factory=dict)
-    _waiting: deque[Sampled] = field(default_factory=deque)
-
-    def run(self, problems: Sequence[Problem]) -> None:
-        portion = max(1, CHUNK * self.engine.config.max_num_seqs // self.plan.num_samples)
-        try:
-            for start in range(0, len(problems), portion):
-                self.engine.generate(problems[start : start + portion], self.plan.num_samples, self.plan.sampling, step=EVAL_STEP,
-                                     on_finish=self._finished)
-        finally:  # after Ctrl-C too: what is sampled needs but its grades
-            while self._waiting:
-                self._hand_over()
-
-    def _finished(self, problem: Problem, completion: Completion) -> None:
-        sampled = self._open.setdefault(problem.problem_id, Sampled(problem))
-        text, index = self.plan.tokenizer.decode_completion(completion.token_ids), completion.sample_index
-        sampled.completions[index] = completion
-        sampled.answers[index] = answer_of(problem.completion_prefix + text, verifier_of(problem.task, self.plan.config.reward))
-        sampled.pending[index] = self.grader.submit(problem, completion)
-        self.on_completion(completion)
-        if len(sampled.pending) == self.plan.num_samples:
-            self._compare(sampled)
-            self._waiting.append(self._open.pop(problem.problem_id))
-        while self._waiting and self._waiting[0].is_done:
-            self._hand_over()
-
-    def _compare(self, sampled: Sampled) -> None:
-        """Ask which of the answers are the same, of the samples that may vote."""
-        verifier = verifier_of(sampled.problem.task, self.plan.config.reward)
-        if verifier in COMPARED:
-            answers = [sampled.answers[n] for n in range(self.plan.num_samples)
-                       if may_vote(sampled.answers[n], sampled.completions[n].finish_reason)]
-            sampled.votes = self.grader.service.submit("votes", {"answers": answers, "verifier": verifier})
-
-    def _hand_over(self) -> None:
-        """The row of the problem that has waited longest; waits for what is missing."""
-        sampled, order = self._waiting.popleft(), range(self.plan.num_samples)
-        scores = tuple(sampled.pending[n].score() for n in order)
-        group = Group(sampled.problem, tuple(sampled.completions[n] for n in order), scores)
-        votes = None if sampled.votes is None else self.grader.service.result("votes", sampled.votes)
-        self.on_row(problem_row(group, [sampled.answers[n] for n in order], votes, self.plan.tokenizer))
+    world: World
+    folder: EvalFolder
+    missing: list[Problem]
+    """The problems without a row, the same on every rank."""
+    model: Transformer | None
+    """None if no problem is missing."""
 
 
-def sample_missing(plan: Plan, world: World, folder: EvalFolder, missing: Sequence[Problem]) -> None:
-    """This process's share of the problems that have no row yet."""
-    mine = world.share(missing)
-    model = load_model(plan.checkpoint, world.dtype, weights_dtype=world.dtype).to(world.device).requires_grad_(False)
-    model.set_batch_invariant(plan.config.run.exact != "off")
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Grader(plan.config, plan.tokenizer) as grader, Progress(
-            *columns, console=Console(stderr=True), transient=True, disable=not world.is_main) as progress:
-        bar = progress.add_task(f"completions, {len(plan.problems) - len(missing)} of {len(plan.problems)} problems done before",
-                                total=len(mine) * plan.num_samples)
-        engine = Engine(model, plan.config.engine, plan.seed)
-        Evaluator(plan, engine, grader, folder.append, lambda completion: progress.advance(bar)).run(mine)
-
-
-def evaluate(plan: Plan, world: World) -> dict[str, Any] | None:
-    """-> the summary, on rank 0; None on the others."""
+def prepare(options: argparse.Namespace, overrides: Sequence[str], stack: ExitStack) -> Evaluation:
+    """Raises ValueError or OSError for a command, folder or checkpoint that cannot be used. `stack` closes what was opened."""
+    plan = make_plan(options, overrides)
+    world = init_world(plan.config.run)
+    stack.callback(close_world, world)
     folder = EvalFolder(plan.out, world, plan.setting(world), [problem.problem_id for problem in plan.problems])
     done = folder.open()
     missing = [problem for problem in plan.problems if problem.problem_id not in done]
+    model = None
+    if missing:
+        model = load_model(plan.checkpoint, world.dtype, weights_dtype=world.dtype).to(world.device).requires_grad_(False)
+        model.set_batch_invariant(plan.config.run.exact != "off")
+    return Evaluation(plan, world, folder, missing, model)
+
+
+def sample_missing(evaluation: Evaluation, model: Transformer) -> None:
+    """Samples and grades the missing problems; this rank appends the rows of its share."""
+    plan, world, missing = evaluation.plan, evaluation.world, evaluation.missing
+    portion = max(1, PORTION * plan.config.engine.max_num_seqs // plan.num_samples) * world.size
+    engine = Engine(model, plan.config.engine, plan.seed)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Grader(plan.config, plan.tokenizer) as grader, Progress(
+            *columns, console=Console(stderr=True), transient=True, disable=not world.is_main) as progress:
+        num_done = len(plan.problems) - len(missing)
+        bar = progress.add_task(f"completions ({num_done} of {len(plan.problems)} problems were done before)",
+                                total=len(world.share(missing)) * plan.num_samples)
+        votes = Votes(plan, grader, evaluation.folder.append)
+
+        def on_completion(problem: Problem, completion: Completion) -> None:
+            progress.advance(bar)
+            votes.write_counted()
+
+        try:
+            for start in range(0, len(missing), portion):
+                collect(engine, grader, missing[start : start + portion], plan.num_samples, plan.sampling, world=world,
+                        step=EVAL_STEP, on_group=votes.add, on_completion=on_completion)
+        finally:  # also after Ctrl-C: graded groups lack only their votes
+            votes.finish()
+
+
+def measure(evaluation: Evaluation) -> dict[str, Any] | None:
+    """-> the summary, on rank 0; None on the others."""
+    plan, world, folder = evaluation.plan, evaluation.world, evaluation.folder
     try:
-        if missing:
-            sample_missing(plan, world, folder, missing)
+        if evaluation.model is not None:
+            sample_missing(evaluation, evaluation.model)
     finally:
         folder.close()
     world.barrier()
     if not world.is_main:
         return None
-    rows = folder.collect()
+    rows = folder.merge()
     assert len(rows) == len(plan.problems), f"{len(rows)} rows for {len(plan.problems)} problems"
     summary = {**summarise(rows, plan.ks), "setting": folder.setting}
     folder.write_summary(summary)
@@ -183,16 +191,19 @@ def table_of(summary: Mapping[str, Any]) -> Table:
     for heading in ("", "mean", "95 % interval", "problems"):
         table.add_column(heading, justify="right" if heading else "left")
 
-    def add(name: str, value: Mapping[str, Any], form: str) -> None:
-        ends = "-" if value["low"] is None else f"{value['low']:{form}} to {value['high']:{form}}"
-        table.add_row(name, "-" if value["mean"] is None else f"{value['mean']:{form}}", ends, str(value["problems"]))
+    def add(name: str, value: Mapping[str, Any], spec: str) -> None:
+        interval = "-" if value["low"] is None else f"{value['low']:{spec}} to {value['high']:{spec}}"
+        table.add_row(name, "-" if value["mean"] is None else f"{value['mean']:{spec}}", interval, str(value["problems"]))
 
+    # Estimates over problems.
     for name in ("pass", "cons"):
         for k, value in summary[f"{name}_at_k"].items():
             add(f"{name}@{k}", value, ".1%")
     add("format", summary["format_rate"], ".1%")
     add("thinking tokens", summary["thinking_tokens"], ".1f")
     add("tokens", summary["length"], ".1f")
+
+    # Counts of samples.
     total = summary["completions"]
     for name in ("truncated", "without_answer", "ungradable"):
         table.add_row(name.replace("_", " "), f"{summary[name]} of {total}", f"{summary[name] / total:.1%}", "")
@@ -201,36 +212,33 @@ def table_of(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def measure(options: argparse.Namespace, overrides: list[str]) -> int:
-    plan = make_plan(options, overrides)
-    world = init_world(plan.config.run)
-    try:
-        for note in plan.notes if world.is_main else ():
-            print(note, file=sys.stderr)
-        summary = evaluate(plan, world)
-        if summary is not None and options.json:
-            print(json.dumps(summary, indent=2))
-        elif summary is not None:
-            Console().print(table_of(summary))
-            print(f"{plan.out}/{SUMMARY_FILE}; a line a problem, with its samples, in problems.jsonl")
-        return 0
-    except KeyboardInterrupt:
-        if world.is_main:
-            print(f"eval: stopped; what is done lies in {plan.out}, and the same command goes on from there", file=sys.stderr)
-        return 130
-    finally:
-        close_world(world)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Bad input is one line on stderr before any sampling; an error after that is a bug and keeps its traceback."""
     options, overrides = parse(arguments)
-    try:
-        return measure(options, overrides)
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"eval: {error}", file=sys.stderr)
-        return 1
+    with ExitStack() as stack:
+        try:
+            evaluation = prepare(options, overrides, stack)
+        except (ValueError, OSError) as error:
+            print(f"eval: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            return 130
+        plan, is_main = evaluation.plan, evaluation.world.is_main
+        for note in plan.notes if is_main else ():
+            print(note, file=sys.stderr)
+        try:
+            summary = measure(evaluation)
+        except KeyboardInterrupt:
+            if is_main:
+                print(f"eval: stopped; finished problems are in {plan.out}, and the same command continues from there",
+                      file=sys.stderr)
+            return 130
+    if summary is not None and options.json:
+        print(json.dumps(summary, indent=2))
+    elif summary is not None:
+        Console().print(table_of(summary))
+        print(f"{plan.out}/{SUMMARY_FILE}; problems.jsonl has a line per problem, with its samples")
+    return 0
 
 
 if __name__ == "__main__":

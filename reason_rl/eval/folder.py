@@ -1,99 +1,106 @@
-"""The folder of an evaluation: which problems are done, under which setting; rows are added as problems finish.
+"""The folder of an evaluation: its setting, a row for each finished problem, and the summary.
 
-    setting.json     all that the rows follow from; another setting in the same folder is refused with the difference
-    problems.jsonl   a row a problem, in the problems' order once all are there
-    summary.json     what the rows come to, written last
+    setting.json     everything that the rows depend on; a folder with another setting is refused with the difference
+    problems.jsonl   one row per problem, in the problems' order once all are finished
+    summary.json     estimates over all rows, written last
 
-Rank 0 adds to problems.jsonl, rank r to problems.<r>.jsonl beside it; `collect` puts the parts together, at the start for what an
-earlier sitting left, and at the end. So the files are the same whatever the sittings and processes.
+While sampling, rank 0 appends to problems.jsonl and rank r to problems.<r>.jsonl. `merge` joins these files: at the start those of
+an interrupted command, and at the end. So the files do not depend on interruptions or on the number of processes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from reason_rl.parallel.world import World
-from reason_rl.report.log import finite, read_jsonl
+from reason_rl.report.files import atomic_write_text, finite, jsonl, read_jsonl
 
 SETTING_FILE, ROWS_FILE, SUMMARY_FILE = "setting.json", "problems.jsonl", "summary.json"
 SAMPLED_BYTES = 1 << 20
-"""Read of each end of a weights file, for its fingerprint: an update moves every matrix, and gigabytes need not be hashed."""
+"""Bytes hashed at each end of a weights file. An update changes every matrix, so the gigabytes between need no hashing."""
 
 
 class EvalFolder:
     def __init__(self, path: Path, world: World, setting: Mapping[str, Any], problem_ids: Sequence[int]) -> None:
-        self.path, self.world, self.setting = path, world, dict(setting)
-        self.order = {problem_id: place for place, problem_id in enumerate(problem_ids)}
-        assert len(self.order) == len(problem_ids), "a problem stands twice among those to evaluate"
-        self._part: TextIO | None = None
+        assert len(set(problem_ids)) == len(problem_ids), "the problems to evaluate must be distinct"
+        self.path, self.world, self.setting, self.problem_ids = path, world, dict(setting), tuple(problem_ids)
+        self._rows: TextIO | None = None
 
     def open(self) -> set[int]:
-        """-> the ids of the problems that are done, the same on every rank. Makes the folder; raises ValueError for another
-        setting's."""
-        answer: tuple[set[int], str] = (set(), "")
+        """Makes the folder -> the ids of problems that have a row, the same on every rank.
+
+        Raises ValueError on every rank if the folder has rows of another setting.
+        """
+        done: set[int] = set()
+        refusal = ""
         if self.world.is_main:
             try:
-                self._claim()
-                answer = ({row["problem_id"] for row in self.collect()}, "")
+                self._write_setting()
+                done = {row["problem_id"] for row in self.merge()}
             except (ValueError, OSError) as error:
-                answer = (set(), str(error))
-        done, refusal = self.world.gather(answer)[0]
+                refusal = str(error)
+        done, refusal = self.world.gather((done, refusal))[0]
         if refusal:
             raise ValueError(refusal)
         return done
 
-    def _claim(self) -> None:
+    def _write_setting(self) -> None:
+        """Writes setting.json, or checks that it equals this setting."""
         path = self.path / SETTING_FILE
-        if not path.is_file():
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(self.setting, indent=2) + "\n")
-            return
-        try:
-            old = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-        differences = [f"{key}: {old.get(key)!r} -> {self.setting.get(key)!r}"
-                       for key in dict.fromkeys([*old, *self.setting]) if old.get(key) != self.setting.get(key)]
-        if differences and not any(part.stat().st_size for part in self.path.glob(f"{Path(ROWS_FILE).stem}*.jsonl")):
-            write_whole(path, json.dumps(self.setting, indent=2) + "\n")  # nothing came of it, a shard was missing perhaps
-        elif differences:
-            raise ValueError(f"{self.path} holds an evaluation of another setting; give this one an --out of its own. The "
-                             "differences:\n  " + "\n  ".join(differences))
+        old: dict[str, Any] = {}
+        if path.is_file():
+            try:
+                old = json.loads(path.read_text(encoding="utf-8"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{path} is damaged: {error}") from error
+            if old == self.setting:
+                return
+
+        # A folder without rows may take another setting: an earlier command failed before its first row.
+        if any(file.stat().st_size for file in [self.path / ROWS_FILE, *self._files_of_ranks()] if file.is_file()):
+            differences = [f"{key}: {old.get(key)!r} -> {self.setting.get(key)!r}"
+                           for key in dict.fromkeys([*old, *self.setting]) if old.get(key) != self.setting.get(key)]
+            raise ValueError(f"{self.path} has an evaluation of another setting; give this one another --out. "
+                             "The differences:\n  " + "\n  ".join(differences))
+        self.path.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(path, json.dumps(self.setting, indent=2) + "\n")
+
+    def _files_of_ranks(self) -> list[Path]:
+        return sorted(self.path.glob(f"{Path(ROWS_FILE).stem}.*.jsonl"))
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """One line, on disk when this returns."""
-        if self._part is None:
+        """Adds one row to this rank's file, flushed when this returns."""
+        if self._rows is None:
             name = ROWS_FILE if self.world.is_main else f"{Path(ROWS_FILE).stem}.{self.world.rank}.jsonl"
-            self._part = (self.path / name).open("a", encoding="utf-8")
-        self._part.write(json.dumps(finite(row), allow_nan=False) + "\n")
-        self._part.flush()
+            self._rows = (self.path / name).open("a", encoding="utf-8")
+        self._rows.write(jsonl([row]))
+        self._rows.flush()
 
     def close(self) -> None:
-        if self._part is not None:
-            self._part.close()
-            self._part = None
+        if self._rows is not None:
+            self._rows.close()
+            self._rows = None
 
-    def collect(self) -> list[dict[str, Any]]:
-        """All rows, put into one file in the problems' order; for rank 0, while nobody writes."""
-        parts = sorted(self.path.glob(f"{Path(ROWS_FILE).stem}.*.jsonl"))
-        found = {row["problem_id"]: row for part in [*parts, self.path / ROWS_FILE] for row in read_jsonl(part)}
-        rows = [found[problem_id] for problem_id in self.order if problem_id in found]
-        write_whole(self.path / ROWS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
-        for part in parts:
-            part.unlink()
+    def merge(self) -> list[dict[str, Any]]:
+        """Joins all rows in problems.jsonl, in the problems' order, and returns them. Rank 0 only, while no rank appends."""
+        files_of_ranks = self._files_of_ranks()
+        found = {row["problem_id"]: row for path in [*files_of_ranks, self.path / ROWS_FILE] for row in read_jsonl(path)}
+        rows = [found[problem_id] for problem_id in self.problem_ids if problem_id in found]
+        atomic_write_text(self.path / ROWS_FILE, jsonl(rows))
+        for path in files_of_ranks:
+            path.unlink()
         return rows
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        write_whole(self.path / SUMMARY_FILE, json.dumps(finite(summary), indent=2, allow_nan=False) + "\n")
+        atomic_write_text(self.path / SUMMARY_FILE, json.dumps(finite(summary), indent=2, allow_nan=False) + "\n")
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """Of a checkpoint's config, tokenizer and weights: it tells a folder from another that took its place."""
+    """Hash of a checkpoint's config, tokenizer and weights: it changes if other files take the folder's place."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted([*checkpoint.glob("*.json"), *checkpoint.glob("*.safetensors")]):
         size = path.stat().st_size
@@ -103,10 +110,3 @@ def fingerprint(checkpoint: Path) -> str:
             file.seek(max(0, size - SAMPLED_BYTES))
             digest.update(file.read(SAMPLED_BYTES))
     return digest.hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file is the old one or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -1,7 +1,7 @@
-"""What an evaluation is to measure: the command's options made whole, and everything checked that can fail before weights are read.
+"""The plan of an evaluation: the command's options resolved, and everything checked that can fail before weights are read.
 
-First half of `python -m reason_rl.eval` (eval.py). Config: --config, else that of the run whose folder the checkpoint is in, else
-the defaults; the model's shape is always the checkpoint's own, and [sampling] is what the options say.
+The config is that of --config, else of the run whose folder contains the checkpoint, else the defaults. The checkpoint decides the
+model's shape and the command's options decide the sampling. A key that would have no effect is refused.
 """
 
 from __future__ import annotations
@@ -9,40 +9,40 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reason_rl.config import Config, ConfigError, load_config
-from reason_rl.data import (
-    Tokenizer,
-    check_problems,
-    describe_problems,
-    heldout_problems,
-    is_file_task,
-    load_dataset,
-    problems_digest,
-    rl_problems,
-)
+from reason_rl.config import Config, ConfigError, config_of_stage, load_config, table_of
+from reason_rl.data import Problems, Tokenizer, load_problems, problems_digest
 from reason_rl.engine import check_fits
 from reason_rl.eval.folder import fingerprint
 from reason_rl.model.hf_config import read_model_config
 from reason_rl.parallel.world import World
 from reason_rl.records import Problem, SamplingParams
 from reason_rl.reward import check_rewards
-from reason_rl.run.folder import CONFIG_FILE
 
+RUN_CONFIG_FILE = "config.toml"
+"""In a run's folder."""
 DEFAULT_MAX_TOKENS = 2048
-"""Of a completion, where neither --max-tokens nor a config says it; less where the context leaves less."""
+"""Longest completion if neither --max-tokens nor a config file sets it; less if the model's context leaves less."""
+EFFECTIVE_SECTIONS = ("task", "engine")
+EFFECTIVE_KEYS = ("run.device", "run.dtype", "run.exact", "run.num_threads", "reward.verifier", "reward.math_deadline_s",
+                  "reward.workers", "reward.max_queued")
+OPTION_OF = {
+    "sampling.temperature": "--temperature", "sampling.top_p": "--top-p", "sampling.top_k": "--top-k", "sampling.min_p": "--min-p",
+    "sampling.max_tokens": "--max-tokens", "eval.problems": "--problems", "eval.final_problems": "--problems",
+    "eval.samples": "--samples", "eval.final_samples": "--samples", "eval.pass_at_k": "--k", "eval.temperature": "--temperature",
+    "run.seed": "--seed", "run.out_dir": "--out", "run.name": "--out",
+}
+"""The command's option instead of a config key that has no effect here."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured, checked as far as it can be without the weights."""
-
     checkpoint: Path
     config: Config
-    """With the checkpoint's own model, and its [sampling] as used here."""
+    """[model] is the checkpoint's and [sampling] the options'."""
     split: str
     num_samples: int
     ks: tuple[int, ...]
@@ -51,67 +51,80 @@ class Plan:
     tokenizer: Tokenizer
     problems: list[Problem]
     notes: tuple[str, ...]
-    """What is worth saying of the task."""
+    """Lines to print about the task."""
 
     @property
     def sampling(self) -> SamplingParams:
         return replace(self.config.sampling, stop_ids=self.tokenizer.stop_ids)
 
     def setting(self, world: World) -> dict[str, Any]:
-        """All that the rows follow from. The engine's sizes and --k are not among it."""
-        config = self.config
-        sections: dict[str, Any] = {"task": config.task, "reward": config.reward, "sampling": config.sampling}
+        """Everything that the rows depend on. They do not depend on the engine's sizes or on --k."""
+        table = table_of(self.config)
         return {
             "checkpoint": str(self.checkpoint.resolve()), "weights": fingerprint(self.checkpoint), "split": self.split,
             "problems": len(self.problems), "prompts": problems_digest(self.problems), "samples": self.num_samples,
-            "seed": self.seed, "device": world.device.type,
-            "dtype": str(world.dtype).removeprefix("torch."), "exact": config.run.exact,
-            **{f"{name}.{key}": value for name, values in sections.items() for key, value in asdict(values).items()}}
+            "seed": self.seed, "device": world.device.type, "dtype": str(world.dtype).removeprefix("torch."),
+            "exact": self.config.run.exact,
+            **{f"{section}.{key}": value for section in ("task", "reward", "sampling") for key, value in table[section].items()}}
 
 
-def make_plan(options: argparse.Namespace, overrides: list[str]) -> Plan:
-    """Everything about the command that can fail, before weights are read."""
+def make_plan(options: argparse.Namespace, overrides: Sequence[str]) -> Plan:
+    """Raises ValueError for everything about the command that can fail before weights are read."""
+    # The checkpoint and the options.
     checkpoint = Path(options.checkpoint)
-    tokenizer, (model_config, vocab_size) = Tokenizer.load(checkpoint), read_model_config(checkpoint)
+    tokenizer, (model, vocab_size) = Tokenizer.load(checkpoint), read_model_config(checkpoint)
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(f"{checkpoint}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {vocab_size}")
     ks = parse_ks(options.k, options.samples)
-    config, has_file = resolve_config(options, overrides, checkpoint)
-    config = replace(config, model=replace(model_config, init_from=config.model.init_from))
-    problems = problems_of(config, tokenizer, options.split, options.problems)
-    if not problems:
-        raise ValueError(f"task {config.task.name!r} has no problem for --split {options.split}")
-    max_tokens = config.sampling.max_tokens if has_file else min(
-        DEFAULT_MAX_TOKENS, model_config.max_position_embeddings - max(len(problem.prompt_ids) for problem in problems))
-    sampling = SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p,
-                              max_tokens if options.max_tokens is None else options.max_tokens)  # checks its values
-    config = replace(config, sampling=replace(
-        config.sampling, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p,
-        max_tokens=sampling.max_tokens))
-    check_problems(problems, config)
-    check_fits(problems, sampling.max_tokens, model_config.max_position_embeddings, config.engine.num_blocks)
-    notes = (*describe_problems(config, tokenizer)[0], *check_rewards(config, problems[0]))
+    path = options.config or config_of_run(checkpoint)
+    config = resolve_config(path, options, overrides, checkpoint)
+    config = replace(config, model=replace(model, init_from=config.model.init_from))
+
+    # The problems, and how to sample them.
+    source = load_problems(config, tokenizer)
+    problems = select_problems(source, config, options.split, options.problems)
+    max_tokens = config.sampling.max_tokens
+    if options.max_tokens is not None:
+        max_tokens = options.max_tokens
+    elif path is None:
+        room = model.max_position_embeddings - max(len(problem.prompt_ids) for problem in problems)
+        max_tokens = max(1, min(DEFAULT_MAX_TOKENS, room))
+    config = replace(config, sampling=SamplingParams(
+        options.temperature, options.top_k, options.top_p, options.min_p, max_tokens))
+
+    # Whether they fit, and whether they can be graded.
+    source.check(problems, config)
+    check_fits(problems, max_tokens, model.max_position_embeddings, config.engine.num_blocks)
+    notes = (*source.describe(), *check_rewards(config, problems[0]))
     out = Path(options.out) if options.out else default_folder(checkpoint, f"{config.task.name}-{options.split}")
     return Plan(checkpoint, config, options.split, options.samples, ks, options.seed, out, tokenizer, problems, notes)
 
 
-def problems_of(config: Config, tokenizer: Tokenizer, split: str, count: int | None) -> list[Problem]:
-    """The first `count` problems of the split, held-out ones in the order of a run's evaluations. None: all of a file's, and of a
-    task that makes its own as many as a run's last evaluation has."""
+def select_problems(source: Problems, config: Config, split: str, count: int | None) -> list[Problem]:
+    """The first `count` problems of the split; held-out problems are in the order of a run's own evaluations.
+
+    count None: all problems of a file; of a generated task as many as in a run's last evaluation.
+    """
     if count is not None and count < 1:
         raise ValueError(f"--problems must be at least 1, got {count}")
-    if not is_file_task(config):
+
+    # A generated task has no end.
+    if source.num_train is None or source.num_heldout is None:
         count = config.eval.final_problems if count is None else count
         if split == "all":
-            raise ValueError(f"task {config.task.name!r} makes its problems without end: --split is heldout or rl")
-        return heldout_problems(config, tokenizer, count) if split == "heldout" else rl_problems(config, tokenizer, 0, count)
-    dataset = load_dataset(config, tokenizer)
+            raise ValueError(f"task {config.task.name!r} generates its problems without end: --split must be heldout or rl")
+        return source.heldout(count) if split == "heldout" else source.train(0, count)
+
+    # A task from files: held-out problems as a run takes them, others in a shuffle with a fixed key.
     if split == "heldout":
-        return heldout_problems(config, tokenizer, len(dataset.heldout) if count is None else count)
-    problems = [*dataset.rl, *(dataset.heldout if split == "all" else ())]
-    if count is not None and count > len(problems):
-        raise ValueError(f"--problems {count} were asked for, but --split {split} of task {config.task.name!r} has {len(problems)}")
-    random.Random(f"0/{split}").shuffle(problems)
+        problems = source.heldout(source.num_heldout if count is None else count)
+    else:
+        problems = source.all_known()[: source.num_train if split == "rl" else None]
+        if count is not None and count > len(problems):
+            raise ValueError(f"--problems {count}: --split {split} of task {config.task.name!r} has {len(problems)}")
+        random.Random(f"0/{split}").shuffle(problems)
+    if not problems:
+        raise ValueError(f"task {config.task.name!r} has no problem for --split {split}")
     return problems[:count]
 
 
@@ -121,7 +134,7 @@ def parse_ks(text: str | None, num_samples: int) -> tuple[int, ...]:
     if text is None:
         return tuple(sorted({1, num_samples}))
     try:
-        ks = sorted({int(part) for part in text.split(",")})
+        ks = sorted({int(number) for number in text.split(",")})
     except ValueError:
         raise ValueError(f"--k must be numbers like 1,4,16, got {text!r}") from None
     if ks[0] < 1 or ks[-1] > num_samples:
@@ -129,27 +142,46 @@ def parse_ks(text: str | None, num_samples: int) -> tuple[int, ...]:
     return tuple(ks)
 
 
-def resolve_config(options: argparse.Namespace, overrides: Sequence[str], checkpoint: Path) -> tuple[Config, bool]:
-    """-> (config, whether a file had a say in it): --config, else that of the run whose folder it is in, else the defaults."""
-    run = run_of(checkpoint)
-    path = options.config or (run / CONFIG_FILE if run else None)
+def resolve_config(path: str | Path | None, options: argparse.Namespace, overrides: Sequence[str], checkpoint: Path) -> Config:
+    """Defaults, then the TOML file at `path`, then the overrides and options.
+
+    Of a recipe with stages: the keys of the stage that the checkpoint is named after, else of the last stage.
+    """
+    refuse_unused(overrides)
     given = [f"--model.init_from={checkpoint}", *overrides]
     given += [f"--{key}={value}" for key, value in (
         ("task.name", options.task), ("run.device", options.device), ("run.dtype", options.dtype)) if value is not None]
     if path is None and not any(argument.startswith("--task.name=") for argument in given):
-        raise ConfigError(f"{checkpoint} is in no run's folder, so say which problems: --task NAME or --config FILE")
-    fixed = [argument for argument in overrides if argument.startswith("--sampling.")]
-    if fixed:
-        raise ConfigError(f"{fixed[0]}: here sampling is set by --temperature, --top-p, --top-k, --min-p and --max-tokens")
+        raise ConfigError(f"{checkpoint} is not in a run's folder: choose the problems by --task NAME or --config FILE")
     config = load_config(path, given)
-    # Only what says right or wrong: the rest of a reward is the training's.
-    return replace(config, reward=replace(config.reward, custom="", judge="", model="")), path is not None
+    if config.stages:
+        by_name = {stage.name: stage for stage in config.stages}
+        config = config_of_stage(config, by_name.get(checkpoint.resolve().name, config.stages[-1]))
+    # An evaluation measures right and wrong: neither custom rewards nor judges nor reward models are asked.
+    return replace(config, reward=replace(config.reward, custom="", judge="", model=""))
+
+
+def refuse_unused(overrides: Sequence[str]) -> None:
+    """Raises for a config key that exists but has no effect here; `load_config` refuses keys that do not exist."""
+    known = table_of(Config())
+    for override in overrides:
+        *_, section, key = ["", *override.removeprefix("--").partition("=")[0].replace("-", "_").split(".")]
+        dotted = f"{section}.{key}"
+        is_used = section in EFFECTIVE_SECTIONS or dotted in EFFECTIVE_KEYS or dotted.startswith("reward.code_")
+        if key in known.get(section, ()) and not is_used:
+            instead = f"; use {OPTION_OF[dotted]}" if dotted in OPTION_OF else ""
+            raise ConfigError(f"{override} has no effect on an evaluation{instead}")
 
 
 def run_of(checkpoint: Path) -> Path | None:
-    """The run's folder that the checkpoint is in, as train.py lays it out."""
-    folder = checkpoint.resolve().parent.parent
-    return folder if checkpoint.resolve().parent.name == "checkpoints" and (folder / CONFIG_FILE).is_file() else None
+    """The run's folder if the checkpoint is in one: RUN/checkpoints/NAME, with RUN/config.toml."""
+    folder = checkpoint.resolve().parent
+    return folder.parent if folder.name == "checkpoints" and (folder.parent / RUN_CONFIG_FILE).is_file() else None
+
+
+def config_of_run(checkpoint: Path) -> Path | None:
+    run = run_of(checkpoint)
+    return run / RUN_CONFIG_FILE if run else None
 
 
 def default_folder(checkpoint: Path, name: str) -> Path:

@@ -15,9 +15,9 @@ from reason_rl.records import Microbatch
 
 
 def shard(model: Transformer, world: World) -> Transformer:
-    """The module itself for one process; for several, each block and the rest become FSDP units, sharded in place."""
+    """Shards in place for several processes: each block is an FSDP unit, the rest another. One process keeps the plain module."""
     if world.size > 1:
-        # A mesh of our own device: fully_shard's default is the machine's GPU even when the run is on the CPU.
+        # The mesh names the run's device: fully_shard's default is the machine's GPU even when the run is on the CPU.
         mesh = init_device_mesh(world.device.type, (world.size,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
@@ -27,7 +27,7 @@ def shard(model: Transformer, world: World) -> Transformer:
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a sharded tensor, on every rank (a collective); a plain tensor itself."""
+    """A sharded tensor, gathered whole on every rank (a collective); a plain tensor as it is."""
     if isinstance(tensor, DTensor):
         whole: torch.Tensor = tensor.full_tensor()
         return whole
@@ -35,21 +35,21 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def full_state(model: Transformer) -> dict[str, torch.Tensor]:
-    """Parameters and the expert biases by our names, whole, detached (a collective)."""
+    """Parameters and expert biases by name, whole and detached (a collective)."""
     return {name: full_tensor(tensor).detach() for name, tensor in model.state_dict().items()}
 
 
-class RolloutWeights:
-    """The policy as the engine reads it: the trainer's own module where one process holds all of it (in bf16: on the CPU), else a
-    plain copy.
+class SamplingWeights:
+    """The policy's weights as the engine reads them.
 
-    A copy is cast once, at the places where the trainer's forward casts (matrices, but not the router), so both see the same bits.
-    `refresh` after every update keeps it the policy of this version.
+    One process shares the trainer's module in float32, and on the CPU also in bf16. Otherwise the engine reads a plain copy whose
+    matrices are rounded once, where the trainer's forward rounds them at each use (the router is not rounded), so both compute with
+    the same bits. `refresh` copies the weights after an update.
     """
 
     def __init__(self, model: Transformer, world: World) -> None:
         self._trained, self._world = model, world
-        # On a GPU a decode step is bound by the weights it reads: masters there would be twice the bytes and a cast at every token.
+        # On a GPU the time of a decode step is the time to read the weights: f32 masters would double it, and cast at every token.
         self.shares_memory = world.size == 1 and (world.dtype == torch.float32 or world.device.type == "cpu")
         if self.shares_memory:
             self.model = model
@@ -68,7 +68,7 @@ class RolloutWeights:
 
 
 def rank_share(microbatches: Sequence[Microbatch], world: World, idle: Microbatch) -> list[Microbatch]:
-    """This rank's microbatches; ranks with fewer join in with idle ones, because a sharded forward is a collective."""
+    """This rank's microbatches, filled up with idle ones to the same number on every rank: a sharded forward is a collective."""
     rounds = -(-len(microbatches) // world.size)
     mine = world.share(microbatches)
     return mine + [idle] * (rounds - len(mine))

@@ -1,17 +1,16 @@
-"""Where a run computes, and how its processes work together.
+"""Where a run computes, and how its processes exchange small Python objects (graded groups, metrics).
 
-One process: a plain module on one device. Several (torchrun): FSDP2's `fully_shard` per block, so that each rank holds a
-share of every parameter, gradient and optimizer state; gloo on the CPU, nccl on GPUs. What ranks tell each other beyond that
-are small Python objects (graded groups, metrics), gathered on the CPU.
+One process, or several under torchrun: gloo on the CPU, nccl on GPUs. Ranks decide alike because they decide from the same gathered
+facts. Files are rank 0's: it alone looks for checkpoints, takes locks and writes, and the others wait for its answer (`from_main`).
 
-Every rank makes the same decisions from the same gathered facts; there is no rank whose word the others await.
+Left out: sharding (fsdp.py).
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
@@ -37,7 +36,7 @@ class World:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """Items rank, rank + size, ...: this rank's part of a list that every rank knows."""
+        """Items rank, rank + size, ... of a list that is the same on every rank."""
         return list(items[self.rank :: self.size])
 
     def gather(self, value: T) -> list[T]:
@@ -49,9 +48,23 @@ class World:
         return gathered
 
     def gather_shares(self, part: Sequence[T]) -> list[T]:
-        """The inverse of `share`: the whole list, in its order, on every rank."""
+        """The inverse of `share`: the whole list, in order, on every rank."""
         parts = self.gather(list(part))
         return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
+
+    def from_main(self, act: Callable[[], T]) -> T:
+        """`act()` on rank 0 alone; its result on every rank, or its error, so that no rank waits for one that has failed."""
+        result: T | None = None
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                result = act()
+            except Exception as raised:
+                error = raised
+        result, error = self.gather((result, error))[0]
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -59,7 +72,7 @@ class World:
 
 
 def init_world(run: RunConfig) -> World:
-    """Device, dtype, threads and process group, from the config and torchrun's environment."""
+    """Chooses device, dtype and threads, and joins the process group, by the config and torchrun's environment."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
     name = run.device if run.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,11 +102,12 @@ def init_world(run: RunConfig) -> World:
 
 
 def _default_threads(local_size: int) -> int:
-    """A process's share of the cores it may use; OMP_NUM_THREADS for one alone (torchrun sets it to 1 for several)."""
+    """An equal number of the machine's cores for each process; a single process follows OMP_NUM_THREADS (torchrun sets that to 1
+    for several)."""
     wished = os.environ.get("OMP_NUM_THREADS", "")
     if local_size == 1 and wished.isdigit() and int(wished) > 0:
         return int(wished)
-    # Not every system can say which cores a process may use.
+    # sched_getaffinity: the cores that this process may use, which is fewer than the machine's in a container; Linux only.
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, num_cores // local_size)
 
@@ -104,10 +118,10 @@ def close_world(world: World) -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """Leave with this exit code; under torchrun without Python's own finalisation.
+    """Exits with this code; under torchrun without Python's finalisation.
 
-    gloo's threads live on after destroy_process_group (DTensor's caches hold the group), and one that wakes up while the
-    interpreter is taken down aborts the process: seen with torch 2.13, once in some 80 runs on a busy machine.
+    gloo's threads outlive destroy_process_group (DTensor's caches hold the group). One that wakes up during finalisation aborts the
+    process: seen with torch 2.13, once in about 80 runs on a busy machine.
     """
     sys.stdout.flush()
     sys.stderr.flush()

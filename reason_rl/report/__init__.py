@@ -1,1 +1,1 @@
-"""What a run writes down and shows: log files, terminal, page."""
+"""Everything that a run writes down or shows: its log files, the terminal view and the report page."""

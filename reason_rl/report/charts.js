@@ -1,5 +1,5 @@
-// The curves of report.html, drawn as SVG from the JSON in #data. Curves over RL steps share one cursor: hovering (or the
-// arrow keys in a focused chart) moves it in all of them, and each legend shows the values there.
+// The curves of report.html, drawn as SVG from the JSON in #data, one section per stage. The charts of a stage share one
+// cursor: hovering (or the arrow keys in a focused chart) moves it in all of them, and each legend shows the values there.
 'use strict';
 const DATA = JSON.parse(document.getElementById('data').textContent);
 
@@ -9,56 +9,67 @@ const UNITS = {
   seconds: (v) => v.toFixed(v < 10 ? 2 : 0) + ' s',
   plain: (v) => (v === 0 ? '0' : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-4 ? v.toExponential(1) : String(+v.toPrecision(3))),
 };
-const rl = (key, name, more) => ({from: ['rl'], key, name, ...more});
+const train = (key, name, more) => ({from: ['train'], key, name, ...more});
 const heldout = (key, name, more) => ({from: ['eval'], key, name, dots: true, ...more});
 const timing = (phase, key, name, more) => ({from: ['timings', phase], key, name, ...more});
 
-// Each curve: where its numbers lie, and what it is called. `thin` for the noisy companion of a steadier curve.
-const SECTIONS = [
-  {title: 'What it learned', lead: 'Over RL steps; step 0 is the base model. Held-out problems were in neither the corpus nor RL.', charts: [
-    {title: 'Accuracy', about: 'share of right answers', unit: 'percent', range: [0, 1], wide: true,
-      series: [heldout('accuracy', 'held-out', {wash: true}), rl('accuracy', 'training batch', {thin: true, colour: 5})]},
-    {title: 'Thinking length', about: 'mean tokens between the think tags, over all samples', unit: 'tokens', wide: true,
-      series: [heldout('mean_thinking_tokens', 'held-out', {wash: true, colour: 2}), rl('thinking_tokens', 'training batch', {thin: true, colour: 5})]},
-    {title: 'Reward and its parts', about: 'means over the batch; the parts before weighting', unit: 'plain', series: 'reward'},
-    {title: 'Share that thinks', about: 'samples with anything between the tags', unit: 'percent', range: [0, 1],
-      series: [heldout('thinks_share', 'held-out'), rl('thinks_share', 'training batch', {thin: true, colour: 5})]},
-    {title: 'Does thinking pay?', about: 'accuracy of the samples that thought, and of those that did not', unit: 'percent', range: [0, 1],
-      series: [rl('accuracy_given_thought', 'given a thought', {colour: 3}), rl('accuracy_given_none', 'given none', {colour: 2})]},
-    {title: 'pass@k', about: 'problems solved at least once in k samples: what the base already holds, and what RL made likely', unit: 'percent', range: [0, 1], passAtK: true},
-    {title: 'Format', about: 'completions in the template, and those cut at max_tokens', unit: 'percent', range: [0, 1],
-      series: [rl('format_rate', 'format kept', {colour: 3}), rl('truncated_share', 'cut off', {colour: 2})]},
-    {title: 'Completion length', about: 'mean tokens of a completion', unit: 'tokens', series: [rl('length', 'training batch')]},
-  ]},
-  {title: 'How the policy moved', lead: 'What the update did to the distribution it samples from.', charts: [
-    {title: 'Entropy', about: 'mean per token, in nats: how undecided the policy still is', unit: 'plain', zero: true, series: [rl('entropy', 'entropy', {wash: true})]},
-    {title: 'KL', about: 'estimates per token, in nats', unit: 'plain', zero: true,
-      series: [rl('kl', 'KL to the reference', {colour: 4}), rl('approx_kl', 'KL to old policy', {colour: 5})]},
-    {title: 'Clip fractions', about: 'loss tokens whose ratio the clip stopped', unit: 'percent', zero: true,
-      series: [rl('clip_low', 'below', {colour: 2}), rl('clip_high', 'above', {colour: 1})]},
-    {title: 'Logprob gap', about: 'largest |sampler − trainer| on policy, in nats; 0 means bit for bit', unit: 'plain', zero: true,
-      series: [rl('max_abs_logprob_gap', 'largest gap', {colour: 2, wash: true})]},
-    {title: 'Ratio', about: 'largest and smallest exp(logprob − old_logprob)', unit: 'plain', zero: true,
-      series: [rl('ratio_max', 'largest'), rl('ratio_min', 'smallest', {colour: 2})]},
-    {title: 'Groups without signal', about: 'all rewards equal: nothing to learn from', unit: 'percent', range: [0, 1],
-      series: [rl('groups_without_signal', 'share', {colour: 4, wash: true})]},
-    {title: 'Loss', about: 'a surrogate: its gradient matters, its value does not', unit: 'plain', series: [rl('loss', 'loss')]},
-    {title: 'Gradient norm', about: 'before clipping', unit: 'plain', zero: true, series: [rl('grad_norm', 'norm', {colour: 3})]},
-    {title: 'Loss tokens', about: 'tokens in the denominator', unit: 'tokens', zero: true, series: [rl('num_loss_tokens', 'a step', {colour: 5})]},
-  ]},
-  {title: 'Where the time went', lead: '', charts: [
-    {title: 'Time per phase', about: 'seconds of an RL step, stacked', unit: 'seconds', zero: true, stacked: true,
-      series: [timing('rl', 'rollout_s', 'rollout'), timing('rl', 'train_s', 'training', {colour: 2}), timing('rl', 'reward_s', 'reward', {colour: 3})]},
-    {title: 'Throughput', about: 'tokens per second', unit: 'tokens', zero: true,
-      series: [timing('rl', 'rollout_tok_s', 'rollout'), timing('rl', 'train_tok_s', 'training', {colour: 2}), timing('rl', 'step_tok_s', 'whole step', {colour: 5})]},
-    {title: 'Evaluations', about: 'seconds each; the first and the last take more problems', unit: 'seconds', zero: true,
-      series: [timing('eval', 'eval_s', 'evaluation', {dots: true, colour: 4})]},
-  ]},
-  {title: 'The base model', lead: 'Next-token prediction from random weights, before any RL.', charts: [
-    {title: 'Pretraining loss', about: 'nats per token', unit: 'plain', axis: 'pretrain', wide: true, series: [{from: ['pretrain'], key: 'loss', name: 'loss', wash: true}]},
-    {title: 'Learning rate', about: '', unit: 'plain', axis: 'pretrain', zero: true, wide: true, series: [{from: ['pretrain'], key: 'lr', name: 'learning rate', colour: 3}]},
-  ]},
-];
+// Each curve: where its numbers are in the stage's data, and its name. `thin` draws the noisier of two curves.
+const LEARNED = {title: 'What it learned', lead: 'Step 0 is the model that the stage starts from. Held-out problems are in no training data.', charts: [
+  {title: 'Accuracy', about: 'right answers', unit: 'percent', range: [0, 1], wide: true,
+    series: [heldout('accuracy', 'held-out', {wash: true}), train('accuracy', 'training batch', {thin: true, colour: 5})]},
+  {title: 'Thinking length', about: 'mean tokens between the think tags, over all samples', unit: 'tokens', wide: true,
+    series: [heldout('mean_thinking_tokens', 'held-out', {wash: true, colour: 2}), train('thinking_tokens', 'training batch', {thin: true, colour: 5})]},
+  {title: 'Reward and its parts', about: 'means over the batch; the parts before weighting', unit: 'plain', series: 'reward'},
+  {title: 'Samples that think', about: 'samples with any text between the think tags', unit: 'percent', range: [0, 1],
+    series: [heldout('thinks_share', 'held-out'), train('thinks_share', 'training batch', {thin: true, colour: 5})]},
+  {title: 'Does thinking pay?', about: 'accuracy of the samples that think, and of those that do not', unit: 'percent', range: [0, 1],
+    series: [train('accuracy_given_thought', 'with a thought', {colour: 3}), train('accuracy_given_none', 'without', {colour: 2})]},
+  {title: 'pass@k', about: 'problems solved at least once in k samples, before and after the stage', unit: 'percent', range: [0, 1], passAtK: true},
+  {title: 'Format', about: 'completions in the template, and those cut at max_tokens', unit: 'percent', range: [0, 1],
+    series: [train('format_rate', 'format kept', {colour: 3}), train('truncated_share', 'cut off', {colour: 2})]},
+  {title: 'Completion length', about: 'mean tokens of a completion', unit: 'tokens', series: [train('length', 'training batch')]},
+]};
+const POLICY = {title: 'How the policy moved', lead: 'The effect of the updates on the distribution that it samples from.', charts: [
+  {title: 'Entropy', about: 'mean per token, in nats; falls as the policy gets more certain', unit: 'plain', zero: true, series: [train('entropy', 'entropy', {wash: true})]},
+  {title: 'KL', about: 'estimates per token, in nats', unit: 'plain', zero: true,
+    series: [train('kl', 'KL to the reference', {colour: 4}), train('approx_kl', 'KL to old policy', {colour: 5})]},
+  {title: 'Clip fractions', about: 'loss tokens whose ratio was clipped', unit: 'percent', zero: true,
+    series: [train('clip_low', 'below', {colour: 2}), train('clip_high', 'above', {colour: 1})]},
+  {title: 'Logprob gap', about: 'largest |sampler − trainer| on policy, in nats; 0 means equal bits', unit: 'plain', zero: true,
+    series: [train('max_abs_logprob_gap', 'largest gap', {colour: 2, wash: true})]},
+  {title: 'Ratio', about: 'largest and smallest exp(logprob − old_logprob)', unit: 'plain', zero: true,
+    series: [train('ratio_max', 'largest'), train('ratio_min', 'smallest', {colour: 2})]},
+  {title: 'Groups without signal', about: 'groups whose rewards are all equal: no advantage, no gradient', unit: 'percent', range: [0, 1],
+    series: [train('groups_without_signal', 'groups', {colour: 4, wash: true})]},
+  {title: 'Loss', about: 'a surrogate: its gradient matters, its value does not', unit: 'plain', series: [train('loss', 'loss')]},
+  {title: 'Gradient norm', about: 'before clipping', unit: 'plain', zero: true, series: [train('grad_norm', 'norm', {colour: 3})]},
+  {title: 'Loss tokens', about: 'the denominator of the loss', unit: 'tokens', zero: true, series: [train('num_loss_tokens', 'per step', {colour: 5})]},
+]};
+const TIME = {title: 'Where the time went', lead: '', charts: [
+  {title: 'Time per phase', about: 'seconds of a step, stacked', unit: 'seconds', zero: true, stacked: true,
+    series: [timing('train', 'rollout_s', 'rollout'), timing('train', 'train_s', 'training', {colour: 2}), timing('train', 'reward_s', 'reward', {colour: 3})]},
+  {title: 'Throughput', about: 'tokens per second', unit: 'tokens', zero: true,
+    series: [timing('train', 'rollout_tok_s', 'rollout'), timing('train', 'train_tok_s', 'training', {colour: 2}), timing('train', 'step_tok_s', 'whole step', {colour: 5})]},
+  {title: 'Evaluations', about: 'seconds each; the first and the last have more problems', unit: 'seconds', zero: true,
+    series: [timing('eval', 'eval_s', 'evaluation', {dots: true, colour: 4})]},
+]};
+const PRETRAINING = {title: '', lead: 'Next-token prediction from random weights.', charts: [
+  {title: 'Loss', about: 'nats per token', unit: 'plain', wide: true, series: [train('loss', 'loss', {wash: true})]},
+  {title: 'Learning rate', about: '', unit: 'plain', zero: true, wide: true, series: [train('lr', 'learning rate', {colour: 3})]},
+]};
+const KINDS = {pretrain: [PRETRAINING], grpo: [LEARNED, POLICY, TIME]};
+
+// A stage of any other kind: the charts that its metrics fill, and one chart for each metric that is in none of them.
+function sectionsOf(stage) {
+  if (KINDS[stage.kind]) return KINDS[stage.kind];
+  const drawn = new Set(['step', ...[...LEARNED.charts, ...POLICY.charts].flatMap((c) => (Array.isArray(c.series) ? c.series.map((s) => s.key) : []))]);
+  const updates = POLICY.charts.map((c) => (c.title === 'Loss' ? {...c, about: ''} : c));  // its loss may be any
+  const isOther = (key) => !drawn.has(key) && key !== 'reward' && !key.startsWith('reward/');
+  const other = [...Object.keys(stage.train).filter(isOther).map((key) => ({key, series: [train(key, 'training')]})),
+    ...Object.keys(stage.eval).filter((key) => isOther(key) && !(key in stage.train)).map((key) => ({key, series: [heldout(key, 'held-out')]}))];
+  return [LEARNED, {title: 'Training', lead: '', charts: updates},
+    {title: 'Further metrics', lead: '', charts: other.map(({key, series}) => ({title: key, about: '', unit: 'plain', series}))}, TIME];
+}
 
 function element(name, attributes = {}, ...children) {
   const node = document.createElement(name);
@@ -73,7 +84,7 @@ function svg(name, attributes) {
 }
 
 const TIP = document.getElementById('tip');
-// rows: [[text, text]], always as text. (x, y) in the window; the tip stays inside it.
+// rows: [[text, text]]. (x, y) in the window; the tip stays inside the window.
 function showTip(x, y, head, rows) {
   TIP.replaceChildren(element('div', {class: 'head'}, head),
     ...rows.map(([name, value]) => element('div', {class: 'row'}, element('span', {}, name), element('span', {}, value))));
@@ -84,19 +95,19 @@ function showTip(x, y, head, rows) {
 }
 function hideTip() { TIP.hidden = true; }
 
-// -> [{name, colour, points: [[x, y or null]], ...}], series without a single number left out
-function resolve(chart) {
+// -> [{name, colour, points: [[x, y or null]], ...}]; a series without any number is left out
+function resolve(chart, stage) {
   let wanted = chart.series;
   if (wanted === 'reward') {
-    const parts = Object.keys(DATA.rl).filter((key) => key.startsWith('reward/'));
-    wanted = [rl('reward', 'reward'), ...parts.map((key, i) => rl(key, key.slice(7), {thin: true, colour: 2 + i % 4}))];
+    const parts = Object.keys(stage.train).filter((key) => key.startsWith('reward/'));
+    wanted = [train('reward', 'reward'), ...parts.map((key, i) => train(key, key.slice(7), {thin: true, colour: 2 + i % 4}))];
   }
   if (chart.passAtK) {
-    return ['base', 'final'].map((side, i) => ({name: side + ' policy', colour: i ? 1 : 2, dots: true, wash: false,
-      points: Object.entries(DATA.pass_at_k[side]).map(([k, v]) => [Math.log2(+k), v]).sort((a, b) => a[0] - b[0])})).filter((s) => s.points.length);
+    return ['before', 'after'].map((when, i) => ({name: when, colour: i ? 1 : 2, dots: true, wash: false,
+      points: Object.entries(stage.pass_at_k[when]).map(([k, v]) => [Math.log2(+k), v]).sort((a, b) => a[0] - b[0])})).filter((s) => s.points.length);
   }
   return wanted.map((s) => {
-    const table = s.from.reduce((at, key) => at[key] || {}, DATA);
+    const table = s.from.reduce((at, key) => at[key] || {}, stage);
     const steps = table.step || [], values = table[s.key] || [];
     return {...s, points: steps.map((x, i) => [x, values[i] === undefined ? null : values[i]])};
   }).filter((s) => s.points.some((p) => p[1] !== null));
@@ -117,7 +128,7 @@ function yTicks(chart, stacks) {
   if (low === high) [low, high] = low === 0 ? [0, 1] : [Math.min(low, 0), Math.max(high, 0)];
   return niceTicks(low, high, 4);
 }
-// Each series atop the ones before it, matched by x.
+// Stacks each series on the ones before it, matched by x.
 function stack(series) {
   const sum = new Map();
   return series.map((s) => ({...s, points: s.points.map(([x, y]) => {
@@ -128,7 +139,6 @@ function stack(series) {
 }
 
 const CHARTS = [];
-const axisOf = (chart) => (chart.passAtK ? 'k' : chart.axis || 'rl');
 
 function draw(view) {
   const {chart, series, root} = view;
@@ -231,30 +241,38 @@ function listen(view) {
   });
 }
 
-function addChart(grid, chart) {
-  const series = resolve(chart);
+function addChart(grid, chart, stage, number) {
+  const series = resolve(chart, stage);
   if (!series.length) return;
   const values = series.map(() => element('b'));
   const legend = element('ul', {class: 'legend'}, ...series.map((s, i) =>
     element('li', {style: `--series: var(--c${s.colour || 1})`}, element('i'), s.name, values[i])));
   const root = element('div', {class: 'canvas'});
   grid.append(element('figure', {class: chart.wide ? 'card wide' : 'card', 'data-chart': chart.title},
-    element('h3', {}, chart.title), element('p', {class: 'about'}, chart.about), legend, root));
-  CHARTS.push({chart, series, values, root, axis: axisOf(chart)});
+    element('h4', {}, chart.title), element('p', {class: 'about'}, chart.about), legend, root));
+  CHARTS.push({chart, series, values, root, axis: `${chart.passAtK ? 'k' : 'step'} ${number}`});
+}
+function addStage(stage, number) {
+  const place = DATA.num_stages > 1 ? `Stage ${number} of ${DATA.num_stages}: ${stage.name}` : stage.name;
+  const root = element('section', {id: `stage-${number}`, class: 'stage', 'aria-label': place}, element('h2', {}, place));
+  document.getElementById('stages').append(root);
+  for (const section of sectionsOf(stage)) {
+    const grid = element('div', {class: 'charts'});
+    for (const chart of section.charts) addChart(grid, chart, stage, number);
+    if (!grid.children.length) continue;
+    root.append(element('div', {class: 'chart-section'}, ...(section.title ? [element('h3', {}, section.title)] : []),
+      ...(section.lead ? [element('p', {class: 'lead'}, section.lead)] : []), grid));
+  }
 }
 function drawCurves() {
-  for (const [i, section] of SECTIONS.entries()) {
-    const grid = element('div', {class: 'charts'});
-    for (const chart of section.charts) addChart(grid, chart);
-    if (!grid.children.length) continue;
-    document.getElementById(i ? 'curves' : 'learned').append(element('h2', {}, section.title), element('p', {class: 'lead'}, section.lead), grid);
-  }
-  for (const axis of ['rl', 'pretrain', 'k']) {  // charts over the same axis stand over the same steps
+  DATA.stages.forEach((stage, i) => addStage(stage, i + 1));
+  const axes = [...new Set(CHARTS.map((v) => v.axis))];
+  for (const axis of axes) {  // the charts of an axis have one range of steps
     const views = CHARTS.filter((v) => v.axis === axis);
     const xs = views.flatMap((v) => v.series.flatMap((s) => s.points.map((p) => p[0])));
-    for (const view of views) view.domain = [axis === 'rl' ? 0 : Math.min(...xs), Math.max(...xs, axis === 'rl' ? 1 : -1e9)];
+    for (const view of views) view.domain = view.chart.passAtK ? [Math.min(...xs), Math.max(...xs)] : [0, Math.max(...xs, 1)];
   }
-  const redraw = () => { for (const view of CHARTS) draw(view); for (const axis of ['rl', 'pretrain', 'k']) setCursor(axis, null); };
+  const redraw = () => { for (const view of CHARTS) draw(view); for (const axis of axes) setCursor(axis, null); };
   let width = innerWidth;
   addEventListener('resize', () => { if (innerWidth !== width) { width = innerWidth; redraw(); } });
   redraw();

@@ -1,133 +1,136 @@
-"""The run's files: metrics.jsonl, timings.jsonl, rollouts/, TensorBoard events, and W&B when asked for.
+"""The log of a run: metrics.jsonl, timings.jsonl, rollouts/, TensorBoard events and, when configured, W&B.
 
-The last thing of each step: the loop hands over what it measured, and every line is on disk before the next begins.
-metrics.jsonl and rollouts/ hold only what follows from config and seed, so a resumed run's files equal those of an
-uninterrupted one: `RunLog(resume_step=n)` first drops what was written after step n. Seconds live in timings.jsonl.
-Left out: summary.json and config.toml (the loop's own), and any drawing (report.py, plot.py).
+The loop logs each step once its numbers are known, one flushed line each:
+
+    {"stage": "grpo", "phase": "train", "step": 7, "reward": 0.41, ...}
+
+Phase "train" is an optimizer step, counted from 1. Phase "eval" is an evaluation after `step` steps; 0 is one
+before the first. metrics.jsonl and rollouts/ depend on config and seed only, so a run that was interrupted
+and continues with `restore` has the files of an uninterrupted one. timings.jsonl holds the seconds. Left out:
+summary.json, config.toml (run/) and the page (page.py).
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import math
-import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
+
+from reason_rl.report.files import Row, atomic_write_text, finite, jsonl, read_jsonl
 
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 ROLLOUTS = "rollouts"
 TENSORBOARD = "tensorboard"
 WANDB_ID = "wandb_id"
+Phase = Literal["train", "eval"]
+PHASES: tuple[Phase, ...] = ("train", "eval")
 
 
-def finite(value: Any) -> Any:
-    """`value` as plain JSON: tensors and numpy scalars become numbers, NaN and infinities None."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, str) or value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if hasattr(value, "tolist"):  # torch and numpy, scalars and arrays
-        return finite(value.tolist())
-    if isinstance(value, Sequence):
-        return [finite(item) for item in value]
-    raise ValueError(f"a metric must be a number, text, list or mapping, got {type(value).__name__}")
-
-
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; [] when it is absent. A torn last line (a run killed while writing) is left out."""
-    path = Path(path)
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
-    rows = []
+def read_log(folder: str | Path, name: str, *, stage: str = "", phase: str = "") -> list[Row]:
+    """The lines of metrics.jsonl or timings.jsonl as logged, of one stage or phase if given."""
+    path = Path(folder) / name
+    lines = read_jsonl(path)
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}")
-        rows.append(row)
-    return rows
+        if missing := {"stage", "phase", "step"} - set(line):
+            raise ValueError(f"{path}, line {number}: expected the keys stage, phase and step, got none for {sorted(missing)}")
+    return [line for line in lines if stage in ("", line["stage"]) and phase in ("", line["phase"])]
 
 
-def rollout_path(folder: str | Path, step: int) -> Path:
-    return Path(folder) / ROLLOUTS / f"step_{step:06d}.jsonl"
+def rollout_path(folder: str | Path, stage: str, step: int) -> Path:
+    return Path(folder) / ROLLOUTS / stage / f"step_{step:06d}.jsonl"
 
 
-def rollout_steps(folder: str | Path) -> list[int]:
-    """Steps whose rollouts were written, ascending."""
-    return sorted(int(path.stem.removeprefix("step_")) for path in (Path(folder) / ROLLOUTS).glob("step_*.jsonl"))
+def rollout_steps(folder: str | Path, stage: str) -> list[int]:
+    """The steps of a stage that have a rollouts file, ascending."""
+    return sorted(int(path.stem.removeprefix("step_")) for path in (Path(folder) / ROLLOUTS / stage).glob("step_*.jsonl"))
 
 
 class RunLog:
-    """Writes one run's folder; lines are flushed as they come.
+    """Writes the log in one run's folder. It appends to an existing log; `restore` sets a stage back.
 
-    `resume_step=None` begins the folder's log anew. `resume_step=n` continues it: what was logged after RL step n
-    (rl and eval lines, rollouts) is dropped, everything of the pretraining stays.
+        log = RunLog(folder)
+        log.metrics("grpo", "train", 1, {"reward": 0.4})
+        history = log.history("grpo")      # goes into the stage's checkpoint
+        log.restore("grpo", history)       # in a later process, before the stage continues
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        tensorboard: bool = True,
-        wandb_project: str = "",
+        self, folder: str | Path, tensorboard: bool = True, wandb_project: str = "",
         config_dict: Mapping[str, Any] | None = None,
-        resume_step: int | None = None,
     ) -> None:
+        # Both imports come first: a missing package must not change anything on disk.
+        wandb = _import_wandb(wandb_project) if wandb_project else None
+        summary_writer = _import_summary_writer() if tensorboard else None
         self.folder = Path(folder)
-        self._resume_step = resume_step
-        wandb = _import_wandb(wandb_project) if wandb_project else None  # before anything on disk changes
-        self._tensorboard = _import_summary_writer() if tensorboard else None
-        self._writers: dict[str, Any] = {}
-        (self.folder / ROLLOUTS).mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._files: dict[str, TextIO] = {}
         for name in (METRICS, TIMINGS):
-            _keep_until(self.folder / name, resume_step)
-        for step in rollout_steps(self.folder):
-            if resume_step is None or step > resume_step:
-                rollout_path(self.folder, step).unlink()
-        if resume_step is None:
-            for stale in (self.folder / TENSORBOARD).glob("*/events.out.tfevents.*"):
-                stale.unlink()
-        self._files: dict[str, TextIO] = {
-            name: (self.folder / name).open("a", encoding="utf-8") for name in (METRICS, TIMINGS)}
-        self._wandb = _start_wandb(wandb, wandb_project, self.folder, config_dict, resume_step) if wandb else None
+            self._rewrite(name, read_log(self.folder, name))  # drops an incomplete last line
+        self._tensorboard = _TensorBoard(self.folder / TENSORBOARD, summary_writer) if summary_writer else None
+        self._wandb = _Wandb(wandb, wandb_project, self.folder, config_dict) if wandb else None
 
-    def metrics(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl; `values` must follow from config and seed alone."""
-        self._write(METRICS, phase, step, values)
-        self._publish(phase, step, values)
+    def metrics(self, stage: str, phase: Phase, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line of metrics.jsonl; `values` must depend on config and seed only."""
+        self._log(METRICS, stage, phase, step, values)
 
-    def timings(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line of timings.jsonl: seconds (`*_s`) and tokens per second (`*_tok_s`)."""
-        self._write(TIMINGS, phase, step, values)
-        self._publish(phase, step, {f"time/{key}": value for key, value in values.items()})
+    def timings(self, stage: str, phase: Phase, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line of timings.jsonl: seconds (`*_s`) and tokens per second (`*_tok_s`)."""
+        self._log(TIMINGS, stage, phase, step, values)
 
-    def rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """rollouts/step_NNNNNN.jsonl, one line a completion; whole or not at all."""
-        path = rollout_path(self.folder, step)
-        scratch = path.with_suffix(".tmp")
-        lines = [json.dumps(finite(row), allow_nan=False) + "\n" for row in rows]
-        scratch.write_text("".join(lines), encoding="utf-8")
-        os.replace(scratch, path)
+    def rollouts(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes rollouts/<stage>/step_NNNNNN.jsonl, one completion a line."""
+        path = rollout_path(self.folder, stage, step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(path, jsonl(rows))
+
+    def history(self, stage: str) -> dict[str, list[Row]]:
+        """{"metrics.jsonl": lines, "timings.jsonl": lines}: everything logged of the stage so far."""
+        return {name: read_log(self.folder, name, stage=stage) for name in (METRICS, TIMINGS)}
+
+    def restore(self, stage: str, history: Mapping[str, Sequence[Row]]) -> None:
+        """Sets the log back to `history` of this stage: its other lines, and all later stages, are removed.
+
+        So are the rollouts of the later stages, and the stage's own after the history's last step. A finished
+        stage that the log already holds must therefore not be restored. The history may come from another run
+        that trained the same stage: lines that are new to this log are sent to TensorBoard and W&B.
+        """
+        if foreign := {str(line["stage"]) for lines in history.values() for line in lines} - {stage}:
+            raise ValueError(f"restore: expected lines of stage {stage!r}, got lines of {sorted(foreign)}")
+        logged = {name: read_log(self.folder, name) for name in (METRICS, TIMINGS)}
+        order = list(dict.fromkeys(line["stage"] for lines in logged.values() for line in lines))
+        later = order[order.index(stage) + 1:] if stage in order else []
+
+        # Lines: the stages before, then the history.
+        for name, lines in logged.items():
+            kept = [line for line in lines if line["stage"] not in (stage, *later)]
+            self._rewrite(name, [*kept, *history.get(name, ())])
+
+        # Rollouts.
+        last_step = max((line["step"] for line in history.get(METRICS, ())), default=-1)
+        for step in rollout_steps(self.folder, stage):
+            if step > last_step:
+                rollout_path(self.folder, stage, step).unlink()
+        for name in later:
+            shutil.rmtree(self.folder / ROLLOUTS / name, ignore_errors=True)
+
+        # Events.
+        if self._tensorboard is not None:
+            self._tensorboard.restore(stage, history.get(METRICS, ()), later)
+        for name, lines in logged.items():
+            known = {(line["phase"], line["step"]) for line in lines if line["stage"] == stage}
+            for line in history.get(name, ()):
+                if (line["phase"], line["step"]) not in known:
+                    self._publish(name, line)
 
     def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        for writer in self._writers.values():
-            writer.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-            self._wandb = None
+        """May be called twice."""
+        for sink in (*self._files.values(), self._tensorboard, self._wandb):
+            if sink is not None:
+                sink.close()
+        self._wandb = None
 
     def __enter__(self) -> RunLog:
         return self
@@ -135,26 +138,83 @@ class RunLog:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _write(self, name: str, phase: str, step: int, values: Mapping[str, Any]) -> None:
-        clash = {"phase", "step"} & set(values)
-        if clash:
-            raise ValueError(f"{name}: values must not hold {sorted(clash)}, they are arguments of their own")
-        line = json.dumps({"phase": phase, "step": step, **finite(values)}, allow_nan=False)
-        self._files[name].write(line + "\n")
+    def _log(self, name: str, stage: str, phase: Phase, step: int, values: Mapping[str, Any]) -> None:
+        if clash := {"stage", "phase", "step"} & set(values):
+            raise ValueError(f"{name}: values must not hold {sorted(clash)}, which are arguments")
+        if phase not in PHASES:
+            raise ValueError(f"{name}: expected a phase of {PHASES}, got {phase!r}")
+        line = {"stage": stage, "phase": phase, "step": step, **finite(values)}
+        self._files[name].write(jsonl([line]))
         self._files[name].flush()
+        self._publish(name, line)
 
-    def _publish(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
-        """The numbers among `values` to TensorBoard and W&B."""
-        numbers = dict(_numbers(finite(values)))
-        if self._tensorboard is not None:
-            if phase not in self._writers:
-                # A folder each, since purge_step hides everything of its folder from that step on: pretraining stays.
-                purge = None if self._resume_step is None or phase == "pretrain" else self._resume_step + 1
-                self._writers[phase] = self._tensorboard(str(self.folder / TENSORBOARD / phase), purge_step=purge)
-            for key, value in numbers.items():
-                self._writers[phase].add_scalar(key, value, step)
-        if self._wandb is not None:
-            self._wandb.log({f"{phase}/step": step, **{f"{phase}/{key}": value for key, value in numbers.items()}})
+    def _rewrite(self, name: str, lines: Sequence[Row]) -> None:
+        """Replaces a log by these lines, and opens it again to append."""
+        if name in self._files:
+            self._files[name].close()
+        atomic_write_text(self.folder / name, jsonl(lines))
+        self._files[name] = (self.folder / name).open("a", encoding="utf-8")
+
+    def _publish(self, name: str, line: Row) -> None:
+        """Sends the numbers of a line to TensorBoard and W&B; those of timings.jsonl get the prefix time/."""
+        values = {key: value for key, value in line.items() if key not in ("stage", "phase", "step")}
+        numbers = dict(_numbers(values, "time/" if name == TIMINGS else ""))
+        for sink in (self._tensorboard, self._wandb):
+            if sink is not None:
+                sink.add(line["stage"], line["phase"], line["step"], numbers)
+
+
+class _TensorBoard:
+    """One event writer per stage and phase, in tensorboard/<stage>/<phase>: each has its own steps."""
+
+    def __init__(self, folder: Path, summary_writer: Any) -> None:
+        self._folder = folder
+        self._summary_writer = summary_writer
+        self._writers: dict[tuple[str, str], Any] = {}
+        self._purge_steps: dict[tuple[str, str], int] = {}
+        """The first step that a writer opened from now on hides, with all later ones."""
+
+    def add(self, stage: str, phase: str, step: int, numbers: Mapping[str, float]) -> None:
+        key = (stage, phase)
+        if key not in self._writers:
+            self._writers[key] = self._summary_writer(str(self._folder / stage / phase), purge_step=self._purge_steps.get(key))
+        for name, value in numbers.items():
+            self._writers[key].add_scalar(name, value, step)
+
+    def restore(self, stage: str, lines: Sequence[Row], later: Sequence[str]) -> None:
+        for key in [key for key in self._writers if key[0] in (stage, *later)]:
+            self._writers.pop(key).close()
+        for name in later:
+            shutil.rmtree(self._folder / name, ignore_errors=True)
+        for phase in PHASES:
+            last_step = max((line["step"] for line in lines if line["phase"] == phase), default=-1)
+            self._purge_steps[stage, phase] = last_step + 1
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+class _Wandb:
+    """One W&B run, continued under the id in its folder. Each stage and phase has its own step axis."""
+
+    def __init__(self, wandb: Any, project: str, folder: Path, config: Mapping[str, Any] | None) -> None:
+        note = folder / WANDB_ID
+        known_id = note.read_text(encoding="utf-8").strip() if note.is_file() else None
+        self._run = wandb.init(
+            project=project, name=folder.name, config=dict(config or {}), dir=str(folder), id=known_id, resume="allow")
+        atomic_write_text(note, self._run.id + "\n")
+        self._axes: set[str] = set()
+
+    def add(self, stage: str, phase: str, step: int, numbers: Mapping[str, float]) -> None:
+        prefix = f"{stage}/{phase}"
+        if prefix not in self._axes:
+            self._axes.add(prefix)
+            self._run.define_metric(f"{prefix}/*", step_metric=f"{prefix}/step")
+        self._run.log({f"{prefix}/step": step, **{f"{prefix}/{key}": value for key, value in numbers.items()}})
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
@@ -163,17 +223,6 @@ def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str,
             yield from _numbers(value, f"{prefix}{key}/")
         elif isinstance(value, int | float):
             yield f"{prefix}{key}", float(value)
-
-
-def _keep_until(path: Path, resume_step: int | None) -> None:
-    """Rewrite a log with the lines of pretraining and of steps <= resume_step; None empties it."""
-    if not path.exists():
-        return
-    rows = [] if resume_step is None else [
-        row for row in read_jsonl(path) if row.get("phase") == "pretrain" or row.get("step", 0) <= resume_step]
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps(finite(row)) + "\n" for row in rows), encoding="utf-8")
-    os.replace(scratch, path)
 
 
 def _import_summary_writer() -> Any:
@@ -190,17 +239,3 @@ def _import_wandb(project: str) -> Any:
     except ImportError as error:
         raise ValueError(f"run.wandb_project = {project!r} needs the wandb package: `pip install wandb`, "
                          "or leave run.wandb_project empty") from error
-
-
-def _start_wandb(
-    wandb: Any, project: str, folder: Path, config: Mapping[str, Any] | None, resume_step: int | None
-) -> Any:
-    """A W&B run; a resumed run continues the one whose id lies in its folder. Each phase has its own step axis."""
-    note = folder / WANDB_ID
-    known = note.read_text().strip() if resume_step is not None and note.is_file() else None
-    run = wandb.init(
-        project=project, name=folder.name, config=dict(config or {}), dir=str(folder), id=known, resume="allow")
-    note.write_text(run.id + "\n")
-    for phase in ("pretrain", "rl", "eval"):
-        run.define_metric(f"{phase}/*", step_metric=f"{phase}/step")
-    return run

@@ -1,17 +1,18 @@
-"""report.html: one self-contained page of a run's curves, its numbers, and a viewer of its sampled rollouts.
+"""report.html: one page with a run's curves, key figures and sampled rollouts, a section for each stage.
 
-After the last step, or at any time: `python -m reason_rl.report.page runs/program`. It reads what the run wrote and
-tolerates missing parts (an unfinished run, no rollouts, no summary). Texts of a model are data here, never markup: they
-travel as escaped JSON and the page sets them with textContent. The page asks the network for nothing, and says so in a
-Content-Security-Policy. Drawing lives beside this file: page.html.jinja, page.css, charts.js,
-viewer.js. Left out: comparing runs (plot.py, TensorBoard).
+    python -m reason_rl.report.page runs/program
+
+The page can be written at any time: it leaves out whatever the run has not written yet. Text of a model is
+data, never markup: the template embeds it as escaped JSON and the scripts set it with textContent. The page
+loads nothing from the network, and its Content-Security-Policy forbids it. Layout and drawing are in
+page.html.jinja, page.css, charts.js and viewer.js. Left out: comparison of runs (bench/plot.py, TensorBoard).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,59 +20,82 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from reason_rl.report.log import METRICS, TIMINGS, finite, read_jsonl, rollout_path, rollout_steps
-from reason_rl.report.terminal import duration
+from reason_rl.report.files import Row, atomic_write_text, finite, read_jsonl
+from reason_rl.report.log import METRICS, PHASES, TIMINGS, read_log, rollout_path, rollout_steps
+from reason_rl.report.text import decimal, duration, percent, small
 
 HERE = Path(__file__).parent
 MAX_POINTS = 600
-"""Per curve; longer ones (pretraining) are thinned evenly, first and last point kept."""
+"""Per curve. Longer ones are thinned evenly; the first and the last point stay."""
 MAX_TOKENS = 500_000
-"""Tokens of rollouts on the page, some 10 MB; past it the later groups of each step are left out, as the page says."""
-
-Row = dict[str, Any]
+"""Tokens of rollouts on the page, about 10 MB. Past it, the later groups of each step are left out."""
+UNSUPERVISED = ("pretrain", "grpo")
+"""Kinds of stage. A run of these alone has no supervised step after its base model."""
 
 
 def write_report(run_folder: str | Path) -> Path:
-    """Builds run_folder/report.html from the run's files and returns its path."""
+    """Writes run_folder/report.html from the run's files and returns its path."""
     folder = Path(run_folder)
     page = _environment().get_template("page.html.jinja").render(**report_context(folder))
     path = folder / "report.html"
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(page, encoding="utf-8", errors="backslashreplace")
-    os.replace(scratch, path)
+    # A model's text may hold lone surrogates, which UTF-8 cannot encode.
+    atomic_write_text(path, page.encode("utf-8", "backslashreplace").decode("utf-8"))
     return path
 
 
 def report_context(folder: Path) -> dict[str, Any]:
-    """What the template shows: the header's facts in words, and the data of curves and viewer as one mapping."""
+    """The template's variables: the header's facts, the stages, and `data` for the scripts."""
     if not folder.is_dir():
         raise ValueError(f"no run folder at {folder}")
-    metrics, timings = read_jsonl(folder / METRICS), read_jsonl(folder / TIMINGS)
+    metrics, timings = read_log(folder, METRICS), read_log(folder, TIMINGS)
     if not metrics:
-        raise ValueError(f"nothing to report: {folder / METRICS} is missing or empty; a run writes it as it goes")
-    phases = {phase: [row for row in metrics if row.get("phase") == phase] for phase in ("pretrain", "rl", "eval")}
-    facts = _facts(phases, _summary(folder))
-    rollouts, num_left_out = read_rollouts(folder)
-    config = folder / "config.toml"
-    data = {
-        "run": folder.resolve().name,
-        **{phase: columns(rows) for phase, rows in phases.items()},
-        "timings": {phase: columns([row for row in timings if row.get("phase") == phase]) for phase in phases},
-        "pass_at_k": {"base": facts["base_pass_at_k"], "final": facts["final_pass_at_k"]},
-        "rollouts": rollouts,
-    }
+        raise ValueError(f"nothing to report: {folder / METRICS} is missing or empty; a run writes it from its first step on")
+    config = _text(folder / "config.toml")
+    kinds = stage_kinds(config)
+
+    # Stages in the order of the log; a stage of the recipe that has not begun has no line in it.
+    names = list(dict.fromkeys(line["stage"] for line in metrics))
+    stages = [stage_data(name, kinds.get(name, name), _of(metrics, name), _of(timings, name)) for name in names]
+    pending = [name for name in kinds if name not in names]
+    facts = _facts(metrics, _summary(folder))
+    facts["learns_from_samples_alone"] = (any(stage["kind"] == "grpo" for stage in stages)
+                                          and all(stage["kind"] in UNSUPERVISED for stage in stages))
+    rollouts, num_left_out = read_rollouts(folder, names)
     return {
-        "name": folder.resolve().name, "facts": facts, "tiles": _tiles(facts), "data": finite(data),
-        "config": config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "",
-        "num_left_out": num_left_out,
-        # Ours and trusted, taken in whole: autoescape is for everything that comes from a run.
-        "css": Markup((HERE / "page.css").read_text()),
-        "scripts": [Markup((HERE / name).read_text()) for name in ("charts.js", "viewer.js")],
+        "name": folder.resolve().name, "facts": facts, "tiles": _tiles(facts), "config": config, "num_left_out": num_left_out,
+        "cards": [_card(stage) for stage in stages], "pending": pending,
+        "data": finite({"run": folder.resolve().name, "stages": stages, "num_stages": len(stages) + len(pending),
+                        "rollouts": rollouts}),
+        # Our own files: the only text that autoescape skips.
+        "css": Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        "scripts": [Markup((HERE / name).read_text(encoding="utf-8")) for name in ("charts.js", "viewer.js")],
+    }
+
+
+def stage_kinds(config: str) -> dict[str, str]:
+    """{stage name: its kind}, in order, from the [[stage]] tables of config.toml; {} when it has none."""
+    try:
+        stages = tomllib.loads(config).get("stage", [])
+    except tomllib.TOMLDecodeError:
+        return {}
+    tables = [table for table in stages if isinstance(table, dict)] if isinstance(stages, list) else []
+    return {str(table.get("name") or table["kind"]): str(table["kind"]) for table in tables if "kind" in table}
+
+
+def stage_data(name: str, kind: str, metrics: Sequence[Row], timings: Sequence[Row]) -> Row:
+    """One stage for charts.js: columns of metrics and timings by phase, and pass@k before and after."""
+    evals = [line for line in metrics if line["phase"] == "eval" and line.get("pass_at_k")]
+    return {
+        "name": name, "kind": kind,
+        **{phase: columns([line for line in metrics if line["phase"] == phase]) for phase in PHASES},
+        "timings": {phase: columns([line for line in timings if line["phase"] == phase]) for phase in PHASES},
+        "pass_at_k": {"before": _pass_at_k([line for line in evals if line["step"] == 0][:1]),
+                      "after": _pass_at_k([line for line in evals if line["step"] > 0][-1:])},
     }
 
 
 def columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Rows as {key: one value a row}, numbers only, None where a row lacks the key; thinned to MAX_POINTS."""
+    """Rows as {key: one number per row}, None if a row lacks the key; thinned to MAX_POINTS."""
     if len(rows) > MAX_POINTS:
         last = len(rows) - 1
         rows = [rows[round(i * last / (MAX_POINTS - 1))] for i in range(MAX_POINTS)]
@@ -79,25 +103,26 @@ def columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     return {key: [_number(row.get(key)) for row in rows] for key in keys}
 
 
-def read_rollouts(folder: Path, max_tokens: int = MAX_TOKENS) -> tuple[list[Row], int]:
-    """(steps, number of completions left out); a step is {"step", "groups": [{"prompt", "samples": [...]}]}."""
-    steps = [_nested(step, read_jsonl(rollout_path(folder, step))) for step in rollout_steps(folder)]
-    steps = [step for step in steps if step["groups"]]
-    kept: set[tuple[int, int]] = set()
+def read_rollouts(folder: Path, stages: Sequence[str], max_tokens: int = MAX_TOKENS) -> tuple[list[Row], int]:
+    """([{"stage", "steps": [{"step", "groups": [{"prompt", "samples"}]}]}], completions left out)"""
+    steps = [{"stage": stage, **_nested(step, read_jsonl(rollout_path(folder, stage, step)))}
+             for stage in stages for step in rollout_steps(folder, stage)]
+    # The first group of every step, then the second, and so on: so every step keeps some.
+    kept: list[list[Row]] = [[] for _ in steps]
     spent = left_out = 0
-    widest = max((len(step["groups"]) for step in steps), default=0)
-    for rank in range(widest):  # the first group of every step, then the second: no step goes empty before another
-        for number, step in enumerate(steps):
-            if rank < len(step["groups"]):
-                samples = step["groups"][rank]["samples"]
-                spent += sum(len(sample["tokens"]) + 1 for sample in samples)
-                if spent <= max_tokens or not kept:
-                    kept.add((number, rank))
+    for rank in range(max((len(step["groups"]) for step in steps), default=0)):
+        for step, groups in zip(steps, kept, strict=True):
+            for group in step["groups"][rank:rank + 1]:
+                spent += sum(len(sample["tokens"]) + 1 for sample in group["samples"])
+                if spent <= max_tokens or not any(kept):
+                    groups.append(group)
                 else:
-                    left_out += len(samples)
-    for number, step in enumerate(steps):
-        step["groups"] = [group for rank, group in enumerate(step["groups"]) if (number, rank) in kept]
-    return [step for step in steps if step["groups"]], left_out
+                    left_out += len(group["samples"])
+    by_stage: dict[str, list[Row]] = {}
+    for step, groups in zip(steps, kept, strict=True):
+        if groups:
+            by_stage.setdefault(step["stage"], []).append({"step": step["step"], "groups": groups})
+    return [{"stage": stage, "steps": its_steps} for stage, its_steps in by_stage.items()], left_out
 
 
 def _nested(step: int, rows: Sequence[Row]) -> Row:
@@ -108,7 +133,7 @@ def _nested(step: int, rows: Sequence[Row]) -> Row:
         tokens = [str(token) for token in row.get("tokens") or []]
         logprobs = [_number(value) for value in row.get("logprobs") or []]
         group["samples"].append({
-            # Without tokens the text stands as one; logprobs that do not match them are not shown.
+            # Without tokens the text is shown as one token; logprobs of another length are not shown.
             "tokens": tokens or [str(row.get("text", ""))],
             "logprobs": [None if v is None else round(v, 5) for v in logprobs] if len(logprobs) == len(tokens) else [],
             "advantage": _number(row.get("advantage")), "reward": _number(row.get("reward")),
@@ -118,8 +143,22 @@ def _nested(step: int, rows: Sequence[Row]) -> Row:
     return {"step": step, "groups": list(groups.values())}
 
 
+def _of(lines: Sequence[Row], stage: str) -> list[Row]:
+    return [line for line in lines if line["stage"] == stage]
+
+
 def _number(value: Any) -> Any:
     return finite(value) if isinstance(value, int | float) else None
+
+
+def _pass_at_k(lines: Sequence[Row]) -> dict[str, float]:
+    """The pass@k of the one line, k ascending; {} without a line."""
+    return {k: line["pass_at_k"][k] for line in lines for k in sorted(line["pass_at_k"], key=int)
+            if _number(line["pass_at_k"][k]) is not None}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _summary(folder: Path) -> Row:
@@ -131,41 +170,38 @@ def _summary(folder: Path) -> Row:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(summary, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(summary).__name__}")
+        raise ValueError(f"{path}: expected a JSON object, got {type(summary).__name__}")
     return summary
 
 
-def _facts(phases: Mapping[str, Sequence[Row]], summary: Row) -> Row:
-    """Base and final numbers: from summary.json, else from the first and last evaluation so far."""
-    evals = phases["eval"]
-    base = evals[0] if evals and evals[0].get("step") == 0 else {}
-    final = evals[-1] if evals and evals[-1].get("step", 0) > 0 else {}
-    facts: Row = {"is_finished": bool(summary), "rl_steps": phases["rl"][-1].get("step") if phases["rl"] else 0}
-    for key, in_eval in (("accuracy", "accuracy"), ("mean_thinking_tokens", "mean_thinking_tokens"),
-                         ("thinks_share", "thinks_share"), ("format_rate", "format_rate")):
-        for side, row in (("base", base), ("final", final)):
-            facts[f"{side}_{key}"] = _number(summary.get(f"{side}_{key}", row.get(in_eval)))
+def _facts(metrics: Sequence[Row], summary: Row) -> Row:
+    """Base and final numbers: from summary.json, or, in an unfinished run, its first and last evaluation."""
+    evals = [line for line in metrics if line["phase"] == "eval" and "accuracy" in line]
+    base = evals[0] if evals and evals[0]["step"] == 0 else {}
+    final = evals[-1] if evals and evals[-1] is not base else {}
+    facts: Row = {"is_finished": bool(summary)}
+    for key in ("accuracy", "mean_thinking_tokens", "thinks_share", "format_rate"):
+        for end, line in (("base", base), ("final", final)):
+            facts[f"{end}_{key}"] = _number(summary.get(f"{end}_{key}", line.get(key)))
     for key in ("wall_s", "seed", "max_abs_logprob_gap"):
         facts[key] = _number(summary.get(key))
-    gaps = [row["max_abs_logprob_gap"] for row in phases["rl"] if _number(row.get("max_abs_logprob_gap")) is not None]
+    gaps = [line["max_abs_logprob_gap"] for line in metrics if _number(line.get("max_abs_logprob_gap")) is not None]
     if facts["max_abs_logprob_gap"] is None and gaps:
         facts["max_abs_logprob_gap"] = max(gaps)
     for key in ("accuracy_given_thought", "accuracy_given_none"):
         facts[f"base_{key}"] = _number(base.get(key))
-    for side, row in (("base", base), ("final", final)):
-        given = row.get("pass_at_k") or summary.get(f"{side}_pass_at_k") or {}
-        facts[f"{side}_pass_at_k"] = {k: given[k] for k in sorted(given, key=int) if _number(given[k]) is not None}
+    facts["base_pass_at_k"] = _pass_at_k([base] if base.get("pass_at_k") else [])
     return facts
 
 
 def _tiles(facts: Row) -> list[Row]:
-    """The header's big numbers: {"label", "before", "value", "note"}; those without a value are left out."""
+    """The header's key figures: {"label", "before", "value", "note"}; those without a value are left out."""
     before, after = facts["base_mean_thinking_tokens"], facts["final_mean_thinking_tokens"]
     growth = f"{after / before:.1f}× the base" if before and after is not None else ""
     tiles = [
         ("Held-out accuracy", percent(facts["base_accuracy"]), percent(facts["final_accuracy"]), "base → final policy"),
         ("Thinking tokens", decimal(before), decimal(after), growth),
-        ("Share that thinks", percent(facts["base_thinks_share"]), percent(facts["final_thinks_share"]), ""),
+        ("Samples that think", percent(facts["base_thinks_share"]), percent(facts["final_thinks_share"]), ""),
         ("Format kept", percent(facts["base_format_rate"]), percent(facts["final_format_rate"]), ""),
         ("Wall time", "", duration(facts["wall_s"]) if facts["wall_s"] is not None else "", "evaluations included"),
         ("Largest logprob gap", "", small(facts["max_abs_logprob_gap"]), "sampler against trainer, nats"),
@@ -174,16 +210,18 @@ def _tiles(facts: Row) -> list[Row]:
             for label, first, value, note in tiles if value or first]
 
 
-def percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
-
-
-def decimal(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
-
-
-def small(value: float | None) -> str:
-    return "" if value is None else "0" if value == 0 else f"{value:.1e}"
+def _card(stage: Mapping[str, Any]) -> Row:
+    """A stage in the header: {"name", "kind", "steps", "figures": [(label, first, last)]}."""
+    train, evals = stage["train"], stage["eval"]
+    wanted = (("held-out accuracy", evals, "accuracy", percent), ("thinking tokens", evals, "mean_thinking_tokens", decimal),
+              ("loss", {} if "reward" in train else train, "loss", lambda value: f"{value:.3f}"))
+    figures = []
+    for label, table, key, words in wanted:
+        values = [value for value in table.get(key, []) if value is not None]
+        if values:
+            figures.append((label, words(values[0]) if len(values) > 1 else "", words(values[-1])))
+    steps = [*train.get("step", []), *evals.get("step", [])]
+    return {"name": stage["name"], "kind": stage["kind"], "steps": max(steps, default=0), "figures": figures}
 
 
 def _environment() -> jinja2.Environment:

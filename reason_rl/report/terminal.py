@@ -1,9 +1,9 @@
-"""What a run shows in the terminal: a live view where there is one, plain lines where there is none.
+"""The terminal view of a run: a live panel on a terminal, plain lines elsewhere.
 
-The loop calls `view.update` once a step with the dictionaries it also logs. A view only reads them: whatever goes wrong
-while drawing is swallowed, so it can never end a run, and Ctrl-C (no `Exception`) passes through.
-`make_view` picks: a silent view on every rank but 0, `LiveView` (rich) on a terminal, `PlainView` for pipes, CI,
-NO_COLOR and TERM=dumb. Left out: curves in detail (report.py).
+The loop hands each step's metrics and timings to the view, as it logs them. Errors while drawing are
+swallowed, so that a view can never end a run; Ctrl-C is not an `Exception` and passes through. `make_view`
+chooses: a silent view on every rank but 0, `LiveView` (rich) on a terminal, `PlainView` for pipes, CI,
+NO_COLOR and TERM=dumb. Left out: detailed curves (page.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from rich import box
@@ -22,27 +22,40 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from reason_rl.report.text import count, duration, printable, shorten, sparkline, split_completion
+
 Method = TypeVar("Method", bound=Callable[..., None])
-BARS = "▁▂▃▄▅▆▇█"
+Columns = tuple[tuple[str, str, str], ...]
+"""(metric, its word on the screen, its format)"""
 SAMPLE_EVERY_S = 5.0
-"""A live sample stays this long before the next replaces it: it is there to be read."""
-PLAIN_LINES = {"pretrain": 20, "rl": 100}
-"""About how many lines of a phase go to a log."""
-COLUMNS: tuple[tuple[str, str, str], ...] = (
+"""A live sample stays on the screen at least this long, so that it can be read."""
+PLAIN_LINES = {"pretrain": 20, "grpo": 100}
+"""About how many step lines a stage of this kind prints."""
+DEFAULT_PLAIN_LINES = 50
+OPTIMIZER: Columns = (("loss", "loss", ".4f"), ("lr", "lr", ".1e"), ("grad_norm", "grad norm", ".2f"))
+SAMPLING: Columns = (
     ("reward", "reward", ".3f"), ("accuracy", "right", ".1%"), ("format_rate", "format", ".1%"),
     ("thinking_tokens", "thinking", ".1f"), ("length", "length", ".1f"), ("thinks_share", "thinks", ".0%"),
     ("kl", "KL", ".2g"), ("approx_kl", "KL to old policy", ".2g"),
     ("entropy", "entropy", ".3f"), ("max_abs_logprob_gap", "logprob gap", ".1e"),
-    ("groups_without_signal", "no signal", ".0%"), ("loss", "loss", ".4f"), ("lr", "lr", ".1e"),
-    ("grad_norm", "grad norm", ".2f"), ("ungraded", "ungraded", ".0f"),
+    ("groups_without_signal", "no signal", ".0%"),
 )
-"""Metric, its word on the screen, its format."""
-ONLY_IF_ANY = ("ungraded",)
-"""Shown when above 0: a run where all is well does not speak of it."""
+COLUMNS: dict[str, Columns] = {
+    "pretrain": OPTIMIZER,
+    "grpo": (*SAMPLING, *OPTIMIZER, ("ungraded", "ungraded", ".0f")),
+}
+"""By kind of stage. Other kinds show the grpo columns that they log, then up to MAX_OTHERS other metrics."""
+MAX_OTHERS = 4
+EVAL_COLUMNS: Columns = (
+    ("accuracy", "held-out accuracy", ".1%"), ("mean_thinking_tokens", "thinking", ".1f"), ("thinks_share", "thinks", ".0%"),
+    ("accuracy_given_thought", "right given a thought", ".1%"), ("accuracy_given_none", "given none", ".1%"),
+    ("format_rate", "format", ".1%"),
+)
+ONLY_ABOVE_0 = ("ungraded",)
 
 
 def never_raises(method: Method) -> Method:
-    """Drawing must not end a run. Only `Exception` is caught: KeyboardInterrupt and SystemExit rise."""
+    """Swallows every `Exception` of a drawing method; KeyboardInterrupt and SystemExit still rise."""
 
     @functools.wraps(method)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -55,17 +68,13 @@ def never_raises(method: Method) -> Method:
 
 
 class View:
-    """The silent view, and the state that the others draw from."""
+    """The silent view. It also holds the state that the other two draw."""
 
     def __init__(self, title: str = "") -> None:
         self.title = title
-        self.phase_name, self.total, self.step, self.detail = "", 0, 0, ""
-        self.phase_started_s = self.started_s = time.monotonic()
-        self.first_step = 0
-        self.latest: dict[str, float] = {}
-        self.rates: dict[str, float] = {}
-        self.heldout: list[tuple[int, float]] = []
-        self.thinking: list[tuple[int, float]] = []
+        self.recipe_stages: tuple[str, ...] = ()
+        self.started_s = time.monotonic()
+        self._begin("", "", 0, 0)
 
     def __enter__(self) -> View:
         return self
@@ -74,50 +83,75 @@ class View:
         return None
 
     @never_raises
-    def phase(self, name: str, total: int, start: int = 0, detail: str = "") -> None:
-        """A new stretch of work, e.g. ("pretrain", 2000); `start` is where a resumed run stands."""
-        self.phase_name, self.total, self.step, self.detail = name, total, start, detail
-        self.first_step, self.phase_started_s = start, time.monotonic()
-        self.latest, self.rates = {}, {}
-        self._changed("phase")
+    def recipe(self, stages: Sequence[str]) -> None:
+        """The names of all stages in order; from now on the view shows a stage's position among them."""
+        self.recipe_stages = tuple(stages)
 
     @never_raises
-    def update(self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None,
-               phase: str = "") -> None:
-        """One step's numbers, as logged. `phase="eval"` tells of a held-out evaluation at RL step `step`."""
-        if (phase or self.phase_name) == "eval" and metrics.get("accuracy") is not None:
-            self.heldout.append((step, float(metrics["accuracy"])))
-            if metrics.get("mean_thinking_tokens") is not None:
-                self.thinking.append((step, float(metrics["mean_thinking_tokens"])))
-            self._changed("eval", metrics)
-            return
+    def stage(self, name: str, kind: str, num_steps: int, first_step: int = 0) -> None:
+        """A stage begins, or continues after `first_step` steps."""
+        self._begin(name, kind, num_steps, first_step)
+        self._show_stage()
+
+    @never_raises
+    def train(self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
+        """An optimizer step's numbers, as logged."""
         self.step = step
-        self.latest = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        self.rates = {key: value for key, value in (timings or {}).items() if key.endswith("_tok_s") and value}
-        self._changed("step")
+        self.latest = _numbers(metrics)
+        self.rates = {key: value for key, value in _numbers(timings or {}).items() if key.endswith("_tok_s") and value}
+        self._show_step()
+
+    @never_raises
+    def evaluation(self, step: int, metrics: Mapping[str, Any], timings: Mapping[str, Any] | None = None) -> None:
+        """The numbers of an evaluation after `step` steps, as logged."""
+        values = _numbers(metrics)
+        for key, points in (("accuracy", self.heldout), ("mean_thinking_tokens", self.thinking)):
+            if key in values:
+                points.append((step, values[key]))
+        self._show_evaluation(step, values, _numbers(timings or {}))
 
     @never_raises
     def sample(self, prompt: str, text: str, reward: float, is_right: bool | None = None) -> None:
-        """A completion to look at; `is_right=None` shows the reward without a verdict."""
+        """A completion; `is_right=None` shows the reward without a verdict."""
         self._show_sample(split_completion(prompt, text), reward, is_right)
 
     @never_raises
     def message(self, text: str) -> None:
         self._say(printable(text))
 
+    def heading(self) -> str:
+        """'stage 2 of 2: grpo'"""
+        if self.stage_name not in self.recipe_stages:
+            return self.stage_name
+        return f"stage {self.recipe_stages.index(self.stage_name) + 1} of {len(self.recipe_stages)}: {self.stage_name}"
+
     def time_left_s(self) -> float | None:
-        """Seconds left of the phase at its pace so far; None before its first step."""
+        """Seconds to the end of the stage at the pace so far; None before its first step."""
         done = self.step - self.first_step
-        if done <= 0 or not self.total:
+        if done <= 0 or not self.num_steps:
             return None
-        return (time.monotonic() - self.phase_started_s) / done * max(0, self.total - self.step)
+        return (time.monotonic() - self.stage_started_s) / done * max(0, self.num_steps - self.step)
 
     def cells(self) -> list[tuple[str, str]]:
-        """The latest numbers as (word, value)."""
-        return [(word, f"{self.latest[key]:{form}}") for key, word, form in COLUMNS
-                if key in self.latest and (key not in ONLY_IF_ANY or self.latest[key] > 0)]
+        """The latest step's numbers as (word, value)."""
+        return _cells(self.latest, COLUMNS.get(self.kind, COLUMNS["grpo"]), 0 if self.kind in COLUMNS else MAX_OTHERS)
 
-    def _changed(self, what: str, metrics: Mapping[str, Any] | None = None) -> None:
+    def _begin(self, name: str, kind: str, num_steps: int, first_step: int) -> None:
+        self.stage_name, self.kind, self.num_steps = name, kind, num_steps
+        self.step = self.first_step = first_step
+        self.stage_started_s = time.monotonic()
+        self.latest, self.rates = {}, {}
+        self.heldout: list[tuple[int, float]] = []
+        """(step, accuracy) of the stage's evaluations."""
+        self.thinking: list[tuple[int, float]] = []
+
+    def _show_stage(self) -> None:
+        return None
+
+    def _show_step(self) -> None:
+        return None
+
+    def _show_evaluation(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
         return None
 
     def _show_sample(self, parts: tuple[str, str, str], reward: float, is_right: bool | None) -> None:
@@ -128,45 +162,38 @@ class View:
 
 
 class PlainView(View):
-    """One line per noteworthy moment, for logs: some twenty of a pretraining, up to a hundred of RL."""
+    """One line per event, for logs. Steps are thinned out to about `PLAIN_LINES` lines a stage."""
 
     def __init__(self, title: str, console: Console) -> None:
         super().__init__(title)
         self.console = console
-        self.num_samples = 0
+        self.printed_step: int | None = None
 
     def __enter__(self) -> View:
         self.message(self.title)
         return self
 
-    def _changed(self, what: str, metrics: Mapping[str, Any] | None = None) -> None:
-        if what == "phase":
-            self._say(f"{self.phase_name}: {self.total - self.first_step} steps"
-                      + (f" from step {self.first_step}" if self.first_step else "")
-                      + (f", {self.detail}" if self.detail else ""))
-        elif what == "eval":
-            step, accuracy = self.heldout[-1]
-            values = metrics or {}
-            words = [f"held-out accuracy {accuracy:.1%}"]
-            for key, word, form in (("mean_thinking_tokens", "thinking", ".1f"), ("thinks_share", "thinks", ".0%"),
-                                    ("accuracy_given_thought", "right given a thought", ".1%"),
-                                    ("accuracy_given_none", "given none", ".1%"), ("format_rate", "format", ".1%")):
-                if values.get(key) is not None:
-                    words.append(f"{word} {values[key]:{form}}")
-            self._say(f"eval      step {step}  " + "  ".join(words))
-        else:
-            every = max(1, self.total // PLAIN_LINES.get(self.phase_name, 50))
-            if self.step % every == 0 or self.step in (self.first_step + 1, self.total):
-                self._say(self._step_line())
+    def _show_stage(self) -> None:
+        self.printed_step = None
+        self._say(f"{self.heading()}, {self.num_steps - self.first_step} steps"
+                  + (f" from step {self.first_step}" if self.first_step else ""))
 
-    def _step_line(self) -> str:
-        words = [f"{self.phase_name:<9} {self.step}/{self.total}"]
+    def _show_step(self) -> None:
+        every = max(1, self.num_steps // PLAIN_LINES.get(self.kind, DEFAULT_PLAIN_LINES))
+        is_first = self.printed_step is None
+        if not is_first and self.step != self.num_steps and self.step // every == (self.printed_step or 0) // every:
+            return
+        self.printed_step = self.step
+        words = [f"{self.stage_name:<9} {self.step}/{self.num_steps}"]
         words += [f"{word} {value}" for word, value in self.cells()]
         words += [f"{name} {count(rate)} tok/s" for name, rate in rate_words(self.rates)]
         left = self.time_left_s()
-        if left is not None:
-            words.append(f"{duration(left)} left")
-        return "  ".join(words)
+        self._say("  ".join(words if left is None else [*words, f"{duration(left)} left"]))
+
+    def _show_evaluation(self, step: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        cells = _cells(metrics, EVAL_COLUMNS, 0 if "accuracy" in metrics else MAX_OTHERS)
+        self._say("  ".join([f"eval      step {step}", *(f"{word} {value}" for word, value in cells),
+                             *([f"in {duration(timings['eval_s'])}"] if "eval_s" in timings else [])]))
 
     def _show_sample(self, parts: tuple[str, str, str], reward: float, is_right: bool | None) -> None:
         prompt, thought, answer = parts
@@ -179,7 +206,7 @@ class PlainView(View):
 
 
 class LiveView(View):
-    """The same facts as one redrawn panel: progress, latest numbers, curves so far, and a sample now and then."""
+    """One panel, redrawn 4 times a second: progress, latest numbers, the stage's curves, and a sample."""
 
     def __init__(self, title: str, console: Console) -> None:
         super().__init__(title)
@@ -216,87 +243,61 @@ class LiveView(View):
     def __rich__(self) -> RenderableType:
         try:
             top = Group(self._header(), self._progress())
-            parts = [top, self._numbers(), self._curves(), self.shown_sample]
+            parts = [top, self._latest_numbers(), self._curves(), self.shown_sample]
             return Group(*[Padding(part, (0, 0, 1, 0)) for part in parts if part is not None])
-        except Exception:  # drawn from rich's own thread: a traceback there would tear the screen
-            return Text(f"{self.phase_name} {self.step}/{self.total}")
+        except Exception:  # rich draws from a thread: a traceback there would garble the screen
+            return Text(f"{self.stage_name} {self.step}/{self.num_steps}")
 
     def _header(self) -> RenderableType:
         elapsed = duration(time.monotonic() - self.started_s)
         return Text.assemble((self.title, "bold cyan"), ("   " + elapsed, "dim"))
 
     def _progress(self) -> RenderableType:
-        width = max(10, min(46, self.console.width - 46))
-        share = min(1.0, self.step / self.total) if self.total else 0.0
-        filled = round(share * width)
+        name = f"{self.heading():<9}"
+        width = max(10, min(46, self.console.width - 37 - len(name)))
+        done = min(1.0, self.step / self.num_steps) if self.num_steps else 0.0
+        filled = round(done * width)
         left = self.time_left_s()
-        tail = f"  {duration(left)} left" if left is not None else f"  {self.detail}" if self.detail else ""
-        return Text.assemble((f"{self.phase_name:<9}", "bold"), ("━" * filled, "cyan"),
-                             ("━" * (width - filled), "grey35"), f"  {self.step}/{self.total}", (tail, "dim"))
+        return Text.assemble((f"{name}  ", "bold"), ("━" * filled, "cyan"), ("━" * (width - filled), "grey35"),
+                             f"  {self.step}/{self.num_steps}", ("" if left is None else f"  {duration(left)} left", "dim"))
 
-    def _numbers(self) -> RenderableType | None:
-        """Name above value, as many a row as the window has room for."""
+    def _latest_numbers(self) -> RenderableType | None:
+        """Each word above its value, in as many columns as fit the window."""
         cells = self.cells()
         cells += [(f"{name} tok/s", count(rate)) for name, rate in rate_words(self.rates)]
         if self.heldout:
             cells.insert(0, ("held-out", f"{self.heldout[-1][1]:.1%}"))
         if not cells:
             return None
-        a_row = max(1, min(8, self.console.width // 13))
+        num_columns = max(1, min(8, self.console.width // 13))
         table = Table.grid(padding=(0, 2))
-        for start in range(0, len(cells), a_row):
-            row = cells[start:start + a_row]
-            table.add_row(*[Text(word, style="dim") for word, _ in row])
-            table.add_row(*[Text(value, style="bold green" if word == "held-out" else "bold") for word, value in row])
+        for start in range(0, len(cells), num_columns):
+            some = cells[start:start + num_columns]
+            table.add_row(*[Text(word, style="dim") for word, _ in some])
+            table.add_row(*[Text(value, style="bold green" if word == "held-out" else "bold") for word, value in some])
         return table
 
     def _curves(self) -> RenderableType | None:
         if len(self.heldout) < 2:
             return None
         table = Table.grid(padding=(0, 2))
-        for name, points, top, form in (("held-out accuracy", self.heldout, 1.0, ".1%"),
-                                        ("thinking tokens", self.thinking, 0.0, ".1f")):
+        for name, points, top, style in (("held-out accuracy", self.heldout, 1.0, ".1%"),
+                                         ("thinking tokens", self.thinking, 0.0, ".1f")):
             if points:
                 values = [value for _, value in points]
                 table.add_row(Text(name, style="dim"), Text(sparkline(values, top, 32), style="cyan"),
-                              f"{values[0]:{form}} → {values[-1]:{form}}")
+                              f"{values[0]:{style}} → {values[-1]:{style}}")
         return table
 
 
 def make_view(title: str, rank: int = 0, console: Console | None = None) -> View:
-    """The view that fits where the output goes; use it as a context manager."""
+    """The view that fits this output; use it as a context manager."""
     if rank != 0:
         return View(title)
     console = console or Console()
-    plain = (os.environ.get("NO_COLOR") or os.environ.get("CI") or os.environ.get("TERM") == "dumb"
-             or not console.is_terminal)
-    return PlainView(title, console) if plain else LiveView(title, console)
-
-
-def split_completion(prompt: str, text: str) -> tuple[str, str, str]:
-    """(prompt, thought, answer) as shown: control characters, escape sequences among them, made harmless.
-
-    The answer is what stands between its tags, else whatever follows the thought.
-    """
-    before, think, rest = text.partition("<think>")
-    thought, closed, tail = rest.partition("</think>")
-    if not think:
-        thought, tail = "", before
-    elif not closed:
-        thought, tail = rest, ""
-    _, opened, inside = tail.partition("<answer>")
-    answer = inside.partition("</answer>")[0] if opened else tail
-    return printable(prompt), printable(thought.strip()), printable(answer.strip())
-
-
-def printable(text: str) -> str:
-    """Text of a model may hold escape sequences; a terminal must not obey them."""
-    return "".join(c if c.isprintable() or c == "\n" else "␛" if c == "\x1b" else "·" for c in text)
-
-
-def shorten(text: str, length: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 1] + "…"
+    is_plain = (os.environ.get("NO_COLOR") or os.environ.get("CI") or os.environ.get("TERM") == "dumb"
+                or not console.is_terminal)
+    return PlainView(title, console) if is_plain else LiveView(title, console)
 
 
 def rate_words(rates: Mapping[str, float]) -> list[tuple[str, float]]:
@@ -304,22 +305,13 @@ def rate_words(rates: Mapping[str, float]) -> list[tuple[str, float]]:
     return [(key.removesuffix("_tok_s"), rate) for key, rate in rates.items()]
 
 
-def sparkline(values: list[float], top: float, width: int) -> str:
-    """One bar a value, from 0 to `top` (0: to the largest); the latest `width` of them."""
-    top = top or max(values) or 1.0
-    return "".join(BARS[min(7, max(0, int(value / top * 8)))] for value in values[-width:])
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if isinstance(value, int | float)}
 
 
-def duration(seconds: float) -> str:
-    """75 -> '1m15s'"""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
-
-
-def count(value: float) -> str:
-    """32100.0 -> '32.1k'"""
-    if value >= 1e6:
-        return f"{value / 1e6:.1f}M"
-    return f"{value / 1e3:.1f}k" if value >= 1e3 else f"{value:.0f}"
+def _cells(values: Mapping[str, float], columns: Columns, max_others: int) -> list[tuple[str, str]]:
+    """The `columns` that `values` holds, then up to `max_others` of its other numbers, as (word, value)."""
+    known = [key for key, _, _ in columns]
+    others = [(key, key.replace("_", " "), ".4g") for key in values if key not in known][:max_others]
+    return [(word, f"{values[key]:{style}}") for key, word, style in (*columns, *others)
+            if key in values and (key not in ONLY_ABOVE_0 or values[key] > 0)]

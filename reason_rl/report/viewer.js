@@ -1,16 +1,17 @@
-// The viewer of sampled rollouts in report.html: step, group, completion; each token coloured by advantage or logprob.
-// Its state lives in the URL's hash (#step=10&group=0&sample=3&colour=logprob), so that a view can be linked to.
-// Every text of a model or a problem is set with textContent, never as markup.
+// The viewer of sampled rollouts in report.html: stage, step, group, completion; tokens coloured by advantage or logprob.
+// Its state is in the URL's hash (#stage=grpo&step=10&group=0&sample=3&colour=logprob), so that a view can be linked to.
+// Text of a model or a problem is set with textContent, never as markup.
 'use strict';
-const ROLLOUTS = DATA.rollouts;
-const VIEW = {step: ROLLOUTS.length - 1, group: 0, sample: 0, colour: 'advantage', token: null};
+const ROLLOUTS = DATA.rollouts;  // [{stage, steps: [{step, groups}]}]
+const VIEW = {stage: ROLLOUTS.length - 1, step: Infinity, group: 0, sample: 0, colour: 'advantage', token: null};  // go() clamps
+const steps = () => ROLLOUTS[VIEW.stage].steps;
 const $ = (id) => document.getElementById(id);
 const signed = (v, digits = 2) => (v === null ? '–' : (v > 0 ? '+' : v < 0 ? '−' : '') + Math.abs(v).toFixed(digits));
 const mix = (name, share) => `color-mix(in srgb, var(--${name}) ${(share * FULL[name] * 100).toFixed(0)}%, transparent)`;
 const STRONGEST = 2.5;  // the advantage that gets the full colour; a logprob's colour is 1 - probability
-const FULL = {good: 0.5, bad: 0.5, surprise: 0.75};  // the full colour still lets the text stand out
+const FULL = {good: 0.5, bad: 0.5, surprise: 0.75};  // less than 1, so that the text stays readable
 
-// Control and direction characters would be invisible, or reorder the line: show their code.
+// Shows the code of control and direction characters: they are invisible, or reorder the line.
 function visible(token) {
   return token.replace(/[\u0000-\u0009\u000b-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069]/g,
     (c) => '\\u' + c.charCodeAt(0).toString(16).padStart(4, '0')).replace(/\n/g, '⏎\n');
@@ -18,7 +19,7 @@ function visible(token) {
 const isRight = (s) => (!s.is_graded ? null : s.parts.accuracy === undefined ? undefined : s.parts.accuracy > 0.5);
 const verdict = (s) => ({true: ['✓', 'is-right', 'right'], false: ['✗', 'is-wrong', 'wrong'], null: ['!', 'is-open', 'not graded'],
   undefined: ['·', '', '']})[String(isRight(s))];
-const group = () => ROLLOUTS[VIEW.step].groups[VIEW.group];
+const group = () => steps()[VIEW.step].groups[VIEW.group];
 const sample = () => group().samples[VIEW.sample];
 
 function tint(s, i) {
@@ -37,16 +38,17 @@ function facts(s, i) {
 }
 
 function renderChoices() {
-  const steps = $('step-select'), groups = $('group-select');
-  steps.replaceChildren(...ROLLOUTS.map((s, i) => new Option(String(s.step), String(i), false, i === VIEW.step)));
-  groups.replaceChildren(...ROLLOUTS[VIEW.step].groups.map((g, i) => {
+  $('stage-control').hidden = ROLLOUTS.length < 2;
+  $('stage-select').replaceChildren(...ROLLOUTS.map((s, i) => new Option(s.stage, String(i), false, i === VIEW.stage)));
+  $('step-select').replaceChildren(...steps().map((s, i) => new Option(String(s.step), String(i), false, i === VIEW.step)));
+  $('group-select').replaceChildren(...steps()[VIEW.step].groups.map((g, i) => {
     const right = g.samples.filter((s) => isRight(s) === true).length;
     return new Option(`${i + 1} · ${right} of ${g.samples.length} right`, String(i), false, i === VIEW.group);
   }));
   $('step-back').disabled = VIEW.step === 0;
-  $('step-on').disabled = VIEW.step === ROLLOUTS.length - 1;
+  $('step-on').disabled = VIEW.step === steps().length - 1;
   $('group-back').disabled = VIEW.group === 0;
-  $('group-on').disabled = VIEW.group === ROLLOUTS[VIEW.step].groups.length - 1;
+  $('group-on').disabled = VIEW.group === steps()[VIEW.step].groups.length - 1;
   $('colour-' + VIEW.colour).checked = true;
   const [from, to, gradient] = VIEW.colour === 'advantage'
     ? ['−2.5', '+2.5', `linear-gradient(90deg, ${mix('bad', 1)}, transparent, ${mix('good', 1)})`]
@@ -113,23 +115,29 @@ function render() {
   renderCompletion();
 }
 
-const clamp = (value, count) => Math.max(0, Math.min(count - 1, Number.isInteger(value) ? value : 0));
-// Changes of the state; what lies below what changed starts anew.
+const clamp = (value, count) => Math.max(0, Math.min(count - 1, Number.isInteger(value) || value === Infinity ? value : 0));
+// Changes the state. A new stage starts at its last step; a new step or group starts at its first completion.
 function go(change, isWritten = true) {
+  if ('stage' in change) Object.assign(VIEW, {step: Infinity, group: 0, sample: 0, token: null});
   if ('step' in change) Object.assign(VIEW, {sample: 0, token: null});
   if ('group' in change) Object.assign(VIEW, {sample: 0, token: null});
   if ('sample' in change) VIEW.token = null;
   Object.assign(VIEW, change);
-  VIEW.step = clamp(VIEW.step, ROLLOUTS.length);
-  VIEW.group = clamp(VIEW.group, ROLLOUTS[VIEW.step].groups.length);
+  VIEW.stage = clamp(VIEW.stage, ROLLOUTS.length);
+  VIEW.step = clamp(VIEW.step, steps().length);
+  VIEW.group = clamp(VIEW.group, steps()[VIEW.step].groups.length);
   VIEW.sample = clamp(VIEW.sample, group().samples.length);
   hideTip();
   render();
-  if (isWritten) history.replaceState(null, '', `#step=${ROLLOUTS[VIEW.step].step}&group=${VIEW.group}&sample=${VIEW.sample}&colour=${VIEW.colour}`);
+  if (!isWritten) return;
+  const stage = encodeURIComponent(ROLLOUTS[VIEW.stage].stage);
+  history.replaceState(null, '', `#stage=${stage}&step=${steps()[VIEW.step].step}&group=${VIEW.group}&sample=${VIEW.sample}&colour=${VIEW.colour}`);
 }
 function readHash() {
   const hash = new URLSearchParams(location.hash.slice(1)), change = {};
-  const step = ROLLOUTS.findIndex((s) => String(s.step) === hash.get('step'));
+  const stage = ROLLOUTS.findIndex((s) => s.stage === hash.get('stage'));
+  if (stage >= 0) change.stage = stage;
+  const step = ROLLOUTS[change.stage ?? VIEW.stage].steps.findIndex((s) => String(s.step) === hash.get('step'));
   if (step >= 0) change.step = step;
   for (const key of ['group', 'sample']) if (hash.has(key)) change[key] = parseInt(hash.get(key), 10);
   if (['advantage', 'logprob'].includes(hash.get('colour'))) change.colour = hash.get('colour');
@@ -137,6 +145,7 @@ function readHash() {
 }
 
 function listenToViewer() {
+  $('stage-select').addEventListener('change', (event) => go({stage: +event.target.value}));
   $('step-select').addEventListener('change', (event) => go({step: +event.target.value}));
   $('group-select').addEventListener('change', (event) => go({group: +event.target.value}));
   $('step-back').addEventListener('click', () => go({step: VIEW.step - 1}));
@@ -175,6 +184,9 @@ function listenToViewer() {
 }
 
 if (ROLLOUTS.length) {
+  // After the first charts of the last stage with rollouts.
+  const number = 1 + DATA.stages.findIndex((s) => s.name === ROLLOUTS[ROLLOUTS.length - 1].stage);
+  document.querySelector(`#stage-${number} > .chart-section`)?.after($('viewer'));
   $('viewer').hidden = false;
   listenToViewer();
   go(readHash(), false);

@@ -1,11 +1,11 @@
 """A reward model: our own transformer with a score head, as a kind of the verifier service.
 
-Reads a folder as `load_model` does (config.json, model.safetensors, tokenizer.json) and beside it reward_head.safetensors
-with the head: "weight" f32[D] and "bias" f32[1]. The score is sigmoid(hidden of the last token . weight + bias), from 0 to 1,
-for prompt and completion together: the last token has seen all of both. Runs in a worker of its own, on the CPU, in float32; the
-weights are loaded at that worker's start.
-
-Stands outside reason_rl/reward since it joins that room with the model's. Left out: training one.
+Reads a checkpoint folder (config.json, model.safetensors, tokenizer.json) that also has
+reward_head.safetensors: "weight" f32[D] and "bias" f32[1]. The score of prompt and completion, from 0 to 1,
+is
+    sigmoid(hidden of the last token . weight + bias)
+Runs in its own worker, on the CPU, in float32; the worker loads the weights at its start. Left out: training
+one.
 """
 
 from __future__ import annotations
@@ -39,12 +39,17 @@ class RewardModel:
     bias: torch.Tensor
     """f32[1]"""
 
+    def encode(self, text: str) -> torch.Tensor:
+        """i64[T]. Raises ValueError for a character without a token, and for too long a text."""
+        token_ids = self.tokenizer.encode(text)
+        if not 0 < len(token_ids) <= self.model.config.max_position_embeddings:
+            raise ValueError(f"the reward model reads 1 to {self.model.config.max_position_embeddings} tokens, "
+                             f"got {len(token_ids)}")
+        return torch.tensor(token_ids)
+
     @torch.no_grad()
-    def score(self, prompt: str, text: str) -> float:
-        token_ids = torch.tensor(self.tokenizer.encode(prompt + text))
+    def score(self, token_ids: torch.Tensor) -> float:
         length = len(token_ids)
-        if not 0 < length <= self.model.config.max_position_embeddings:
-            raise ValueError(f"the reward model reads 1 to {self.model.config.max_position_embeddings} tokens, got {length}")
         # One sequence without targets; the head reads its last hidden state.
         hidden, _ = packed_hidden(self.model, Microbatch(
             token_ids=token_ids, position_ids=torch.arange(length, dtype=torch.int32),
@@ -57,7 +62,7 @@ class RewardModel:
 def load_reward_model(folder: str) -> RewardModel:
     model, path = load_model(Path(folder)), Path(folder) / HEAD_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} is no reward model: it has no {HEAD_FILE}")
+        raise ValueError(f"{folder} is not a reward model: it has no {HEAD_FILE}")
     try:
         head = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -70,16 +75,17 @@ def load_reward_model(folder: str) -> RewardModel:
 
 
 def save_head(folder: str | Path, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    """Makes a checkpoint folder a reward model's. weight: [D], bias: [1]."""
+    """Adds a score head to a checkpoint folder, which makes it a reward model. weight: [D], bias: [1]."""
     head = {"weight": weight, "bias": bias}
     save_file({name: tensor.detach().float().contiguous() for name, tensor in head.items()}, Path(folder) / HEAD_FILE)
 
 
 def grade_by_model(request: Mapping[str, Any], folder: str) -> Verdict:
-    """request: "problem" and "text"."""
+    """request: "problem" and "completion", the text that continues the prompt."""
     torch.set_num_threads(1)
     model = load_reward_model(folder)
     try:
-        return graded(model.score(request["problem"].prompt, request["text"]))
-    except ValueError as error:  # a text that its tokenizer or its context does not hold
+        token_ids = model.encode(request["problem"].prompt + request["completion"])
+    except ValueError as error:
         return ungradable("unreadable", str(error))
+    return graded(model.score(token_ids))

@@ -1,20 +1,25 @@
-"""What graded groups say in numbers: the metrics of a step, of an evaluation, and pass@k."""
+"""Metrics of graded groups: of a training step, of a run's evaluation, and pass@k.
+
+A completion that could not be graded counts neither as right nor as wrong: means of rewards and accuracy leave it out. A mean over
+nothing is None.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import comb
 from typing import NamedTuple
 
-from reason_rl.config import Config
 from reason_rl.data import Tokenizer
-from reason_rl.records import Group, Score
+from reason_rl.records import Group, Microbatch, Score, StepStats
+from reason_rl.report.clock import Clock
+from reason_rl.rl.advantages import Advantages
 
 
 class SampleFacts(NamedTuple):
     is_right: bool | None
-    """None where accuracy could not be graded."""
+    """None if accuracy could not be graded."""
     is_well_formed: bool
     num_thinking: int
     num_tokens: int
@@ -30,23 +35,25 @@ def mean_of_known(values: Sequence[float | None]) -> float | None:
 
 
 def is_right(score: Score) -> bool | None:
-    """All of the answer, not a part of it; None where accuracy could not be graded, which is no statement about the completion."""
+    """Whether accuracy is full, not partial; None if accuracy could not be graded."""
     if not score.is_graded and "accuracy" not in score.parts:
         return None
     return score.parts.get("accuracy", 0.0) >= 1.0
 
 
-def cause_of(text: str) -> str:
-    """"accuracy raised: KeyError" -> "accuracy_raised"."""
-    return text.partition(":")[0].replace(" ", "_")
+def known_verdicts(group: Group) -> list[bool]:
+    """Right or wrong, for the completions whose accuracy could be graded."""
+    return [verdict for score in group.scores if (verdict := is_right(score)) is not None]
 
 
-def _causes(scores: Sequence[Score]) -> dict[str, float]:
-    causes = Counter(cause_of(score.cause) for score in scores if not score.is_graded)
-    return {f"ungraded/{cause}": float(count) for cause, count in sorted(causes.items())}
+def count_causes(causes: Iterable[str]) -> dict[str, int]:
+    """["accuracy raised: KeyError"] -> {"accuracy_raised": 1}, sorted by name."""
+    counts = Counter(cause.partition(":")[0].replace(" ", "_") for cause in causes)
+    return dict(sorted(counts.items()))
 
 
 def sample_facts(groups: Sequence[Group], tokenizer: Tokenizer) -> list[SampleFacts]:
+    """One for each completion, in order."""
     return [
         SampleFacts(is_right(score), score.parts.get("format", 0.0) > 0.5,
                     tokenizer.thinking_tokens(completion.token_ids, group.problem.completion_prefix), len(completion.token_ids),
@@ -56,23 +63,26 @@ def sample_facts(groups: Sequence[Group], tokenizer: Tokenizer) -> list[SampleFa
     ]
 
 
-def _common(rows: Sequence[SampleFacts]) -> dict[str, float | None]:
-    """Accuracies over the rows that have one, the rest over all."""
-    thinkers = [row.is_right for row in rows if row.num_thinking > 0]
-    others = [row.is_right for row in rows if row.num_thinking == 0]
+def _common(facts: Sequence[SampleFacts]) -> dict[str, float | None]:
+    """Metrics that a step and an evaluation both have."""
     return {
-        "accuracy": mean_of_known([row.is_right for row in rows]),
-        "format_rate": mean([row.is_well_formed for row in rows]),
-        "thinks_share": mean([row.num_thinking > 0 for row in rows]),
-        "accuracy_given_thought": mean_of_known(thinkers),
-        "accuracy_given_none": mean_of_known(others),
-        "truncated_share": mean([row.is_truncated for row in rows]),
+        "accuracy": mean_of_known([sample.is_right for sample in facts]),
+        "format_rate": mean([sample.is_well_formed for sample in facts]),
+        "thinks_share": mean([sample.num_thinking > 0 for sample in facts]),
+        "accuracy_given_thought": mean_of_known([sample.is_right for sample in facts if sample.num_thinking > 0]),
+        "accuracy_given_none": mean_of_known([sample.is_right for sample in facts if sample.num_thinking == 0]),
+        "truncated_share": mean([sample.is_truncated for sample in facts]),
     }
 
 
+def _causes(scores: Sequence[Score]) -> dict[str, float]:
+    counts = count_causes(score.cause for score in scores if not score.is_graded)
+    return {f"ungraded/{cause}": float(count) for cause, count in counts.items()}
+
+
 def rollout_metrics(groups: Sequence[Group], tokenizer: Tokenizer) -> dict[str, float | None]:
-    """Of an RL step's groups; means over the graded completions for rewards and accuracy, over all of them for the rest."""
-    rows = sample_facts(groups, tokenizer)
+    """Of a training step's groups. Rewards are means over the graded completions."""
+    facts = sample_facts(groups, tokenizer)
     scores = [score for group in groups for score in group.scores]
     graded = [score for score in scores if score.is_graded]
     parts = {
@@ -80,15 +90,18 @@ def rollout_metrics(groups: Sequence[Group], tokenizer: Tokenizer) -> dict[str, 
         for name in dict.fromkeys(name for score in graded for name in score.parts)
     }
     return {
-        "reward": mean([score.value for score in graded]), **parts, **_common(rows),
-        "length": mean([row.num_tokens for row in rows]),
-        "thinking_tokens": mean([row.num_thinking for row in rows]),
+        "reward": mean([score.value for score in graded]), **parts, **_common(facts),
+        "length": mean([sample.num_tokens for sample in facts]),
+        "thinking_tokens": mean([sample.num_thinking for sample in facts]),
         "ungraded": float(len(scores) - len(graded)), **_causes(scores),
     }
 
 
 def update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float | None]:
-    """Of a step's optimizer updates: means weighted by their tokens, extremes, and the gap of the first, which is on policy."""
+    """Of a step's optimizer updates: means weighted by loss tokens, maxima and minima, and the first update's logprob gap.
+
+    Only the first update is on policy, so only its gap compares the sampler with the trainer.
+    """
     if not updates:
         return {"num_loss_tokens": 0.0}
     total = sum(update["num_loss_tokens"] for update in updates)
@@ -108,13 +121,13 @@ def update_metrics(updates: Sequence[dict[str, float]]) -> dict[str, float | Non
 
 
 def eval_metrics(groups: Sequence[Group], tokenizer: Tokenizer) -> dict[str, float | None]:
-    """Of held-out problems, over all samples; accuracy over those where it could be graded, the others are counted by cause."""
-    rows = sample_facts(groups, tokenizer)
+    """Of a run's evaluation on held-out problems, over all samples."""
+    facts = sample_facts(groups, tokenizer)
     scores = [score for group in groups for score in group.scores]
     return {
-        "problems": len(groups), "samples": len(rows) // max(1, len(groups)), **_common(rows),
-        "mean_thinking_tokens": mean([row.num_thinking for row in rows]),
-        "mean_thinking_tokens_among_thinkers": mean([row.num_thinking for row in rows if row.num_thinking > 0]),
+        "problems": len(groups), "samples": len(facts) // max(1, len(groups)), **_common(facts),
+        "mean_thinking_tokens": mean([sample.num_thinking for sample in facts]),
+        "mean_thinking_tokens_among_thinkers": mean([sample.num_thinking for sample in facts if sample.num_thinking > 0]),
         "ungraded": sum(not score.is_graded for score in scores), **_causes(scores),
     }
 
@@ -127,19 +140,48 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def pass_at_powers(groups: Sequence[Group]) -> dict[str, float]:
-    """{"1": .., "2": .., "4": ..}: mean pass@k, k the powers of two up to the number of samples, over the problems with k samples
-    whose accuracy could be graded; no other samples count."""
-    known = [[verdict for score in group.scores if (verdict := is_right(score)) is not None] for group in groups]
-    largest = max(map(len, known), default=0)
-    powers = [2**i for i in range(largest.bit_length()) if 2**i <= largest]
-    estimates = {k: [pass_at_k(len(one), sum(one), k) for one in known if len(one) >= k] for k in powers}
+    """{"1": .., "2": .., "4": ..}: mean pass@k for k the powers of two up to the number of graded samples.
+
+    Each mean is over the problems with at least k graded samples.
+    """
+    verdicts = [known_verdicts(group) for group in groups]
+    most = max(map(len, verdicts), default=0)
+    powers = [2**i for i in range(most.bit_length())]
+    estimates = {k: [pass_at_k(len(one), sum(one), k) for one in verdicts if len(one) >= k] for k in powers}
     return {str(k): sum(values) / len(values) for k, values in estimates.items()}
 
 
+def step_stats(
+    step: int, groups: Sequence[Group], sampled: Sequence[Group], advantages: Advantages,
+    minibatches: Sequence[Sequence[Microbatch]], updates: Sequence[dict[str, float]], tokenizer: Tokenizer, clock: Clock, *,
+    lr: float, verifiers: Mapping[str, float],
+) -> StepStats:
+    """The record of one training step.
+
+    groups: the batch. sampled: all groups of the step, with those that dynamic sampling replaced. clock: "step", and within it
+    "rollout", "reward" and "train". verifiers: counts of the verifier service.
+    """
+    seconds = clock.seconds
+    num_tokens = sum(len(completion.token_ids) for group in sampled for completion in group.completions)
+    num_packed = sum(microbatch.num_tokens for microbatches in minibatches for microbatch in microbatches)
+    timings = {
+        "rollout_s": seconds["rollout"], "reward_s": seconds["reward"],
+        **{f"verifier/{name}": value for name, value in verifiers.items()},
+        "train_s": seconds["train"], "step_s": seconds["step"], "train_tok_s": num_packed / seconds["train"],
+        "rollout_tok_s": num_tokens / seconds["rollout"], "step_tok_s": num_tokens / seconds["step"],
+    }
+    metrics = rollout_metrics(sampled, tokenizer) | update_metrics(updates) | {
+        "lr": lr, "groups_without_signal": 1 - float(advantages.has_signal.float().mean())}
+    return StepStats(step, metrics, timings, tuple(groups), tuple(map(tuple, advantages.advantages.tolist())))
+
+
 def rollout_rows(
-    groups: Sequence[Group], advantages: Sequence[Sequence[float]], tokenizer: Tokenizer, step: int, config: Config
+    groups: Sequence[Group], advantages: Sequence[Sequence[float]], tokenizer: Tokenizer, step: int
 ) -> list[dict[str, object]]:
-    """The lines of rollouts/step_NNNNNN.jsonl for the first run.rollout_samples groups."""
+    """The lines of a rollouts/ file: one per completion of the groups.
+
+    advantages: by group and completion; those of further groups are ignored.
+    """
     return [
         {
             "step": step, "problem_id": group.problem.problem_id, "level": group.problem.level, "prompt": group.problem.prompt,
@@ -149,7 +191,6 @@ def rollout_rows(
             "logprobs": list(completion.logprobs), "advantage": advantage, "reward": score.value, "parts": dict(score.parts),
             "is_graded": score.is_graded, "cause": score.cause, "finish_reason": completion.finish_reason,
         }
-        for number, (group, row) in enumerate(zip(groups, advantages, strict=True))
-        if number < config.run.rollout_samples
-        for completion, score, advantage in zip(group.completions, group.scores, row, strict=True)
+        for number, group in enumerate(groups)
+        for completion, score, advantage in zip(group.completions, group.scores, advantages[number], strict=True)
     ]

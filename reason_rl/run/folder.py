@@ -1,61 +1,61 @@
-"""The folder of a run: whether to begin, go on, or say that it is done; and how a run is asked to stop.
+"""The folder of a run, runs/<name>: whether to begin, to go on, or to say that it is done.
 
-`runs/<name>/` belongs to one config. The same command again resumes an unfinished run and leaves a finished one alone;
-another config is refused with the difference; `--resume never` begins afresh in the next free folder, `<name>-2`, ...
+It belongs to one config. The same command again goes on with an unfinished run and leaves a finished one alone; another config is
+refused with the difference; `--resume never` begins in the next free folder, <name>-2, ...
+
+    config.toml     the resolved recipe        metrics.jsonl timings.jsonl rollouts/ tensorboard/   the log
+    compute.json    what the run was begun on  checkpoints/<stage>, checkpoints/final               outputs
+    summary.json    written last: a run that has it is finished                     report.html
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import shlex
 import signal
 import subprocess
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from kernels.native import ISA
 from reason_rl.config import Config, ConfigError, config_difference, dump_config, load_config
-from reason_rl.config.load import table_of
 from reason_rl.parallel.world import World
-from reason_rl.trainer.checkpoint import newest_checkpoint
+from reason_rl.report.files import atomic_write_text
+from reason_rl.run.stage_folder import StageFolder
+from reason_rl.serve import cli
 
 SUMMARY_FILE = "summary.json"
 CONFIG_FILE = "config.toml"
 COMPUTE_FILE = "compute.json"
+STAGES_FOLDER = "stages"
 
 
 @dataclass(frozen=True)
 class RunFolder:
     path: Path
-    is_finished: bool
-    resume_from: Path | None
-    """The newest step checkpoint of an unfinished run."""
-    compute: dict[str, str] = field(default_factory=dict)
-    """What a run that was begun computes in, dtype and kernels, and a digest of the problems of its files."""
+    is_finished: bool = False
+    is_begun: bool = False
+    compute: Mapping[str, str] = field(default_factory=dict)
+    """What a run was begun on: dtype, kernels, a digest of the problems in its files."""
+    stage_keys: Mapping[str, str] = field(default_factory=dict)
+    """Stage name -> the name of its folder."""
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def stage_folder(self, name: str) -> StageFolder:
+        return StageFolder(self.path.parent / STAGES_FOLDER / self.stage_keys[name])
+
 
 def open_run(config: Config, world: World) -> RunFolder:
-    """Rank 0 looks and decides; all ranks get the same answer or the same error. Nothing is written yet."""
-    answer: tuple[RunFolder | None, str] = (None, "")
-    if world.is_main:
-        try:
-            answer = (_decide(config), "")
-        except ConfigError as error:
-            answer = (None, str(error))
-    folder, problem = world.gather(answer)[0]
-    if folder is None:
-        raise ConfigError(problem)
-    return folder
+    """Rank 0 looks and decides; all ranks get its answer or its error. Nothing is written yet."""
+    return world.from_main(lambda: _decide(config))
 
 
 def _decide(config: Config) -> RunFolder:
@@ -67,15 +67,14 @@ def _decide(config: Config) -> RunFolder:
             path = base.with_name(f"{base.name}-{number}")
             number += 1
     written = path / CONFIG_FILE
-    if written.is_file():
-        differences = [line for line in config_difference(load_config(written), config) if not line.startswith("run.resume:")]
-        if differences:
-            raise ConfigError(f"{path} holds a run of another config; give this one a --name of its own, or --resume never. "
-                              "The differences:\n  " + "\n  ".join(differences))
-        begun = path / COMPUTE_FILE
-        compute = json.loads(begun.read_text()) if begun.is_file() else {}
-        return RunFolder(path, (path / SUMMARY_FILE).is_file(), newest_checkpoint(path / "checkpoints"), compute)
-    return RunFolder(path, False, None)
+    if not written.is_file():
+        return RunFolder(path)
+    differences = [line for line in config_difference(load_config(written), config) if not line.startswith("run.resume:")]
+    if differences:
+        raise ConfigError(f"{path} holds a run of another config; give this one a --name of its own, or --resume never. "
+                          "The differences:\n  " + "\n  ".join(differences))
+    begun = json.loads((path / COMPUTE_FILE).read_text(encoding="utf-8"))
+    return RunFolder(path, (path / SUMMARY_FILE).is_file(), True, begun["compute"], begun["stages"])
 
 
 def as_begun(world: World, folder: RunFolder) -> World:
@@ -84,33 +83,23 @@ def as_begun(world: World, folder: RunFolder) -> World:
     return dataclasses.replace(world, dtype=getattr(torch, name)) if name else world
 
 
-def begin_run(folder: RunFolder, config: Config, world: World, problems: str) -> None:
-    """Write config.toml, what is computed in and the problems' digest, once everything that can fail before work starts has been
-    checked: a refused run leaves no trace.
+def begin_folder(folder: RunFolder, config: Config) -> None:
+    """Writes compute.json, then config.toml, which makes the folder a run's.
 
-    It holds the folder's own name and resume = "auto", so that a run begun with `--resume never` can be gone on with too.
+    config.toml has the folder's own name and resume = "auto": a run begun with `--resume never` can be gone on with too.
     """
-    written = folder.path / CONFIG_FILE
-    if written.is_file():
+    if folder.is_begun:
         return
     own = dataclasses.replace(config, run=dataclasses.replace(config.run, name=folder.path.name, resume="auto"))
     folder.path.mkdir(parents=True, exist_ok=True)
-    compute = {"dtype": str(world.dtype).removeprefix("torch."), "kernels": ISA or "reference ops", "problems": problems}
-    (folder.path / COMPUTE_FILE).write_text(json.dumps(compute) + "\n")
-    partial = folder.path / f".{CONFIG_FILE}.partial"
-    partial.write_text(f"# The run as resolved; `torchrun train.py {written}` runs it again.\n\n{dump_config(own)}")
-    os.replace(partial, written)
-
-
-def write_summary(folder: RunFolder, values: dict[str, Any]) -> None:
-    """Written last, and whole or not at all: a run with a summary is finished."""
-    partial = folder.path / f".{SUMMARY_FILE}.partial"
-    partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
-    os.replace(partial, folder.path / SUMMARY_FILE)
+    begun = {"compute": dict(folder.compute), "stages": dict(folder.stage_keys)}
+    atomic_write_text(folder.path / COMPUTE_FILE, json.dumps(begun, indent=2) + "\n")
+    written = folder.path / CONFIG_FILE
+    atomic_write_text(written, f"# The run as resolved; `torchrun train.py {written}` runs it again.\n\n{dump_config(own)}")
 
 
 def describe_source() -> dict[str, str]:
-    """Commit and whether the tree was clean, where the run is from a checkout and there is a git; else both are ""."""
+    """Commit and whether the tree is clean; "" for both outside a git checkout."""
     def git(*arguments: str) -> str:
         try:
             done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
@@ -122,8 +111,10 @@ def describe_source() -> dict[str, str]:
     return {"commit": commit, "tree": "" if not commit else "changed" if git("status", "--porcelain") else "clean"}
 
 
-def config_table(config: Config) -> dict[str, Any]:
-    return table_of(config)
+def how_to_talk(folder: Path, config: Config) -> str:
+    """The command that talks to the run's model, as a shell takes it."""
+    example = ["a2,b*3,c-1,d-8?"] if config.task.name == "program" else ["--template", config.task.template]
+    return shlex.join([sys.executable, "-m", cli.__name__, f"{folder}/checkpoints/final", *example])
 
 
 class StopSignal:

@@ -1,7 +1,8 @@
-"""The candidate's side of the channel, inside its jail: run its source once, then do what the examiner asks, in plain values.
+"""The candidate's end of the channel, inside its jail: executes the program once, then serves the examiner's
+requests.
 
-Nothing here is trusted: the candidate shares this process and may rewrite any of it. All it can gain is to send other values; what
-they are compared with is in another process, which it cannot see.
+Nothing here is trusted: the program shares this process and may rewrite all of it. It gains nothing but to
+send other values; the comparison happens in another process, which it cannot reach.
 """
 
 from __future__ import annotations
@@ -20,41 +21,45 @@ from typing import Any
 from .wire import decode, encode, receive, send
 
 MAX_ITEMS = 1_000_000
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "call": lambda function, arguments, named: function(*arguments, **named),
+    "getattr": getattr, "setattr": setattr, "getitem": operator.getitem, "setitem": operator.setitem, "len": len,
+    "list": lambda values: list(itertools.islice(values, MAX_ITEMS)), "next": next, "str": str,
+}
+"""What the examiner may ask for, besides "global": one of the program's names."""
 
 
 def serve(channel: socket.socket, source: str) -> None:
     """Never returns: ends the process when the examiner closes the channel."""
+    # Objects that do not travel are kept here, and the examiner refers to them by index.
     kept: list[Any] = []
 
     def keep(value: Any) -> int:
         kept.append(value)
         return len(kept) - 1
 
-    def find(number: int | str) -> Any:
-        return kept[number] if isinstance(number, int) else getattr(builtins, number)
+    def find(reference: int | str) -> Any:
+        return kept[reference] if isinstance(reference, int) else getattr(builtins, reference)
 
     module = types.ModuleType("candidate")
     sys.modules["candidate"] = module
-    operations: dict[str, Callable[..., Any]] = {
-        "global": lambda name: _global(module, name), "call": lambda function, arguments, named: function(*arguments, **named),
-        "getattr": getattr, "setattr": setattr, "getitem": operator.getitem, "setitem": operator.setitem, "len": len,
-        "list": lambda values: list(itertools.islice(values, MAX_ITEMS)), "next": next, "str": str,
-    }
+    operations = OPERATIONS | {"global": functools.partial(_global, module)}
 
     def reply(work: Callable[[], Any]) -> None:
         try:
             answer = ["value", encode(work(), keep)]
-        except BaseException as error:  # SystemExit and KeyboardInterrupt end no examination
+        except BaseException as error:  # SystemExit and KeyboardInterrupt are errors like any other
             answer = ["error", type(error).__name__]
         try:
             send(channel, answer)
-        except ValueError:
+        except ValueError:  # too large for a message
             send(channel, ["error", "ValueError"])
 
-    reply(lambda: exec(compile(source, "candidate.py", "exec", dont_inherit=True), module.__dict__))
     def perform(name: str, arguments: list[Any]) -> Any:
         return operations[name](*(decode(argument, find) for argument in arguments))
 
+    # The program first, then one request at a time until the channel closes.
+    reply(lambda: exec(compile(source, "candidate.py", "exec", dont_inherit=True), module.__dict__))
     try:
         while True:
             name, *arguments = receive(channel)

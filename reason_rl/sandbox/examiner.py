@@ -1,12 +1,13 @@
-"""The examiner: runs a problem's tests, in a jail of its own, against a candidate that lives in another process.
+"""The examiner: executes a problem's tests in its own jail, against a candidate in another process.
 
-The tests are ordinary Python (`assert f(2) == 4`). The names in them that are the candidate's (names.py) are asked for: a call
-travels to the candidate's process as plain values, and a plain value comes back (wire.py). So the candidate never sees the
-tests, cannot touch `assert` or `==`, and cannot say that it passed. What a result that is no plain value compares equal to is
-nothing: `Remote` refuses `==`, `!=`, order, truth and hashing.
+The tests are ordinary Python (`assert f(2) == 4`). The names that the program must define are proxies: a call
+travels to the candidate's process as plain values, and a plain value returns (wire.py). So the candidate
+never sees the tests, cannot change `assert` or `==`, and cannot claim to have passed. A result that is not a
+plain value equals nothing: `Remote` refuses `==`, `!=`, order, truth and hashing.
 
-Changes that a candidate makes to its arguments do not come back: functions are judged by what they return. What no program could
-pass (a function as an argument, arguments beyond a message's size, a module that is not here) is the tests' fault, "broken".
+Changes that a candidate makes to its arguments do not come back: a function is judged by its return value. If
+no program can pass (the tests pass a function as an argument, arguments larger than a message, or import a
+missing module), the result is "broken".
 """
 
 from __future__ import annotations
@@ -19,42 +20,43 @@ import types
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from .program_names import program_names
 from .wire import MAX_MESSAGE_BYTES, decode, encode, pack, receive_bytes
 
 GONE, GARBAGE = "(gone)", "(garbage)"
-"""Failures beside exceptions' names: the candidate's end is closed; it sent what is no message."""
+"""Failures besides exceptions' names: the candidate closed its end; it sent a malformed message."""
 SMALL_BYTES = MAX_MESSAGE_BYTES // 16
-"""What a candidate sent is at most a few times longer when it is sent back: smaller answers make no argument too large."""
+"""If every answer of the candidate was at most this long, it did not cause an argument that is too large."""
 SHALLOW_BYTES = 500
-"""Nor do answers as short as this make one nested too deeply."""
+"""The same for an argument that is nested too deeply."""
 
 
 class Gone(BaseException):
-    """The candidate is dead, or sends what is no message; no test's `except Exception` swallows it."""
+    """The candidate is dead or sends malformed messages. No `except Exception` hides a BaseException."""
 
 
 class TestsError(BaseException):
-    """No program could pass: `Candidate.broken` says why."""
+    """No program can pass; `Candidate.broken` has the reason."""
 
 
 class Candidate:
-    """The channel, as seen by the tests."""
+    """The examiner's end of the channel."""
 
     def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
         self.failure = ""
-        """What the candidate last raised, or `GONE` or `GARBAGE`."""
+        """The name of the candidate's last exception, or `GONE` or `GARBAGE`."""
         self.broken = ""
-        """Why the tests, and not the candidate, are to blame."""
+        """Why no program can pass these tests."""
         self.is_used = False
-        """Has anything been done with what is the candidate's?"""
+        """Have the tests used anything of the candidate's?"""
         self.largest_answer = 0
-        """In bytes, or a number that tests may have made as many items of."""
+        """The longest answer in bytes, or a larger integer among the answers (the tests may have repeated
+        something as often)."""
 
     def ask(self, operation: str, *arguments: Any) -> Any:
+        """Performs an operation in the candidate's process; raises what it raises."""
         try:
-            data = pack([operation, *(encode(argument, _number) for argument in arguments)])
+            data = pack([operation, *(encode(argument, _reference) for argument in arguments)])
         except Exception as error:
             harmless = SHALLOW_BYTES if isinstance(error, RecursionError) else SMALL_BYTES
             if isinstance(error, TypeError) or self.largest_answer <= harmless:
@@ -65,19 +67,21 @@ class Candidate:
         self.is_used = self.is_used or operation != "global" or not isinstance(value, Remote)
         return value
 
-    def answer(self, question: bytes = b"") -> Any:
-        """To one message, or (none) to its own source, which it has run at the start."""
+    def answer(self, request: bytes = b"") -> Any:
+        """The answer to a request; without one, the outcome of executing the program."""
         try:
-            if question:
-                self.channel.sendall(question)
+            if request:
+                self.channel.sendall(request)
             data = receive_bytes(self.channel)
             kind, content = json.loads(data)
+
+            # A value, or the name of an exception; anything else is garbage.
             self.largest_answer = max(self.largest_answer, len(data), abs(content) if type(content) is int else 0)
             if kind == "value":
                 return decode(content, lambda number: Remote(self, number))
             if kind != "error" or not isinstance(content, str) or not content.isidentifier():
-                raise ValueError("an answer is a value or an error's name")
-        except Exception as error:  # whatever a hostile message brings about
+                raise ValueError("expected a value or an error's name")
+        except Exception as error:  # a hostile message may raise anything
             self.failure = GONE if isinstance(error, EOFError | OSError) else GARBAGE
             raise Gone(f"{type(error).__name__}: {error}") from error
         self.failure = content
@@ -85,7 +89,7 @@ class Candidate:
 
 
 class Remote:
-    """An object of the candidate's that is no plain value."""
+    """A proxy of an object of the candidate's that does not travel."""
 
     def __init__(self, candidate: Candidate, number: int) -> None:
         object.__setattr__(self, "_candidate", candidate)
@@ -123,47 +127,54 @@ class Remote:
 
     def _refuse(self, *_: Any) -> NoReturn:
         object.__getattribute__(self, "_candidate").is_used = True
-        raise TypeError("an object of the candidate's is no plain value: it cannot be compared")
+        raise TypeError("an object of the candidate's cannot be compared: it is not a plain value")
 
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = _refuse
     __hash__ = _refuse
 
 
 def examine(channel: socket.socket, exam: Mapping[str, Any]) -> dict[str, Any]:
-    """{"passed": tests passed, "failure": of the first that did not} or {"broken": why no candidate could pass}.
+    """{"passed": number of tests passed, "failure": of the first other test} or {"broken": why no program can
+    pass}.
 
-    exam: "setup", "tests", "entry_points" and "partial".
+    exam: the fields of run.py's `Exam`.
     """
+    # Compile everything first: tests that do not compile are broken.
     candidate = Candidate(channel)
     setup, tests = exam["setup"], exam["tests"]
     try:
         codes = [compile(source, f"test {i}", "exec", dont_inherit=True) for i, source in enumerate(tests)]
-        names, modules = program_names("\n".join([setup, *tests]), exam["entry_points"])
         prologue = compile(setup, "setup", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return {"broken": f"{type(error).__name__}: {error}"}
+
+    # The names that the tests need: the program's, once its source has run, and modules.
     namespace: dict[str, Any] = {"__name__": "tests"}
-    passed, failure = 0, ""
     try:
         candidate.answer()
-        namespace |= {name: importlib.import_module(name) for name in modules}
-        namespace |= {name: candidate.ask("global", name) for name in names}
+        namespace |= {name: importlib.import_module(name) for name in exam["modules"]}
+        namespace |= {name: candidate.ask("global", name) for name in exam["names"]}
     except (Exception, Gone) as error:
         return {"passed": 0, "failure": candidate.failure} if candidate.failure else {"broken": f"{type(error).__name__}: {error}"}
+
+    # A setup that fails before it used the program fails for every program.
     failure = _run(prologue, namespace, candidate)
     if failure and not candidate.is_used and not candidate.failure:
         return {"broken": candidate.broken or f"setup: {failure}"}
+
+    # The tests, up to the first failure unless all are counted.
+    num_passed = 0
     for code in codes if not failure else ():
         error_name = _run(code, namespace, candidate)
-        passed += not error_name
+        num_passed += not error_name
         failure = failure or error_name
-        if (failure and not exam["partial"]) or candidate.failure in (GONE, GARBAGE):
+        if (failure and not exam["is_partial"]) or candidate.failure in (GONE, GARBAGE):
             break
-    return {"broken": candidate.broken} if candidate.broken else {"passed": passed, "failure": failure}
+    return {"broken": candidate.broken} if candidate.broken else {"passed": num_passed, "failure": failure}
 
 
 def _run(code: Any, namespace: dict[str, Any], candidate: Candidate) -> str:
-    """The name of what failed; empty when the test passed."""
+    """The name of the failure; "" if the test passed."""
     candidate.failure = name = ""
     try:
         exec(code, namespace)
@@ -171,7 +182,7 @@ def _run(code: Any, namespace: dict[str, Any], candidate: Candidate) -> str:
         return candidate.failure
     except BaseException as error:
         name = type(error).__name__
-        if isinstance(error, ImportError) and candidate.failure != name:  # of the tests' own imports: no package is in here
+        if isinstance(error, ImportError) and candidate.failure != name:  # the tests' own import: the jail has no packages
             candidate.broken = candidate.broken or f"{name}: {error}"
     if candidate.failure in (GONE, GARBAGE):
         return candidate.failure
@@ -180,8 +191,8 @@ def _run(code: Any, namespace: dict[str, Any], candidate: Candidate) -> str:
     return (candidate.failure or name) if name else ""
 
 
-def _number(value: Any) -> int | str:
-    """What stands for it in a message: the number that the candidate gave it, or a builtin's name."""
+def _reference(value: Any) -> int | str:
+    """A message's reference to an object that does not travel: the candidate's index, or a builtin's name."""
     if isinstance(value, Remote):
         number: int = object.__getattribute__(value, "_number")
         return number
@@ -189,11 +200,11 @@ def _number(value: Any) -> int | str:
         name = value.__name__
         if getattr(builtins, name, None) is value:
             return name
-    raise TypeError(f"a test passes plain values, builtins and the candidate's own objects, not {type(value).__name__}")
+    raise TypeError(f"a test passes plain values, builtins and the candidate's own objects, got {type(value).__name__}")
 
 
 def _raise(name: str) -> NoReturn:
-    """The builtin exception of that name, so that a test may expect it; RuntimeError for any other."""
+    """Raises the builtin exception of that name, which a test may expect; RuntimeError for other names."""
     kind = getattr(builtins, name, RuntimeError)
     if not (isinstance(kind, type) and issubclass(kind, Exception)):
         kind = RuntimeError

@@ -1,9 +1,12 @@
-"""The sandbox, seen from outside: which of its mechanisms hold on this machine, and one jail's start and end.
+"""The sandbox in the parent process: which mechanisms hold on this machine, and the start and end of one
+jail.
 
-jail.py applies them in the child. Here they are tried, not looked up: `held_mechanisms` starts a jail with each, and
-`require_sandbox` then lets a hostile program (trial.py) loose in a jail with all of them and refuses when anything got through.
+jail.py applies the mechanisms in the child. They are tested, not looked up: `held_mechanisms` starts a jail
+with each. `require_sandbox` then runs a hostile program (trial.py) in a jail with all of them, and refuses if
+any attempt succeeded.
 
-Left out: control groups (they need a delegated subtree, which most machines do not give); numpy and other packages inside.
+Left out: control groups (they need a delegated subtree, which most machines lack); numpy and other packages
+inside.
 """
 
 from __future__ import annotations
@@ -32,38 +35,40 @@ HERE = Path(__file__).resolve().parent
 ENTRY = ("import sys, types; package = sys.modules['jailed'] = types.ModuleType('jailed'); package.__path__ = [sys.argv[1]]; "
          "from jailed.jail import main; main()")
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "TZ": "UTC", "HOME": "/scratch", "TMPDIR": "/scratch"}
-"""All of it: a candidate sees no token, and sets of strings have one order."""
+"""The whole environment: a candidate sees no secrets, and sets of strings have a fixed order."""
 MECHANISMS = ("namespaces", "landlock", "seccomp")
 REQUIRED = {"any": (("namespaces", "landlock"),), "namespaces": (("namespaces",),), "landlock": (("landlock",),),
             "all": (("namespaces",), ("landlock",), ("seccomp",))}
-DYNAMIC_USERS = range(61184, 65520)  # systemd's, so nobody's: where we are root, each jail takes one of these
+DYNAMIC_USERS = range(61184, 65520)  # reserved by systemd, so unused: if we are root, each jail runs as one of these
 TRIAL_DEADLINE_S = 20.0
 MAX_SCRATCH_FILES = 1000
 JAIL_NUMBERS = itertools.count()
-SCRATCH_PREFIX = "reason_rl_jail_"  # then the process that made it
+SCRATCH_PREFIX = "reason_rl_jail_"  # followed by the id of the process that made it
 
 
 class SandboxError(ValueError):
-    """Untrusted code is not run here; the message names what does not hold."""
+    """Untrusted code does not run on this machine; the message names the missing mechanism."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one grading; reward.code_* in the config."""
+    """The limits of one exam."""
 
     deadline_s: float = 12.0
     cpu_s: int = 4
     memory_bytes: int = 512 << 20
     file_bytes: int = 16 << 20
-    """One file, and where namespaces hold the whole scratch folder."""
+    """Of one file; with namespaces, of the whole scratch folder."""
     output_bytes: int = 64 << 10
     threads: int = 32
 
 
 class Jail:
-    """One interpreter that shuts itself in. `status` is "held" once it has, or the mechanism that failed and why."""
+    """One interpreter that locks itself in. `status()` is "held", or the mechanism that failed and why."""
 
     def __init__(self, role: str, task: dict[str, Any], limits: Limits, use: tuple[str, ...], channel: socket.socket) -> None:
+        """role: "candidate" or "examiner". use: the mechanisms. channel: the jail's end; closed here."""
+        # The scratch folder, the pipes, and the task with the numbers of their descriptors.
         self.scratch, self._lock = ("", -1) if "namespaces" in use else make_scratch()
         self._is_ended, self.final_status = False, ""
         self.answer, answer = os.pipe()
@@ -72,6 +77,8 @@ class Jail:
         fds = (channel.fileno(), answer, status)
         spec = {"role": role, "use": use, "scratch": self.scratch, "user": user, "parent": os.getpid(), "channel": fds[0],
                 "answer": answer, "status": status, **task, **asdict(limits)}
+
+        # Start the interpreter without site packages, and send it the task.
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-S", "-s", "-P", "-c", ENTRY, str(HERE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -96,24 +103,28 @@ class Jail:
         self.end()
 
     def status(self) -> str:
-        """Waits until the jail has shut itself in or has failed to."""
+        """Waits until the jail has locked itself in, or failed to."""
         text = b""
-        while part := os.read(self._status, 4096):
-            text += part
-        return text.decode() or "start: no word from the jail"
+        while data := os.read(self._status, 4096):
+            text += data
+        return text.decode() or "start: the jail ended without a status"
 
     def end(self) -> int:
-        """Kill all that is left inside, wait for it, remove the scratch folder; the payload's exit status modulo 256."""
+        """Kills all processes inside, waits, removes the scratch folder; returns the exit status % 256."""
         if self._is_ended:
             return int(self.process.returncode)
         self._is_ended = True
+
+        # Kill the process tree.
         if self.process.poll() is None:
             self.process.terminate()  # the keeper kills the payload and waits for it
             try:
                 self.process.wait(timeout=5)
             except subprocess.TimeoutExpired:
-                self.process.kill()  # and the payload with it, by its parent-death signal
+                self.process.kill()  # the payload dies too, by its parent-death signal
                 self.process.wait()
+
+        # The status pipe is complete now; close and remove everything.
         assert self.process.stdout is not None
         self.process.stdout.close()
         self.final_status = self.status()
@@ -127,7 +138,7 @@ class Jail:
             remove_scratch(self.scratch, self._lock)
 
     def overflows(self, limits: Limits) -> bool:
-        """Has it written more to its scratch folder than is allowed? In namespaces that folder is in memory, and bounded."""
+        """Does the scratch folder exceed its limit? Without namespaces the kernel does not bound it."""
         with contextlib.suppress(OSError), os.scandir(self.scratch) as entries:
             first = itertools.islice(entries, MAX_SCRATCH_FILES + 1)
             sizes = [entry.stat(follow_symlinks=False).st_blocks * 512 for entry in first]
@@ -137,18 +148,18 @@ class Jail:
 
 @functools.cache
 def held_mechanisms() -> dict[str, str]:
-    """For each mechanism "" when a jail with it alone could be made, else the reason why not."""
+    """For each mechanism, "" if a jail with it alone could be made, else the reason why not."""
     _remove_orphans()
     return {name: _why_not((name,)) for name in ("rlimits", *MECHANISMS)}
 
 
 def make_scratch() -> tuple[str, int]:
-    """A folder and a descriptor that holds the lock on it: free again when this process ends, however that comes about."""
+    """(a folder, a descriptor with a lock on it). The kernel frees the lock when this process ends."""
     for _ in range(10):
         folder = tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}_")
         if (lock := _lock(folder)) >= 0:
             return folder, lock
-        shutil.rmtree(folder, ignore_errors=True)  # taken for an orphan between the two; or no descriptor is to be had
+        shutil.rmtree(folder, ignore_errors=True)  # another process took it for an orphan, or descriptors ran out
     raise OSError(f"the scratch folder {folder} cannot be locked")
 
 
@@ -158,7 +169,7 @@ def remove_scratch(folder: str, lock: int) -> None:
 
 
 def _lock(folder: str | Path) -> int:
-    """-1 where another holds it, it is gone, or it is not ours to open."""
+    """A descriptor with the folder's lock; -1 if another process holds it, or the folder cannot be opened."""
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
@@ -174,7 +185,10 @@ def _lock(folder: str | Path) -> int:
 
 
 def _remove_orphans() -> None:
-    """Of owners that were killed. By their locks: a process's number says nothing where another namespace shares the folder."""
+    """Removes scratch folders whose owners were killed.
+
+    Recognised by a free lock: process ids are ambiguous if several namespaces share the temporary folder.
+    """
     for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*_*"):
         if (lock := _lock(folder)) >= 0:
             remove_scratch(str(folder), lock)
@@ -191,11 +205,12 @@ def _why_not(use: tuple[str, ...]) -> str:
 
 
 TRIED: dict[str, tuple[str, ...] | SandboxError] = {}
-"""By the configured set: what came of the trial in this process. A second would take as long and end alike."""
+"""The result of the trial in this process, by the required set. A second one would end the same."""
 
 
 def usable_mechanisms(sandbox: str = "any") -> tuple[str, ...]:
-    """What every jail here is made of; raises SandboxError where the configured set does not hold, or a trial gets through it."""
+    """The mechanisms of every jail on this machine. Raises SandboxError if the required set does not hold, or
+    if a trial program succeeds in anything."""
     if sandbox not in TRIED:
         try:
             TRIED[sandbox] = _try_mechanisms(sandbox)
@@ -208,31 +223,36 @@ def usable_mechanisms(sandbox: str = "any") -> tuple[str, ...]:
 
 
 def known_mechanisms(sandbox: str) -> tuple[str, ...]:
-    """As far as this process has tried them; () where it has not, or they are not enough."""
+    """The mechanisms, if this process has tried them already and they suffice; else ()."""
     found = TRIED.get(sandbox, ())
     return found if isinstance(found, tuple) else ()
 
 
 def _try_mechanisms(sandbox: str) -> tuple[str, ...]:
     if sandbox not in REQUIRED:
-        raise SandboxError(f"reward.code_sandbox is one of {', '.join(REQUIRED)}, got {sandbox!r}")
+        raise SandboxError(f"the required set is one of {', '.join(REQUIRED)}, got {sandbox!r}")
+
+    # Every required mechanism must hold alone.
     why_not = held_mechanisms()
     missing = [" or ".join(names) for names in (("rlimits",), *REQUIRED[sandbox]) if all(why_not[name] for name in names)]
     reasons = "; ".join(reason for reason in why_not.values() if reason)
     if missing:
-        raise SandboxError(f"untrusted code is not run here: reward.code_sandbox = {sandbox!r} requires {' and '.join(missing)}, "
-                           f"which this machine does not give ({reasons})")
+        raise SandboxError(f"untrusted code is not run here: {sandbox!r} requires {' and '.join(missing)}, which this machine "
+                           f"lacks ({reasons})")
+
+    # All that hold together must withstand the trial. A root user with few capabilities stays root inside a
+    # user namespace, and then the jail without namespaces is the better one: try that second.
     leaks = ""
-    for left_out in ("", "namespaces"):  # a root of few rights has a better jail without a user namespace, in which it stays root
+    for left_out in ("", "namespaces"):
         use = tuple(name for name in MECHANISMS if not why_not[name] and name != left_out)
         if all(set(names) & set(use) for names in REQUIRED[sandbox]) and not (found := run_trial(use)):
             return use
-        leaks = leaks or f"with rlimits, {', '.join(use)} a trial program got through: {'; '.join(found)}"
+        leaks = leaks or f"with rlimits, {', '.join(use)} a trial program succeeded in: {'; '.join(found)}"
     raise SandboxError(f"untrusted code is not run here: {leaks}" + (f" (absent: {reasons})" if reasons else ""))
 
 
 def require_sandbox(sandbox: str = "any") -> str:
-    """The line to print at the start: which mechanisms hold here. Raises SandboxError, a ValueError, when that is not enough."""
+    """A line with the mechanisms that hold here, for a run to print. Raises SandboxError if too few do."""
     use = usable_mechanisms(sandbox)
     words = {"namespaces": "namespaces", "landlock": "Landlock", "seccomp": "seccomp"}
     if "landlock" in use:
@@ -252,7 +272,8 @@ def _scratch() -> Iterator[str]:
 
 
 def run_trial(use: tuple[str, ...]) -> list[str]:
-    """What a program that tries everything could do from inside a jail of these mechanisms; empty is as it must be."""
+    """The attempts of the trial program that succeeded in a jail of these mechanisms."""
+    # A secret file and a listening port outside of the jail.
     limits = Limits(memory_bytes=256 << 20, file_bytes=1 << 20, threads=8)
     ours, theirs = socket.socketpair()
     task = {"source": (HERE / "trial.py").read_text()}
@@ -260,14 +281,16 @@ def run_trial(use: tuple[str, ...]) -> list[str]:
           Jail("candidate", task, limits, use, theirs)):
         (Path(outside) / "secret").write_text("secret")
         for path, mode in ((outside, 0o777), (f"{outside}/secret", 0o666)):
-            os.chmod(path, mode)  # so that only the sandbox stands in the way
+            os.chmod(path, mode)  # so that nothing but the sandbox protects them
+
+        # Run the program, with the places that it should try.
         ours.settimeout(TRIAL_DEADLINE_S)
-        parent = 0 if "namespaces" in use else os.getpid()  # in a namespace the number means another process
+        parent = 0 if "namespaces" in use else os.getpid()  # in a namespace the id would name another process
         port = server.getsockname()[1]
         try:
             return _ask_trial(ours, [outside, port, parent, limits.memory_bytes, limits.file_bytes, limits.threads])
         except (OSError, EOFError, ValueError) as error:
-            return [f"the trial could not be held: {type(error).__name__}: {error}"]
+            return [f"the trial did not finish: {type(error).__name__}: {error}"]
 
 
 def _ask_trial(channel: socket.socket, arguments: list[Any]) -> list[str]:
@@ -277,7 +300,7 @@ def _ask_trial(channel: socket.socket, arguments: list[Any]) -> list[str]:
         wire.send(channel, message)
         answers.append(wire.receive(channel))
         if time.monotonic() > deadline_s:
-            raise ValueError("it took too long")
+            raise ValueError(f"it took more than {TRIAL_DEADLINE_S:.0f} s")
     if any(answer[0] != "value" for answer in answers) or not isinstance(answers[-1][1], list):
-        raise ValueError(f"answers {answers}")
+        raise ValueError(f"expected three values, the last a list, got {answers}")
     return [str(leak) for leak in answers[-1][1]]

@@ -1,7 +1,8 @@
-"""The kernel's doors that Python has no name for: namespaces and mounts, Landlock, seccomp, prctl.
+"""System calls that Python does not wrap: namespaces and mounts, Landlock, seccomp, prctl.
 
-Used by jail.py inside the child, before untrusted code is there. Each call raises OSError with the call's name. Only x86-64 and
-aarch64 have a table of system call numbers; elsewhere `set_seccomp_filter` raises, and the sandbox stands without seccomp.
+jail.py calls them in the child, before untrusted code runs. Each raises OSError with the call's name. Only
+x86-64 and aarch64 have a table of system call numbers; on other machines `set_seccomp_filter` raises, and
+jails lack seccomp.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 CLONE_THREAD = 0x10000
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 
-# Landlock's rights on files. All that the kernel knows are withheld, and these are given back.
+# Landlock's rights on files. A ruleset withholds every right that the kernel knows, then grants these on some
+# paths.
 READ = 1 << 2 | 1 << 3  # files, folders
 DEVICE = 1 << 1 | 1 << 2
 SCRATCH = READ | 1 << 1 | 1 << 5 | 1 << 8 | 1 << 14  # write, remove and make plain files, truncate
 FILE_RIGHTS = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15
 ABI_FILE_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}
 
-# Denied to the candidate: name, number on x86-64, number on aarch64 (- where there is none).
+# Calls denied inside a jail: name, number on x86-64, number on aarch64 (- if it has none).
 DENIED_TABLE = """
 # new processes and programs
 fork 57 -  vfork 58 -  execve 59 221  execveat 322 281
@@ -49,15 +51,15 @@ socket 41 198
 unshare 272 97  setns 308 268  mount 165 40  umount2 166 39  pivot_root 155 41  chroot 161 51  move_mount 429 429
 open_tree 428 428  fsopen 430 430  fsmount 432 432  fsconfig 431 431  fspick 433 433  mount_setattr 442 442
 open_by_handle_at 304 265  open_tree_attr 467 467
-# kernel surface that a function under test never needs
+# kernel interfaces that a function under test never needs
 keyctl 250 219  add_key 248 217  request_key 249 218  bpf 321 280  perf_event_open 298 241  userfaultfd 323 282
 io_uring_setup 425 425  personality 135 92  fanotify_init 300 262  init_module 175 105  finit_module 313 273  kexec_load 246 104
 acct 163 89  syslog 103 116  quotactl 179 60  quotactl_fd 443 443  mknodat 259 33  mknod 133 -
-# memory and messages that are no file's
+# memory and messages outside of files
 memfd_create 319 279  memfd_secret 447 447  shmget 29 194  shmat 30 196  shmctl 31 195  semget 64 190  semop 65 193
 semtimedop 220 192  semctl 66 191  msgget 68 186  msgsnd 69 189  msgrcv 70 188  msgctl 71 187  mq_open 240 180
 mq_unlink 241 181
-# paths that Landlock does not guard, or did not always
+# changes to files that Landlock does not restrict, or did not in its first versions
 truncate 76 45  inotify_init 253 -  inotify_init1 294 26  chmod 90 -  fchmod 91 52  fchmodat 268 53  fchmodat2 452 452
 chown 92 -  fchown 93 55  lchown 94 -  fchownat 260 54  utime 132 -  utimes 235 -  futimesat 261 -  utimensat 280 88
 setxattr 188 5  lsetxattr 189 6  fsetxattr 190 7  removexattr 197 14  lremovexattr 198 15  fremovexattr 199 16
@@ -99,13 +101,13 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
 
 
 def make_read_only(path: str, is_device: bool = False) -> None:
-    """The mount at `path` and all below it."""
+    """Makes the mount at `path` read-only, with all mounts below it."""
     attributes = struct.pack("QQQQ", ATTR_RDONLY | ATTR_NOSUID | (0 if is_device else ATTR_NODEV), 0, 0, 0)
     _syscall(f"mount_setattr {path}", MOUNT_SETATTR, AT_FDCWD, path.encode(), AT_RECURSIVE, attributes, len(attributes))
 
 
 def change_root(path: str) -> None:
-    """`path` becomes /, and what was / is gone."""
+    """Makes `path` the root, and unmounts the old root."""
     os.chdir(path)
     column, _ = ARCHITECTURES[platform.machine()]
     _syscall("pivot_root", (155, 41)[column], b".", b".")
@@ -119,7 +121,7 @@ def permitted_capabilities() -> int:
 
 
 def drop_capabilities(kept: int = 0) -> None:
-    """All but the bit mask `kept`, for good: from the bounding set too, where that is allowed."""
+    """Drops all capabilities but the bit mask `kept`, from the bounding set too if that is allowed."""
     for capability in range(64):
         LIBC.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0)
     header, sets = struct.pack("Ii", 0x20080522, 0), struct.pack("IIIIII", kept, kept, 0, 0, 0, 0)  # version 3: low words first
@@ -127,16 +129,19 @@ def drop_capabilities(kept: int = 0) -> None:
 
 
 def landlock_abi() -> int:
-    """1 and up; raises OSError where there is no Landlock."""
+    """Landlock's version, from 1; raises OSError if the kernel has no Landlock."""
     return _syscall("landlock_create_ruleset", LANDLOCK_CREATE_RULESET, None, 0, 1)
 
 
 def restrict_by_landlock(readable: Iterable[str], devices: Iterable[str], scratch: str) -> None:
-    """Only these paths, no TCP, no signals to outside and no abstract sockets, each as far as this kernel's Landlock goes."""
+    """Allows only these paths; forbids TCP, outside signals and abstract sockets as far as the kernel can."""
+    # A ruleset that withholds everything.
     abi = landlock_abi()
     files = ABI_FILE_RIGHTS[min(abi, max(ABI_FILE_RIGHTS))]
     attributes = struct.pack("QQQ", files, 0b11, 0b11)[: 8 if abi < 4 else 16 if abi < 6 else 24]
     ruleset = _syscall("landlock_create_ruleset", LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0)
+
+    # The rights granted on each path, then the ruleset takes effect.
     granted = [*((p, READ) for p in readable), *((p, DEVICE) for p in devices), (scratch, SCRATCH)]
     for path, rights in granted:
         folder = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -148,7 +153,7 @@ def restrict_by_landlock(readable: Iterable[str], devices: Iterable[str], scratc
 
 
 def set_seccomp_filter() -> None:
-    """`DENIED` fail with EPERM in this process from now on, and some calls with some arguments."""
+    """From now on the calls in `DENIED` fail with EPERM, and some others with certain arguments."""
     machine = platform.machine()
     if machine not in ARCHITECTURES:
         raise OSError(f"seccomp: no table of system calls for {machine}")
@@ -160,23 +165,28 @@ def set_seccomp_filter() -> None:
 
 
 def _none_of(*values: int) -> list[tuple[int, int, int, int]]:
-    """The second argument is none of these: the first line loads it, each other skips the rest and the permission."""
+    """Tests that the second argument is none of these: loads it, and skips the permission if it is one."""
     return [(LOAD, 0, 0, ARG1), *((JUMP_IF_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values))]
 
 
 def _filter(column: int, audit_arch: int) -> list[tuple[int, int, int, int]]:
-    """Berkeley Packet Filter lines (code, lines to skip if true, if false, operand)."""
+    """The filter as Berkeley Packet Filter instructions (code, jump if true, jump if false, operand)."""
+    # Kill a call of another architecture; load the call's number.
     lines = [(LOAD, 0, 0, 4), (JUMP_IF_EQUAL, 1, 0, audit_arch), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
     if column == 0:
-        lines += [(JUMP_IF_ABOVE, 0, 1, 0x40000000), (RETURN, 0, 0, KILL)]  # x32, a second set of numbers
+        lines += [(JUMP_IF_ABOVE, 0, 1, 0x40000000), (RETURN, 0, 0, KILL)]  # x32 has a second set of numbers
+
+    # Calls that are allowed with certain arguments.
     rules: Sequence[tuple[int, list[tuple[int, int, int, int]]]] = [
-        (PRCTL[column], [(LOAD, 0, 0, ARG0), (JUMP_IF_EQUAL, 1, 0, PR_SET_PDEATHSIG)]),  # stays bound to its parent
-        (PRLIMIT[column], [(LOAD, 0, 0, ARG0), (JUMP_IF_EQUAL, 0, 1, 0)]),  # of itself only
+        (PRCTL[column], [(LOAD, 0, 0, ARG0), (JUMP_IF_EQUAL, 1, 0, PR_SET_PDEATHSIG)]),  # cannot outlive its parent
+        (PRLIMIT[column], [(LOAD, 0, 0, ARG0), (JUMP_IF_EQUAL, 0, 1, 0)]),  # its own limits only
         (CLONE[column], [(LOAD, 0, 0, ARG0), (JUMP_IF_ANY, 0, 1, CLONE_THREAD)]),  # threads, no processes
-        (SOCKETPAIR[column], [(LOAD, 0, 0, ARG1), (AND, 0, 0, 0xF), (JUMP_IF_EQUAL, 0, 1, 1)]),  # streams: they take no address
-        (FCNTL[column], _none_of(F_SETOWN, F_SETSIG, F_SETOWN_EX)),  # a descriptor that signals any process it is told
+        (SOCKETPAIR[column], [(LOAD, 0, 0, ARG1), (AND, 0, 0, 0xF), (JUMP_IF_EQUAL, 0, 1, 1)]),  # streams: no addresses
+        (FCNTL[column], _none_of(F_SETOWN, F_SETSIG, F_SETOWN_EX)),  # a descriptor could signal any process
         (IOCTL[column], _none_of(FIOSETOWN, SIOCSPGRP, TIOCSTI)),
     ]
+
+    # Each call's test, then the denied numbers; everything else is allowed.
     for number, test in rules:
         lines += [(JUMP_IF_EQUAL, 0, len(test) + 2, number), *test, (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, DENY)]
     lines += [(JUMP_IF_EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, NO_SUCH_CALL)]

@@ -1,4 +1,8 @@
-"""A hostile program, harmless by its own bounds: run inside a jail at the start, it tells what it could do. Never imported."""
+"""The trial program: attempts whatever a jail must prevent, and reports what succeeded. Every attempt is
+harmless.
+
+sandbox.py runs it inside a jail before any other program. Never imported.
+"""
 
 import ctypes
 import fcntl
@@ -14,7 +18,8 @@ from typing import Any
 
 
 def trial(outside: str, port: int, parent: int, memory_bytes: int, file_bytes: int, threads: int) -> list[str]:
-    """The names of the attempts that got through. parent: 0 where its number means nothing inside."""
+    """The names of the attempts that succeeded. parent: its process id, or 0 in a namespace."""
+    # Files, the network, programs, limits.
     secret = Path(outside, "secret")
     tries: dict[str, Callable[[], Any]] = {
         "writing outside": Path(outside, "new").touch,
@@ -35,6 +40,8 @@ def trial(outside: str, port: int, parent: int, memory_bytes: int, file_bytes: i
         "processes": lambda: start_too_many(start_process, threads),
         "threads": lambda: start_too_many(start_thread, threads),
     }
+
+    # The process that started the jail.
     if parent:
         tries |= {
             "signals to the parent": lambda: os.kill(parent, 0),
@@ -43,10 +50,10 @@ def trial(outside: str, port: int, parent: int, memory_bytes: int, file_bytes: i
             "outliving the parent": outlive_parent,
             "signals to the parent by a descriptor": lambda: fcntl.fcntl(0, fcntl.F_SETOWN, parent),
         }
-    return [name for name, attempt in tries.items() if gets_through(attempt)]
+    return [name for name, attempt in tries.items() if succeeds(attempt)]
 
 
-def gets_through(attempt: Callable[[], Any]) -> bool:
+def succeeds(attempt: Callable[[], Any]) -> bool:
     try:
         attempt()
     except (OSError, MemoryError, ValueError, RuntimeError):
@@ -61,6 +68,7 @@ def outlive_parent() -> None:
 
 
 def start_too_many(start: Callable[[], Callable[[], Any]], limit: int) -> None:
+    """start: starts one process or thread, and returns the function that ends it."""
     ends = []
     try:
         for _ in range(limit + 3):

@@ -1,8 +1,9 @@
-"""Plain values as JSON lines of known length, between a jail and whoever speaks to it.
+"""The channel's format: plain values as JSON messages with a length prefix.
 
-What comes out of a jail was made by hostile code: it is never unpickled, only built from the types below, exactly these and no
-subclass, so that no `__eq__` of the candidate's reaches a comparison. A value of any other type stays where it is; a `Remote`
-stands for it. Imported inside the jail: standard library only.
+Hostile code writes the messages that leave a jail, so they are never unpickled. They build values of exactly
+the types below and no subclass, so that no `__eq__` of the candidate's reaches a comparison. An object of any
+other type stays in its process, and the other side gets a `Remote`. Imported inside the jail: standard
+library only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 MAX_MESSAGE_BYTES = 8 << 20
 LENGTH = struct.Struct("!I")
-# Other types by the arguments that make them; `list` and `str` arguments are values themselves.
+# Other types, as the arguments of their constructors.
 PARTS: dict[str, Callable[[Any], list[Any]]] = {
     "builtins.complex": lambda v: [v.real, v.imag],
     "builtins.range": lambda v: [v.start, v.stop, v.step],
@@ -38,7 +39,8 @@ Find = Callable[[Any], Any]
 
 
 def encode(value: Any, keep: Keep) -> Any:
-    """As JSON. keep: gives the number (or name) of an object that does not travel."""
+    """The value as JSON. keep: stores an object that does not travel and returns its index or name."""
+    # JSON's types and containers of them.
     kind = type(value)
     if value is None or kind in (bool, float, str):
         return value
@@ -50,21 +52,25 @@ def encode(value: Any, keep: Keep) -> Any:
         return {"dict": [[encode(k, keep), encode(v, keep)] for k, v in value.items()]}
     if kind.__name__ in CONTAINERS and kind is CONTAINERS[kind.__name__]:
         return {kind.__name__: [encode(item, keep) for item in value]}
+
+    # Other plain types, subclasses of plain types, and objects that do not travel.
     name = f"{kind.__module__}.{kind.__qualname__}"
     if name in PARTS:
         return {name: [encode(part, keep) for part in PARTS[name](value)]}
-    for base in SUBCLASSED:  # a Counter is a dict, an IntEnum an int, a namedtuple a tuple
+    for base in SUBCLASSED:  # a Counter travels as a dict, an IntEnum as an int, a namedtuple as a tuple
         if isinstance(value, base):  # type: ignore[arg-type]
             return encode(base(value), keep)
     return {"remote": keep(value)}
 
 
 def decode(data: Any, find: Find) -> Any:
-    """The value; raises ValueError, TypeError or worse for what `encode` never writes."""
+    """The inverse of `encode`. Raises ValueError, TypeError or others for JSON that `encode` never writes."""
     if isinstance(data, list):
         return [decode(item, find) for item in data]
     if not isinstance(data, dict):
         return data
+
+    # Any object is one pair: its type's name, and its content.
     ((name, content),) = data.items()
     if name == "int":
         return int(content, 16)
@@ -76,7 +82,7 @@ def decode(data: Any, find: Find) -> Any:
     if name in CONTAINERS:
         return CONTAINERS[name](items)
     if name not in PARTS:
-        raise ValueError(f"a value on the wire is one of {', '.join(PARTS)}, got {name!r}")
+        raise ValueError(f"expected a value of type {', '.join(PARTS)}, got {name!r}")
     module, _, kind = name.rpartition(".")
     return getattr(importlib.import_module(module), kind)(*items)
 
@@ -93,15 +99,15 @@ def send(channel: socket.socket, message: Any) -> None:
 
 
 def receive(channel: socket.socket) -> Any:
-    """EOFError when the other end is gone, ValueError when it sends no message of ours."""
+    """Raises EOFError if the other end is closed, ValueError for a malformed message."""
     return json.loads(receive_bytes(channel))
 
 
 def receive_bytes(channel: socket.socket) -> bytes:
-    """One message, not yet read."""
+    """One message, as its JSON text."""
     (length,) = LENGTH.unpack(_receive_exactly(channel, LENGTH.size))
     if length > MAX_MESSAGE_BYTES:
-        raise ValueError(f"a message is at most {MAX_MESSAGE_BYTES} bytes, got one of {length}")
+        raise ValueError(f"a message is at most {MAX_MESSAGE_BYTES} bytes, got {length}")
     return _receive_exactly(channel, length)
 
 

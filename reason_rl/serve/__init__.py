@@ -1,1 +1,1 @@
-"""Talk to a checkpoint."""
+"""Talk to a checkpoint: `python -m reason_rl.serve.cli CHECKPOINT ["prompt"]`."""

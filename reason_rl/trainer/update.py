@@ -12,8 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from kernels.grpo_loss.metrics import finish_metrics, merge_metrics
-from kernels.grpo_loss.spec import LossSpec
+from kernels.grpo_loss import LossInputs, LossSpec, finish_metrics, merge_metrics
 from kernels.linear_grpo_loss import linear_grpo_loss
 from reason_rl.model.scoring import packed_hidden, token_logprobs
 from reason_rl.model.transformer import Transformer, gemm_impl
@@ -21,7 +20,7 @@ from reason_rl.parallel.fsdp import rank_share
 from reason_rl.parallel.world import World
 from reason_rl.records import Microbatch
 from reason_rl.rl.packing import idle_microbatch
-from reason_rl.trainer.optimizer import Optimizer
+from reason_rl.trainer.policy import Policy
 
 
 @torch.no_grad()
@@ -41,10 +40,10 @@ def fill_logprobs(
 
 
 def supervised_update(
-    model: Transformer, optimizer: Optimizer, microbatches: Sequence[Microbatch], world: World, *,
-    lr_factor: float, balance_coef: float = 0.0, z_loss_coef: float = 0.0, expert_bias_rate: float = 0.0,
+    policy: Policy, microbatches: Sequence[Microbatch], *, lr_factor: float, balance_coef: float = 0.0, z_loss_coef: float = 0.0, expert_bias_rate: float = 0.0,
 ) -> dict[str, float]:
     """Next-token cross-entropy on every target, plus the routers' losses -> loss, grad_norm, balance, num_loss_tokens."""
+    model, world = policy.model, policy.world
     total = sum(m.num_loss_tokens for m in microbatches)
     total_rows = sum(m.num_tokens for m in microbatches)
     loss_sum = balance_sum = 0.0
@@ -62,18 +61,19 @@ def supervised_update(
             if z_loss_coef:
                 loss = loss + z_loss_coef * router.z_loss / total_rows
         (loss * world.size).backward()  # FSDP averages over ranks; our losses are shares of a sum
-    grad_norm = optimizer.step(lr_factor)
+    grad_norm = policy.optimizer.step(lr_factor)
     gathered = world.gather((loss_sum, balance_sum, None if counts is None else counts.cpu()))
     loads = [c for _, _, c in gathered if c is not None]
     if expert_bias_rate and loads:
         model.nudge_expert_bias(torch.stack(loads).sum(0).to(world.device), expert_bias_rate)
+    policy.updated()
     return {"loss": sum(g[0] for g in gathered), "balance": sum(g[1] for g in gathered),
             "grad_norm": grad_norm, "num_loss_tokens": float(total)}
 
 
 def policy_update(
-    model: Transformer, optimizer: Optimizer, microbatches: Sequence[Microbatch], world: World, *,
-    spec: LossSpec, temperature: float, lr_factor: float, max_gap: float = math.inf,
+    policy: Policy, microbatches: Sequence[Microbatch], spec: LossSpec, temperature: float, *, lr_factor: float,
+    max_gap: float = math.inf,
 ) -> dict[str, float]:
     """One policy-gradient update -> the loss's metrics. Without old_logprobs filled in, the engine's record serves as them.
     Where top-k, top-p or min-p cut the policy that sampled, loss.importance weighs old_logprobs against its logprobs.
@@ -81,6 +81,7 @@ def policy_update(
     `max_abs_logprob_gap` compares the trainer's logprobs with that record: on policy (a step's first update) it is how far the
     sampler and the trainer drift apart. Above `max_gap` the update is not made.
     """
+    model, world = policy.model, policy.world
     total_tokens = sum(m.num_loss_tokens for m in microbatches)
     total_sequences = sum(m.num_sequences for m in microbatches)
     parts: list[dict[str, torch.Tensor]] = []
@@ -91,12 +92,13 @@ def policy_update(
         hidden, _ = packed_hidden(model, microbatch)
         rollout, kept, advantages = microbatch.rollout_logprobs, microbatch.kept_logmass, microbatch.advantages
         assert rollout is not None and kept is not None and advantages is not None, "policy_update needs rollouts, not documents"
-        loss, metrics, logprob = linear_grpo_loss(
-            hidden, model.head_weight, microbatch.target_ids, temperature, impl=gemm_impl(model.batch_invariant),
+        inputs = LossInputs(
             old_logprobs=rollout if microbatch.old_logprobs is None else microbatch.old_logprobs, advantages=advantages,
-            sequence_index=microbatch.sequence_index, num_sequences=microbatch.num_sequences, spec=spec,
+            sequence_index=microbatch.sequence_index, num_sequences=microbatch.num_sequences,
             total_loss_tokens=total_tokens, total_sequences=total_sequences,
             rollout_logprobs=rollout - kept, ref_logprobs=microbatch.ref_logprobs)
+        loss, metrics, logprob = linear_grpo_loss(
+            hidden, model.head_weight, microbatch.target_ids, inputs, spec, temperature, impl=gemm_impl(model.batch_invariant))
         (loss * world.size).backward()
         loss_sum += float(loss.detach())
         if local.num_loss_tokens:
@@ -105,7 +107,8 @@ def policy_update(
     gathered = world.gather((loss_sum, gaps, parts))
     gap = float(torch.tensor([value for g in gathered for value in g[1]]).max())  # NaN wins, as it must
     _check_gap(gap, max_gap)
-    grad_norm = optimizer.step(lr_factor)
+    grad_norm = policy.optimizer.step(lr_factor)
+    policy.updated()
     merged = finish_metrics(merge_metrics([part for _, _, rank_parts in gathered for part in rank_parts]))
     merged.pop("logprob_gap_max", None)  # against logprob - kept mass; how far the two drift is max_abs_logprob_gap
     return merged | {"loss": sum(g[0] for g in gathered), "max_abs_logprob_gap": gap,

@@ -1,4 +1,4 @@
-"""bench/learning.py: a promise that is not kept is said so, each by its own words, and a missing figure keeps nothing."""
+"""bench/learning.py: each broken promise is named, and a missing figure breaks its promise."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ KEPT: dict[str, Any] = {
     "final_format_rate": 0.99, "max_abs_logprob_gap": 0.0, "wall_s": 200.0, "curve": ENDS}
 
 
-def test_a_run_at_its_promises_has_kept_them():
-    assert unkept(KEPT, PROMISE) == []  # the small evaluations on the way may hold fewer problems
+def test_a_run_that_reaches_its_limits_keeps_every_promise():
+    assert unkept(KEPT, PROMISE) == []  # evaluations between the ends may have fewer problems
     assert unkept(KEPT | {"max_abs_logprob_gap": 1e-4, "final_accuracy": PROMISE.least_final_accuracy}, PROMISE) == []
 
 
@@ -33,6 +33,6 @@ def test_each_broken_promise_is_named_alone(change: dict[str, Any], words: str):
 
 
 @pytest.mark.parametrize("key", sorted(set(KEPT) - {"curve"}))
-def test_a_figure_that_is_missing_is_a_promise_not_kept(key: str):
+def test_a_missing_figure_breaks_its_promise(key: str):
     (failure,) = unkept(KEPT | {key: None}, PROMISE)
     assert "(none)" in failure and shown(None) == "(none)"

@@ -38,7 +38,7 @@ def fake_rows(digests: dict[str, str]) -> object:
 
 
 def test_each_decoder_runs_in_a_process_of_its_own_and_they_must_agree(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(rollout, "cpu_why_not", lambda device: "")
+    monkeypatch.setattr(rollout, "cpu_unsupported_reason", lambda device: "")
     monkeypatch.setattr(rollout, "run_child", fake_rows({"native": "a", "ops": "a"}))
     rows = rollout.measure_each(argparse.Namespace(workload="W1", dtype="float32", device="cpu", rounds=1, warmup=0))
     assert [row["decoder"] for row in rows] == ["native", "ops"]
@@ -48,7 +48,7 @@ def test_each_decoder_runs_in_a_process_of_its_own_and_they_must_agree(monkeypat
 
 
 def test_without_native_kernels_the_reason_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(rollout, "cpu_why_not", lambda device: "not built here")
+    monkeypatch.setattr(rollout, "cpu_unsupported_reason", lambda device: "not built here")
     monkeypatch.setattr(rollout, "run_child", fake_rows({"ops": "a"}))
     rollout.main(QUICK)
     assert "native: not built here" in capsys.readouterr().out

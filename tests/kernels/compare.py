@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -14,6 +15,8 @@ ROWS = (1, 3, 64, 65) if IS_INTERPRETED else (1, 2, 3, 7, 8, 9, 11, 64, 65, 256)
 tiles of 64 rows or more."""
 NUM_ROWS = 130 if IS_INTERPRETED else 260
 THREADS = (1,) if IS_INTERPRETED else (1, 2)
+NUM_NEIGHBOURS = 16
+"""An op that errs as plain does, in another order, exceeds 17 such draws once in 18 times, and by more than 1.1 seldom."""
 
 Tensors = torch.Tensor | tuple[torch.Tensor, ...]
 
@@ -50,30 +53,61 @@ def root_mean_square(x: torch.Tensor) -> float:
     return float(x.pow(2).mean().sqrt())
 
 
+def largest(x: torch.Tensor) -> float:
+    return float(x.abs().max())
+
+
+def neighbours(inputs: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """NUM_NEIGHBOURS times the inputs, every floating value up to 2**-5 larger: results of the same size, other roundings."""
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(NUM_NEIGHBOURS):
+        yield [(x.double() * (1 + torch.rand(x.shape, generator=generator, dtype=torch.float64) / 32)).to(x.dtype)
+               if x.is_floating_point() else x for x in inputs]
+
+
+def in_float64(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [x.double() if x.is_floating_point() else x for x in inputs]
+
+
+def plain_errors(
+    plain: Callable[..., Tensors], exact: Callable[..., Tensors], inputs: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Of each output and gradient, in float64."""
+    truth = values_and_gradients(exact, in_float64(inputs))
+    return [got.double() - want for got, want in zip(values_and_gradients(plain, inputs), truth, strict=True)]
+
+
 def assert_no_worse_than_plain(
     op: Callable[..., Tensors], plain: Callable[..., Tensors], exact: Callable[..., Tensors], inputs: Sequence[torch.Tensor]
 ) -> None:
-    """Errors against `exact` in float64, beside those of `plain` in the inputs' own dtype.
+    """Errors against `exact` in float64, compared with those of `plain` in the inputs' own dtype.
 
     Values: the largest error is at most 1.1 of plain's, plus 2 ulp of the largest value. 1.1 because two right orders of the
     same sum differ by chance; 2 ulp because plain torch may be exact by luck.
     Gradients are sums over the batch, and the largest of their errors is itself chance: so their root mean square is held to
     1.1 of plain's, plus 1 ulp of the root mean square value, and the largest to 4 times plain's, plus 2 ulp.
+
+    One run of plain is one draw: over few values its error may be far below its usual one, on one CPU and not on another. So
+    where a limit fails, plain's error is the largest over the inputs and their neighbours. This is a floor that luck cannot
+    undercut, and it still is an error that plain does make at these sizes.
     """
-    ours, theirs = values_and_gradients(op, inputs), values_and_gradients(plain, inputs)
-    truth = values_and_gradients(exact, [x.double() if x.is_floating_point() else x for x in inputs])
-    num_gradients = sum(x.is_floating_point() for x in inputs)
-    for number, (got, peer, want) in enumerate(zip(ours, theirs, truth, strict=True)):
+    ours, peers = values_and_gradients(op, inputs), values_and_gradients(plain, inputs)
+    truth = values_and_gradients(exact, in_float64(inputs))
+    num_values = len(ours) - sum(x.is_floating_point() for x in inputs)
+    usual = functools.cache(lambda: [plain_errors(plain, exact, near) for near in neighbours(inputs)])
+    for number, (got, peer, want) in enumerate(zip(ours, peers, truth, strict=True)):
         assert got.shape == want.shape
         if not want.numel():
             continue
-        is_gradient = number >= len(ours) - num_gradients
-        error, allowed = got.double() - want, peer.double() - want
-        limit = (4 if is_gradient else 1.1) * float(allowed.abs().max()) + 2 * ulp(float(want.abs().max()), got.dtype)
-        assert float(error.abs().max()) <= limit, f"result {number} (outputs, then gradients): largest error above {limit:.3g}"
+        is_gradient, error, allowed = number >= num_values, got.double() - want, peer.double() - want
+        measures = [("largest", largest, 4 if is_gradient else 1.1, 2 * ulp(largest(want), got.dtype))]
         if is_gradient:
-            limit = 1.1 * root_mean_square(allowed) + ulp(root_mean_square(want), got.dtype)
-            assert root_mean_square(error) <= limit, f"result {number}: root mean square error above {limit:.3g}"
+            measures.append(("root mean square", root_mean_square, 1.1, ulp(root_mean_square(want), got.dtype)))
+        for name, measure, factor, floor in measures:
+            limit = factor * measure(allowed) + floor
+            if measure(error) > limit:
+                limit = factor * max(measure(allowed), *(measure(draw[number]) for draw in usual())) + floor
+            assert measure(error) <= limit, f"result {number} (outputs, then gradients): {name} error above {limit:.3g}"
 
 
 def assert_rows_keep_their_bits(op: Callable[[int, int], Tensors], num_rows: int = NUM_ROWS, rows: Sequence[int] = ROWS) -> None:

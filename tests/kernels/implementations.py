@@ -9,13 +9,14 @@ With TRITON_INTERPRET=1 there is one in turn, Triton's interpreter (test_interpr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 
 from kernels.dispatch import Implementation, Op
+from kernels.grpo_loss import LossInputs
 from kernels.triton_ops import IS_INTERPRETED
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -26,7 +27,7 @@ def each_implementation(op: Op, *others: Op) -> Any:
     by_op = [{i.name: i for i in o.implementations if i.is_automatic or i.name in CUDA_ONLY} for o in (op, *others)]
     named = by_op[0]
     able = {} if IS_INTERPRETED else {
-        name: i for name, i in named.items() if name not in CUDA_ONLY and not i.refuses(CPU, torch.float32)}
+        name: i for name, i in named.items() if name not in CUDA_ONLY and not i.refusal(CPU, torch.float32)}
     if IS_INTERPRETED and "triton" in named:
         able["triton"] = named["triton"]
     params = [pytest.param(name) for name in able]
@@ -39,11 +40,11 @@ def each_implementation(op: Op, *others: Op) -> Any:
         if on_cuda:
             meant = {key: replace(i, run=there_and_back(i.run)) for key, i in meant.items()}
 
-        def choose_this(self: Op, like: torch.Tensor, impl: str = "auto") -> Implementation:
+        def choose_this(self: Op, like: torch.Tensor, impl: str = "auto", variant: str = "") -> Implementation:
             this = meant.get(self.name)
-            if this and impl == "auto" and not this.refuses(CUDA if on_cuda else like.device, like.dtype):
+            if this and impl == "auto" and not this.refusal(CUDA if on_cuda else like.device, like.dtype, variant):
                 return this
-            return choose(self, like, impl)
+            return choose(self, like, impl, variant)
 
         monkeypatch.setattr(Op, "choose", choose_this)
         return str(name)
@@ -59,6 +60,8 @@ def there_and_back(run: Callable[..., Any]) -> Callable[..., Any]:
             return value.to(device)
         if isinstance(value, dict):
             return {key: move(item, device) for key, item in value.items()}
+        if isinstance(value, LossInputs):
+            return replace(value, **{f.name: move(getattr(value, f.name), device) for f in fields(value)})
         if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named one
             return type(value)(*(move(item, device) for item in value))
         return type(value)(move(item, device) for item in value) if isinstance(value, (tuple, list)) else value

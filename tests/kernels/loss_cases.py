@@ -10,13 +10,24 @@ from typing import Any
 
 import torch
 
-from kernels.grpo_loss import LossSpec, make_inputs
+from kernels.grpo_loss import LossInputs, LossSpec, grpo_loss, make_inputs
 
 PER_TOKEN = ("logprobs", "old_logprobs", "advantages", "rollout_logprobs", "ref_logprobs", "entropy")
 
 
 def uneven(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     return make_inputs(dtype=dtype)["uneven"]
+
+
+def arguments(inputs: dict[str, Any]) -> tuple[torch.Tensor, LossInputs, torch.Tensor | None]:
+    """A dict of columns -> (logprobs, inputs, entropy)."""
+    constants = {name: value for name, value in inputs.items() if name not in ("logprobs", "entropy")}
+    return inputs["logprobs"], LossInputs(**constants), inputs.get("entropy")
+
+
+def loss_of(inputs: dict[str, Any], spec: LossSpec, impl: str = "auto") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    logprobs, constants, entropy = arguments(inputs)
+    return grpo_loss(logprobs, constants, spec, entropy, impl)
 
 
 def rows_of(inputs: dict[str, Any], sequence: int) -> list[int]:

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention import attention, make_inputs, paged_attention, plan_pages
-from kernels.native import OPS, cpu_why_not
+from kernels.native import OPS, cpu_unsupported_reason
 from tests.kernels.compare import THREADS, assert_no_worse_than_plain, same_bits, values_and_gradients
 
 F32, BF16 = torch.float32, torch.bfloat16
-WHY_NOT = cpu_why_not(torch.device("cpu"))
-pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+UNSUPPORTED_REASON = cpu_unsupported_reason(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(bool(UNSUPPORTED_REASON), reason=UNSUPPORTED_REASON)
 native, reference = partial(attention, impl="native"), partial(attention, impl="reference")
 
 FAMILY = [(0, 6, 0, 0), (6, 47, 0, 6), (53, 3, 0, 6)]

@@ -148,8 +148,8 @@ def test_the_samplers_logprob_is_the_trainers(size: str, options: dict[str, floa
     assert same_bits(linear_logprob(hidden, weight, token)[0], logprob)
 
 
-BREAKS_THE_GRAPH = ("group_advantage", "sample")
-"""Each looks at values on the host, for what is no number."""
+BREAKS_THE_GRAPH = ("sample",)
+"""Checks values on the host."""
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -157,7 +157,7 @@ def test_a_compiled_op_gives_the_same_bits(op: str):
     setup = Setup(CUDA, "small")
     for case in importlib.import_module(f"bench.{op}").cases(setup):
         automatic = [i.name for i in REGISTRY[case.op].implementations if i.is_automatic] if case.op in REGISTRY else []
-        name = next((name for name in (*automatic, "linear_logprob, grpo_loss") if isinstance(case.sides.get(name), Side)), "")
+        name = next((name for name in automatic if isinstance(case.sides.get(name), Side)), "")
         side = case.sides.get(name)
         if name == "reference" or not isinstance(side, Side):
             pytest.skip(f"{case.op}: no kernel of ours runs on CUDA here")

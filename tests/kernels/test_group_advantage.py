@@ -144,7 +144,7 @@ def test_no_groups_give_no_advantages() -> None:
 
 
 def test_it_compiles_whole(implementation: str) -> None:
-    """Behind the checks of the public op, which look for rewards that are no numbers."""
+    """Behind the public op, whose check for finite rewards reads values on the CPU."""
     if implementation == "reference":
         pytest.skip("plain torch")
     run = OP.choose(torch.empty(0)).run
@@ -164,6 +164,24 @@ def test_an_unmasked_reward_that_is_no_number_raises_and_is_named(bad: float) ->
     rewards[2, 1] = bad
     with pytest.raises(ValueError, match=r"rewards\[2, 1\]"):
         group_advantage(rewards)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_without_the_check_an_unmasked_reward_that_is_no_number_shows_in_its_group(bad: float, kind: str) -> None:
+    """A GPU cannot raise without a sync: the advantages must then not hide it, even if the other rewards are equal."""
+    rewards = torch.tensor([[0.5, bad, 0.5], [0.0, 1.0, 2.0], [1.0, 1.0, bad]])
+    mask = torch.tensor([[True, True, True], [True, True, True], [True, True, False]])
+    advantages, has_signal = OP.choose(torch.empty(0)).run(rewards, mask, kind, EPS)
+    assert has_signal.tolist() == [True, True, False] and not advantages[0].isfinite().any()
+    assert (advantages[2] == 0).all() and (kind == "batch_std" or advantages[1].isfinite().all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_mask_is_a_mask_of_all(kind: str) -> None:
+    rewards = make_inputs()["odd_group"]["rewards"]
+    for got, want in zip(group_advantage(rewards, kind=kind), group_advantage(rewards, rewards == rewards, kind), strict=True):
+        assert same_bits(got, want)
 
 
 def test_wrong_inputs_raise_and_say_what_came() -> None:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.grpo_loss import OP, LossSpec, finish_metrics, grpo_loss, make_inputs, merge_metrics
+from kernels.grpo_loss import OP, LossSpec, finish_metrics, make_inputs, merge_metrics
 from kernels.triton_ops import IS_INTERPRETED
 from tests.kernels.compare import same_bits, values_and_gradients
 from tests.kernels.implementations import each_implementation
-from tests.kernels.loss_cases import PER_TOKEN, by_hand, rows_of, small, take, tokens, uneven
+from tests.kernels.loss_cases import PER_TOKEN, arguments, by_hand, loss_of, rows_of, small, take, tokens, uneven
 
 implementation = each_implementation(OP)
 
@@ -30,7 +30,7 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """loss, dloss/dlogprobs, dloss/dentropy, metrics."""
     logprobs, entropy = inputs["logprobs"].clone().requires_grad_(), inputs["entropy"].clone().requires_grad_()
-    loss, metrics = grpo_loss(**{**inputs, "logprobs": logprobs, "entropy": entropy}, spec=spec)
+    loss, metrics = loss_of({**inputs, "logprobs": logprobs, "entropy": entropy}, spec)
     dlogprobs, dentropy = torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True)
     none = torch.zeros_like(logprobs)
     return loss.detach(), none if dlogprobs is None else dlogprobs, none if dentropy is None else dentropy, metrics
@@ -64,12 +64,12 @@ def test_the_gradient_is_the_slope_of_the_loss(ratio: Any, kl: Any) -> None:
         spec = LossSpec(ratio=ratio, surrogate=surrogate, kl_coef=0.3, kl_estimator=kl, entropy_coef=0.2, dual_clip=1.5,
                         importance="tis", normalizer="sequence")
 
-        def loss_of(lp: torch.Tensor, entropy: torch.Tensor, spec: LossSpec = spec) -> torch.Tensor:
-            return grpo_loss(**{**inputs, "logprobs": lp, "entropy": entropy}, spec=spec)[0]
+        def loss(lp: torch.Tensor, entropy: torch.Tensor, spec: LossSpec = spec) -> torch.Tensor:
+            return loss_of({**inputs, "logprobs": lp, "entropy": entropy}, spec)[0]
 
         leaves = inputs["logprobs"].clone().requires_grad_(), inputs["entropy"].clone().requires_grad_()
         # Steps of 1e-6 stay on one side of every clip edge; the central difference is then good to about 1e-9.
-        assert torch.autograd.gradcheck(loss_of, leaves, eps=1e-6, atol=1e-8, rtol=1e-6)
+        assert torch.autograd.gradcheck(loss, leaves, eps=1e-6, atol=1e-8, rtol=1e-6)
 
 
 @pytest.mark.parametrize("normalizer", ["token", "sequence", "constant"])
@@ -160,7 +160,7 @@ def test_an_empty_microbatch_has_zero_loss_and_still_backpropagates(normalizer: 
         inputs["logprobs"] = hidden.index_select(0, torch.zeros(0, dtype=torch.int64))
         spec = LossSpec(ratio=ratio, normalizer=normalizer, constant_length=4, kl_coef=0.1, importance="tis",
                         entropy_coef=0.1)
-        loss, metrics = grpo_loss(**inputs, spec=spec)
+        loss, metrics = loss_of(inputs, spec)
         assert loss.item() == 0 and loss.shape == ()
         assert torch.autograd.grad(loss, hidden)[0].tolist() == [0.0, 0.0, 0.0]
         finished = finish_metrics(merge_metrics([metrics]))
@@ -170,8 +170,7 @@ def test_an_empty_microbatch_has_zero_loss_and_still_backpropagates(normalizer: 
 def test_only_logprobs_and_entropy_get_gradients() -> None:
     inputs = uneven()
     leaves = {key: inputs[key].clone().requires_grad_() for key in PER_TOKEN}
-    loss, metrics = grpo_loss(**{**inputs, **leaves},
-                              spec=LossSpec(kl_coef=0.1, importance="tis", entropy_coef=0.1, ratio="sequence"))
+    loss, metrics = loss_of({**inputs, **leaves}, LossSpec(kl_coef=0.1, importance="tis", entropy_coef=0.1, ratio="sequence"))
     loss.backward()
     assert {key for key, leaf in leaves.items() if leaf.grad is not None} == {"logprobs", "entropy"}
     assert not any(value.requires_grad for value in metrics.values())
@@ -194,7 +193,7 @@ def test_metrics_are_their_definitions() -> None:
 
 def test_metrics_of_what_was_not_given_are_left_out() -> None:
     inputs = {k: v for k, v in uneven().items() if k not in ("rollout_logprobs", "ref_logprobs", "entropy")}
-    _, metrics = grpo_loss(**inputs, spec=LossSpec())
+    _, metrics = loss_of(inputs, LossSpec())
     assert not metrics.keys() & {"kl_sum", "entropy_sum", "logprob_gap_max", "importance_cut_sum"}
     assert "kl" not in finish_metrics(metrics)
 
@@ -227,8 +226,10 @@ def test_merging_refuses_what_it_cannot_merge() -> None:
     ({"impl": "abacus"}, {}, "impl must be one of"),
 ])
 def test_wrong_inputs_raise_and_say_what_came(changes: dict[str, Any], spec: dict[str, Any], words: str) -> None:
+    given = {**uneven(), **changes}
+    impl = given.pop("impl", "auto")
     with pytest.raises(ValueError, match=words):
-        grpo_loss(**{**uneven(), **changes}, spec=LossSpec(**spec))
+        loss_of(given, LossSpec(**spec), impl)
 
 
 # --- each implementation in float32, beside the reference in float64 -------------------------------------------------------
@@ -236,7 +237,7 @@ def test_wrong_inputs_raise_and_say_what_came(changes: dict[str, Any], spec: dic
 def results(inputs: dict[str, Any], spec: LossSpec, impl: str = "auto") -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """[loss, dlogprobs, dentropy] for an upstream gradient of 3, metrics."""
     leaves = {name: inputs[name].clone().requires_grad_() for name in ("logprobs", "entropy") if inputs.get(name) is not None}
-    loss, metrics = grpo_loss(**{**inputs, **leaves}, spec=spec, impl=impl)
+    loss, metrics = loss_of({**inputs, **leaves}, spec, impl)
     grads = torch.autograd.grad(loss * 3, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return [loss.detach(), *grads], metrics
 
@@ -336,7 +337,8 @@ def test_a_sequence_index_out_of_range_shows_where_it_is_not_checked(implementat
     inputs, run = make_inputs()["uneven"], OP.choose(torch.empty(0)).run
     for bad in (-1, 6, 2**31 - 1):
         inputs["sequence_index"][33 if bad > 0 else 0] = bad
-        loss, _ = run(**inputs, spec=LossSpec(normalizer="sequence"))
+        logprobs, constants, entropy = arguments(inputs)
+        loss, _ = run(logprobs, constants, LossSpec(normalizer="sequence"), entropy)
         assert loss.isnan()
 
 
@@ -346,11 +348,13 @@ def test_it_compiles_whole(implementation: str) -> None:
         pytest.skip("plain torch")
     inputs, spec, run = make_inputs()["uneven"], LossSpec(entropy_coef=0.1), OP.choose(torch.empty(0)).run
 
-    def loss_of(logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = run(**{**inputs, "logprobs": logprobs, "entropy": entropy}, spec=spec)[0]
-        return loss
+    _, constants, _ = arguments(inputs)
 
-    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    def loss(logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+        value: torch.Tensor = run(logprobs, constants, spec, entropy)[0]
+        return value
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     pair = [inputs["logprobs"], inputs["entropy"]]
-    eager = values_and_gradients(loss_of, pair)
+    eager = values_and_gradients(loss, pair)
     assert all(same_bits(a, b) for a, b in zip(values_and_gradients(compiled, pair), eager, strict=True))

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.grpo_loss import LossSpec, grpo_loss, make_inputs
+from kernels.grpo_loss import LossSpec, make_inputs
 from kernels.grpo_loss.function import METRICS
 from kernels.native import ISA, OPS
 from tests.kernels.compare import THREADS, same_bits
+from tests.kernels.loss_cases import PER_TOKEN, loss_of
 
 pytestmark = pytest.mark.skipif(not ISA, reason="needs the native library")
-PER_TOKEN = ("logprobs", "old_logprobs", "advantages", "rollout_logprobs", "ref_logprobs", "entropy")
 
 
 def test_the_same_bits_with_one_thread_and_with_two() -> None:
@@ -22,7 +22,7 @@ def test_the_same_bits_with_one_thread_and_with_two() -> None:
     for threads in THREADS:
         torch.set_num_threads(threads)
         leaves = {name: inputs[name].clone().requires_grad_() for name in ("logprobs", "entropy")}
-        loss, metrics = grpo_loss(**{**inputs, **leaves}, spec=spec, impl="native")
+        loss, metrics = loss_of({**inputs, **leaves}, spec, "native")
         runs.append([loss.detach(), *torch.autograd.grad(loss, list(leaves.values())), *metrics.values()])
     assert all(same_bits(a, b) for a, b in zip(*runs, strict=True))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.grpo_loss import LossSpec, grpo_loss
+from kernels.grpo_loss import LossInputs, LossSpec, grpo_loss
 from kernels.linear_grpo_loss import OP, linear_grpo_loss, make_inputs
 from kernels.linear_logprob import function, linear_logprob
 from kernels.triton_ops import IS_INTERPRETED
@@ -34,12 +34,24 @@ def case(dtype: torch.dtype = F32, lengths: Sequence[int] = (5, 1, 0, 17, 3, 8),
     return make_inputs(list(lengths), 24, vocab_size, dtype)
 
 
+def split(inputs: dict[str, Any]) -> tuple[list[torch.Tensor], LossInputs]:
+    """-> ([hidden, weight, target_ids], the constants of the loss)"""
+    head = (*LEAVES, "target_ids")
+    return [inputs[key] for key in head], LossInputs(**{key: value for key, value in inputs.items() if key not in head})
+
+
+def fused(
+    inputs: dict[str, Any], spec: LossSpec, temperature: float = 1.0, impl: str = "auto"
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    head, constants = split(inputs)
+    return linear_grpo_loss(*head, constants, spec, temperature, impl)
+
+
 def in_turn(inputs: dict[str, Any], spec: LossSpec, impl: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     """The two ops; impl "plain": by torch's own log_softmax, in the operands' dtype."""
-    rest = {key: value for key, value in inputs.items() if key not in (*LEAVES, "target_ids")}
-    head = [inputs[key] for key in (*LEAVES, "target_ids")]
+    head, constants = split(inputs)
     logprobs, entropy = definition(*head, 0.8) if impl == "plain" else linear_logprob(*head, 0.8, impl=impl)
-    loss, metrics = grpo_loss(logprobs, entropy=entropy, spec=spec, impl="reference" if impl == "plain" else impl, **rest)
+    loss, metrics = grpo_loss(logprobs, constants, spec, entropy, "reference" if impl == "plain" else impl)
     return loss, metrics, logprobs
 
 
@@ -53,7 +65,7 @@ def check_gradients(inputs: dict[str, Any], spec: LossSpec) -> None:
     exact = widened(inputs)
 
     def ours(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return linear_grpo_loss(**inputs | {"hidden": hidden, "weight": weight}, temperature=0.8, spec=spec)[0]
+        return fused(inputs | {"hidden": hidden, "weight": weight}, spec, 0.8)[0]
 
     def plain(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         given = exact if hidden.dtype == torch.float64 else inputs
@@ -82,8 +94,8 @@ def test_everything_has_the_bits_of_the_two_ops_called_in_turn(name: str, implem
         pytest.skip("the two ops would run on the CPU")
     inputs = case()
     one, two = with_leaves(inputs), with_leaves(inputs)
-    loss, metrics, logprobs = linear_grpo_loss(**one, temperature=0.8, spec=SPECS[name])
-    want, want_metrics, want_logprobs = in_turn(two, SPECS[name], implementation)
+    loss, metrics, logprobs = fused(one, SPECS[name], 0.8)
+    want, want_metrics, want_logprobs = in_turn(two, SPECS[name], "auto" if implementation == "in_turn" else implementation)
     assert not logprobs.requires_grad and same_bits(logprobs, want_logprobs.detach()) and same_bits(loss, want)
     assert metrics.keys() == want_metrics.keys() and all(same_bits(metrics[key], want_metrics[key]) for key in metrics)
     for result in (loss, want):
@@ -99,7 +111,7 @@ def test_rows_in_blocks_give_the_same_loss_and_gradients_as_right(
     if implementation != "triton":
         pytest.skip("the Triton kernels alone have a budget")
     inputs = case(BF16, [60, 90, 1, 150], 1100)
-    whole = linear_grpo_loss(**inputs, temperature=0.8, spec=SPECS[name])
+    whole = fused(inputs, SPECS[name], 0.8)
     monkeypatch.setattr(function, "SOFTMAX_BYTES", 2 * 1100 * 128)
     keep, kept = function.kept_softmax, []
 
@@ -112,14 +124,14 @@ def test_rows_in_blocks_give_the_same_loss_and_gradients_as_right(
     monkeypatch.setattr(function, "kept_softmax", keep_one)
     check_gradients(inputs, SPECS[name])
     assert len(kept) >= (3 if name != "gspo" else 1)
-    loss, metrics, logprobs = linear_grpo_loss(**with_leaves(inputs), temperature=0.8, spec=SPECS[name])
+    loss, metrics, logprobs = fused(with_leaves(inputs), SPECS[name], 0.8)
     assert same_bits(loss.detach(), whole[0]) and same_bits(logprobs, whole[2])
     assert all(same_bits(metrics[key], value) for key, value in whole[1].items())
 
 
 def test_no_tokens_give_a_loss_of_zero_and_zero_gradients():
     inputs = with_leaves(case(lengths=[]))
-    loss, metrics, logprobs = linear_grpo_loss(**inputs, spec=SPECS["grpo"])
+    loss, metrics, logprobs = fused(inputs, SPECS["grpo"])
     loss.backward()
     assert loss.item() == 0 and float(metrics["num_tokens_sum"]) == 0 and logprobs.shape == (0,)
     assert inputs["hidden"].grad.shape == (0, 24) and not inputs["weight"].grad.any()
@@ -127,8 +139,8 @@ def test_no_tokens_give_a_loss_of_zero_and_zero_gradients():
 
 def test_without_a_gradient_wanted_the_loss_is_the_same():
     inputs = case()
-    wanted = linear_grpo_loss(**with_leaves(inputs), spec=SPECS["grpo"])[0]
-    loss = linear_grpo_loss(**inputs, spec=SPECS["grpo"])[0]
+    wanted = fused(with_leaves(inputs), SPECS["grpo"])[0]
+    loss = fused(inputs, SPECS["grpo"])[0]
     assert not loss.requires_grad and same_bits(loss, wanted.detach())
 
 
@@ -136,14 +148,14 @@ def test_an_f32_master_gets_its_gradient_in_f32():
     inputs = case(BF16)
     rounded, master = with_leaves(inputs), with_leaves(inputs | {"weight": inputs["weight"].float()})
     for given in (rounded, master):
-        linear_grpo_loss(**given, spec=SPECS["grpo"])[0].backward()
+        fused(given, SPECS["grpo"])[0].backward()
     assert master["weight"].grad.dtype == F32 and same_bits(master["hidden"].grad, rounded["hidden"].grad)
     assert same_bits(master["weight"].grad.bfloat16(), rounded["weight"].grad)
 
 
 def test_gradients_have_the_same_bits_in_every_run():
     inputs = case(BF16)
-    runs = [values_and_gradients(lambda h, w: linear_grpo_loss(**inputs | {"hidden": h, "weight": w}, spec=SPECS["gspo"])[0],
+    runs = [values_and_gradients(lambda h, w: fused(inputs | {"hidden": h, "weight": w}, SPECS["gspo"])[0],
                                  [inputs[key] for key in LEAVES]) for _ in range(2)]
     assert all(map(same_bits, *runs))
 
@@ -152,7 +164,7 @@ def test_a_second_derivative_is_an_error_and_not_silently_nothing(implementation
     if implementation == "reference":
         pytest.skip("torch's own has one")
     inputs = with_leaves(case())
-    loss = linear_grpo_loss(**inputs, spec=SPECS["grpo"])[0]
+    loss = fused(inputs, SPECS["grpo"])[0]
     (gradient,) = torch.autograd.grad(loss.square(), inputs["weight"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -163,7 +175,7 @@ def test_it_compiles_whole():
     pair = [inputs[key] for key in LEAVES]
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return linear_grpo_loss(**inputs | {"hidden": hidden, "weight": weight}, spec=SPECS["grpo"], impl="auto")[0]
+        return fused(inputs | {"hidden": hidden, "weight": weight}, SPECS["grpo"])[0]
 
     # sequence_index's values are read on the CPU, which breaks a graph; on a GPU they are not.
     compiled = torch.compile(loss, backend="aot_eager")
@@ -182,6 +194,6 @@ def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
         ("total_loss_tokens", 3, "total_loss_tokens must count all microbatches"),
         ("spec", LossSpec(kl_coef=0.1), r"kl_coef=0.1 needs ref_logprobs, got None"),
     ):
-        given = inputs | {"spec": spec, "ref_logprobs": None} | {name: value}
+        given = inputs | {"spec": spec, "temperature": 1.0, "ref_logprobs": None} | {name: value}
         with pytest.raises(ValueError, match=says):
-            linear_grpo_loss(**given)
+            fused(given, given.pop("spec"), given.pop("temperature"))

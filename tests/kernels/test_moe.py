@@ -9,13 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels.linear.reference import MIN_ROWS
 from kernels.moe import EXPERTS_OP, ROUTE_OP, expert_counts, experts, load_balance, make_inputs, route, z_loss
-from kernels.moe.reference import _run_batched, _run_each
 from kernels.triton_ops import IS_INTERPRETED
 from tests.kernels.compare import (
     NUM_ROWS,
-    THREADS,
     assert_no_worse_than_plain,
     assert_rows_keep_their_bits,
     same_bits,
@@ -392,17 +389,3 @@ def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
     ]:
         with pytest.raises(ValueError, match=f"experts: {message}"):
             experts(**{**inputs, name: bad})
-
-
-@pytest.mark.skipif(IS_INTERPRETED, reason="the reference's own")
-@pytest.mark.parametrize("num_threads", THREADS)
-@pytest.mark.parametrize("num_tokens", [1, 3, 16, 47, 128, 250])
-def test_few_rows_run_as_one_batch_with_the_bits_of_the_loop(num_tokens: int, num_threads: int):
-    torch.set_num_threads(num_threads)
-    inputs = make_inputs(num_tokens, 8, 2, 128, 96, torch.float32)
-    expert_of_row, order = torch.sort(inputs["expert_ids"].flatten(), stable=True)
-    counts = torch.bincount(expert_of_row, minlength=8)
-    rows = inputs["x"].index_select(0, order // 2)
-    capacity = max(MIN_ROWS, int(counts.max()))
-    batched = _run_batched(rows, expert_of_row, counts, capacity, inputs["gate_up"], inputs["down"])
-    assert same_bits(batched, _run_each(rows, counts.tolist(), inputs["gate_up"], inputs["down"]))

@@ -1,4 +1,4 @@
-"""kernels/native.py: which library is loaded, why none is, and that an explicit wish is met or refused."""
+"""kernels/native.py: which library is loaded, the reason if none is, and that an explicit request works or raises."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ZEN4 = frozenset(["fma", "avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl", 
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder to put libraries in, in place of the real one."""
+    """An empty folder that replaces the folder of the real libraries."""
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     return tmp_path
 
 
 def build(folder: Path, *isas: str, of: str | None = None) -> None:
-    """Files that say what they were built from (else from csrc/ as it is), and are no libraries."""
+    """Fake libraries that hold only the hash of their sources, by default that of the present csrc/."""
     for isa in isas:
         (folder / f"_native_{isa}.so").write_bytes(b"not a library, " + HASH_MARK + (of or source_hash(SOURCES)).encode() + b"\0")
 
@@ -47,10 +47,10 @@ def test_the_best_that_was_built_and_that_the_cpu_runs_is_picked(flags: frozense
 
 
 def test_nothing_built_says_how_to_build(built: Path):
-    assert native.pick_isa("", ZEN4) == ("", "not built here (`make native` builds it and says what is missing)")
+    assert native.pick_isa("", ZEN4) == ("", "not built here (`make native` builds it, or names what is missing)")
 
 
-def test_a_wish_is_met_or_refused(built: Path):
+def test_a_request_is_fulfilled_or_raises(built: Path):
     build(built, "portable", "avx512")
     assert native.pick_isa("portable", ZEN4) == ("portable", "")
     with pytest.raises(ValueError, match=re.escape(f"REASON_RL_ISA=avx2, but {built}/_native_avx2.so was not built")):
@@ -61,7 +61,7 @@ def test_a_wish_is_met_or_refused(built: Path):
         native.pick_isa("sse9", ZEN4)
 
 
-def test_a_library_that_was_built_from_other_sources_is_passed_over_and_says_so(built: Path):
+def test_a_library_that_was_built_from_other_sources_is_not_loaded(built: Path):
     build(built, "avx512_bf16", of="0" * 64)
     (built / "_native_avx512.so").touch()
     assert native.pick_isa("", ZEN4) == ("", "built from other sources (run `make native`)")
@@ -71,7 +71,7 @@ def test_a_library_that_was_built_from_other_sources_is_passed_over_and_says_so(
     assert native.pick_isa("", ZEN4) == ("portable", "")
 
 
-def test_without_sources_beside_it_any_library_is_trusted(built: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_installed_package_trusts_any_library(built: Path, monkeypatch: pytest.MonkeyPatch):
     build(built, "avx2", of="0" * 64)
     monkeypatch.setattr(native, "SOURCES", built / "csrc")
     assert native.pick_isa("", ZEN4) == ("avx2", "")
@@ -99,7 +99,7 @@ def test_each_instruction_set_needs_the_flags_that_it_is_compiled_with():
     assert {isa: set(needs) for isa, needs in words.items()} == {isa: set(needs) for isa, needs in native.FLAGS.items()}
 
 
-def test_the_cpus_flags_are_read_from_its_first_core_and_none_where_linux_does_not_tell(tmp_path: Path):
+def test_the_cpus_flags_are_those_of_its_first_core_and_none_without_cpuinfo(tmp_path: Path):
     info = tmp_path / "cpuinfo"
     info.write_text("processor\t: 0\nflags\t\t: fpu avx2 fma\nbugs\t\t: none\n\nprocessor\t: 1\nflags\t\t: fpu\n")
     assert native.cpu_flags(info) == {"fpu", "avx2", "fma"}
@@ -107,9 +107,9 @@ def test_the_cpus_flags_are_read_from_its_first_core_and_none_where_linux_does_n
 
 
 def ask(**environment: str) -> subprocess.CompletedProcess[str]:
-    """A new process is asked for its native ops."""
+    """Prints which native library a new process loads."""
     code = ("import torch; from kernels import native; from kernels.linear import OP; cpu = torch.device('cpu'); "
-            "print(native.ISA or 'none', OP.resolve(cpu, torch.float32).name, native.cpu_why_not(cpu), sep='|')")
+            "print(native.ISA or 'none', OP.resolve(cpu, torch.float32).name, native.cpu_unsupported_reason(cpu), sep='|')")
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
 
 
@@ -123,13 +123,13 @@ def test_another_folder_without_libraries_leaves_the_reference_and_a_reason(tmp_
     assert loaded(REASON_RL_NATIVE_DIR=str(tmp_path), REASON_RL_ISA="").startswith("none|reference|not built here")
 
 
-def test_a_library_that_does_not_load_leaves_the_reference_and_says_so(tmp_path: Path):
+def test_a_library_that_does_not_load_leaves_the_reference_and_a_reason(tmp_path: Path):
     build(tmp_path, "portable")
     answer = loaded(REASON_RL_NATIVE_DIR=str(tmp_path), REASON_RL_ISA="")
     assert answer.startswith("none|reference|_native_portable.so does not load:") and "\n" not in answer
 
 
-def test_a_wished_library_that_does_not_load_is_an_error(tmp_path: Path):
+def test_a_requested_library_that_does_not_load_is_an_error(tmp_path: Path):
     build(tmp_path, "portable")
     done = ask(REASON_RL_NATIVE_DIR=str(tmp_path), REASON_RL_ISA="portable")
     assert done.returncode and "ValueError: REASON_RL_ISA=portable, but _native_portable.so does not load:" in done.stderr
@@ -145,4 +145,4 @@ def test_every_library_that_was_built_and_runs_here_loads_and_registers_the_same
 
 
 def test_other_devices_are_refused():
-    assert native.cpu_why_not(torch.device("cuda")) == "CPU only"
+    assert native.cpu_unsupported_reason(torch.device("cuda")) == "CPU only"

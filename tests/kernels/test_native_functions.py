@@ -10,7 +10,7 @@ import torch
 
 from kernels.attention import attention
 from kernels.attention import make_inputs as attention_inputs
-from kernels.grpo_loss import LossSpec, grpo_loss
+from kernels.grpo_loss import LossSpec
 from kernels.grpo_loss import make_inputs as loss_inputs
 from kernels.linear import linear
 from kernels.linear import make_inputs as linear_inputs
@@ -28,6 +28,7 @@ from kernels.sample import sample
 from kernels.swiglu import make_inputs as swiglu_inputs
 from kernels.swiglu import swiglu
 from tests.kernels.compare import Tensors, as_tuple, same_bits
+from tests.kernels.loss_cases import loss_of as grpo_loss_of
 
 pytestmark = pytest.mark.skipif(not ISA, reason="needs the native library")
 F32 = torch.float32
@@ -37,8 +38,7 @@ def cases() -> dict[str, tuple[Callable[..., Tensors], list[torch.Tensor]]]:
     moe, loss = moe_inputs(9, 5, 2, 8, 6, F32), loss_inputs()["uneven"]
 
     def loss_of(logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
-        arguments = {**loss, "logprobs": logprobs, "entropy": entropy}
-        return grpo_loss(**arguments, spec=LossSpec(entropy_coef=0.1), impl="native")[0]
+        return grpo_loss_of({**loss, "logprobs": logprobs, "entropy": entropy}, LossSpec(entropy_coef=0.1), "native")[0]
 
     ops: dict[str, tuple[Callable[..., Tensors], dict[str, torch.Tensor]]] = {
         "attention": (attention, attention_inputs([(0, 6, 0, 0), (6, 7, 0, 6)], 4, 2, 6, F32)),

@@ -53,12 +53,12 @@ def test_the_kernels_spill_nothing_and_take_what_the_record_says():
 def test_it_is_never_the_automatic_choice_and_says_why_it_cannot_run():
     [cuda] = [i for i in OP.implementations if i.name == "cuda"]
     assert not cuda.is_automatic
-    assert cuda.refuses(torch.device("cpu"), torch.float32) == "CUDA only"
-    assert cuda.refuses(CUDA, torch.float64) == "not for f64"
+    assert cuda.refusal(torch.device("cpu"), torch.float32) == "CUDA only"
+    assert cuda.refusal(CUDA, torch.float64) == "not for f64"
     with pytest.raises(ValueError, match="sample: impl='cuda' cannot run on cpu: CUDA only"):
         sample(**make_inputs(2, 4, 6, torch.float32), impl="cuda")
     if not torch.cuda.is_available():
-        assert native.cuda_why_not(CUDA) == "no CUDA device"
+        assert native.cuda_unsupported_reason(CUDA) == "no CUDA device"
 
 
 @pytest.mark.skipif(not (native.FOLDER / "_native_cuda.so").is_file(), reason="the CUDA library was not built here")
@@ -75,7 +75,7 @@ def test_the_op_refuses_tensors_that_are_not_on_a_gpu():
 
 @pytest.fixture
 def needs_library() -> None:
-    if reason := native.cuda_why_not(CUDA):
+    if reason := native.cuda_unsupported_reason(CUDA):
         pytest.skip(reason)
 
 

@@ -61,10 +61,9 @@ def graded(group: Group, values: Sequence[float] | None = None) -> Group:
     return group.with_scores(tuple(Score(value, {"accuracy": value}) for value in rewards))
 
 
-def grade_group(group: Group, texts: Sequence[str], grader: Grader) -> Group:
-    """The group with the `Score` of each text, once all are graded."""
-    pending = [grader.submit(group.problem, text, len(completion.token_ids), completion.finish_reason)
-               for text, completion in zip(texts, group.completions, strict=True)]
+def grade_group(group: Group, grader: Grader) -> Group:
+    """The group with the `Score` of each completion, once all are graded."""
+    pending = [grader.submit(group.problem, completion) for completion in group.completions]
     return group.with_scores(tuple(one.score() for one in pending))
 
 

@@ -1,13 +1,14 @@
-"""`grade_math`: does a completion's answer have the right answer's value?
+"""`grade_math`: does a completion's answer equal the right answer by value?
 
-A kind of the verifier service. extract.py finds the answer, tokens.py, parse.py and units.py read it, compare.py and evaluate.py
-decide; the common case, two plain numbers, is decided here by one pattern. Answers that are words are compared as text. All
-bounds (characters, digits, tokens, nesting, bits, exponents) are checked before work is done, so that no text takes long; the
-service's deadline stands behind them. A right answer that cannot be read is the data's fault and not the completion's:
-ungradable, unless both are the same text.
+A kind of the verifier service. extract.py finds the answer; tokens.py, parse.py and units.py turn it into a
+tree (tree.py); compare.py and evaluate.py decide. Two plain numbers, the common case, are compared here by
+one pattern. Answers that are words are compared as text. Every bound (characters, digits, tokens, nesting,
+bits, exponents) is checked before the work it bounds, so that no text takes long; the service's deadline is
+the second line of defence. A right answer that cannot be read is an error in the data: ungradable, unless the
+completion has the same text.
 
-sympy and math-verify are not called: what answers need is a small grammar and values, and what reads hostile texts should be
-small enough to be read itself. docs/rewards.md has the comparison.
+Left out: sympy and math-verify. Answers need a small grammar and their values, and code that reads hostile
+texts should be small enough to review.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from reason_rl.answers.extract import find_answer
 from reason_rl.answers.math.compare import Comparison
-from reason_rl.answers.math.extract import find_answer
-from reason_rl.answers.math.parse import Node, parse
+from reason_rl.answers.math.parse import parse
 from reason_rl.answers.math.tokens import MAX_CHARACTERS, Unreadable
+from reason_rl.answers.math.tree import Node
 from reason_rl.answers.verdict import RIGHT, WRONG, Verdict, ungradable, wrong
 
 NUMBER = re.compile(r"([-+]?)(?:\\?\$)?(\d{1,100}|[1-9]\d{0,2}(?:,\d{3}){1,30})(\.\d{1,100})?", re.ASCII)
@@ -33,7 +35,7 @@ LOOSE_SPACE = re.compile(r"(?<!\w) | (?!\w)")
 
 
 def grade_math(request: Mapping[str, Any]) -> Verdict:
-    """request: "text", the completion; "answer", the right one."""
+    """request: "text", the completion; "answer", the right answer."""
     given = find_answer(request["text"])
     if given is None:
         return wrong("no_answer")
@@ -41,9 +43,11 @@ def grade_math(request: Mapping[str, Any]) -> Verdict:
 
 
 def grade_answer(gold: str, given: str) -> Verdict:
-    """Two answers' texts, found already."""
+    """gold, given: the texts of two answers, the right one first."""
     if len(given) > MAX_CHARACTERS:
-        return wrong("parse", f"{len(given)} characters, at most {MAX_CHARACTERS} are read")
+        return wrong("parse", f"an answer has at most {MAX_CHARACTERS} characters, got {len(given)}")
+
+    # The quick ways: two plain numbers, equal texts, words.
     quick_gold, quick = quick_value(gold), quick_value(given)
     if quick_gold is not None and quick is not None:
         is_undone = "/" in given or "frac" in given
@@ -52,6 +56,9 @@ def grade_answer(gold: str, given: str) -> Verdict:
         return RIGHT
     if WORDS.fullmatch(gold):
         return WRONG
+
+    # The long way: read both, compare the values. An answer to a list may use commas as separators or for
+    # thousands.
     try:
         tree = read_gold(gold)
     except Unreadable as error:
@@ -68,6 +75,7 @@ def grade_answer(gold: str, given: str) -> Verdict:
 
 @lru_cache(maxsize=4096)
 def read_gold(text: str) -> Node:
+    """The right answer's tree; raises `Unreadable` if it cannot be read or has no value."""
     try:
         tree = parse(text)
         Comparison(text).check(tree)
@@ -77,7 +85,7 @@ def read_gold(text: str) -> Node:
 
 
 def quick_value(text: str) -> Fraction | None:
-    """Of a plain integer, decimal or fraction; None for everything else, which goes the long way."""
+    """The value of a plain integer, decimal or fraction; None for any other text."""
     if found := NUMBER.fullmatch(text):
         sign, whole, decimals = found.groups()
         value = Fraction(whole.replace(",", "") + (decimals or ""))
@@ -98,7 +106,7 @@ def is_same_text(gold: str, given: str) -> bool:
 
 
 def spelled(text: str) -> str:
-    """For words: wrappers, white space beside signs, and the brackets around a choice's letter aside; capitals too, in words."""
+    """Drops wrappers, white space around signs and a choice's brackets; words become lower case."""
     text = LOOSE_SPACE.sub("", SPACE.sub(" ", WRAPPED.sub(r" \1 ", text).strip(" $"))).rstrip(".")
     if re.fullmatch(r"\([A-Za-z]\)", text):
         return text[1]

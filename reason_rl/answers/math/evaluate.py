@@ -1,8 +1,8 @@
-"""The value of a tree: an exact fraction as long as it is one, else a complex number of 40 digits.
+"""Computes the value of a tree: an exact fraction if possible, else a complex number of 40 digits.
 
-Names are given values by the caller, so that two expressions can be compared at points. Every operation that could grow
-without end (powers, factorials, functions of huge arguments) is bounded before it is computed; out of bounds is `Unreadable`,
-and so is what has no value (1/0). Nothing here is Python's eval.
+The caller assigns values to names, so that two expressions can be compared at points. Every operation that
+could grow without bound (powers, factorials, functions of huge arguments) is bounded before it is computed. A
+tree beyond a bound or without a value (1/0) raises `Unreadable`. Nothing here calls Python's eval.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import mpmath
 
-from reason_rl.answers.math.parse import Node
 from reason_rl.answers.math.tokens import Unreadable
+from reason_rl.answers.math.tree import Node
 
 Value = Any
 """Fraction or mpmath.mpc."""
@@ -26,13 +26,13 @@ MAX_EXPONENT = 10_000
 MAX_ARGUMENT = 10**6
 MAX_FACTORIAL = 2500
 RELATIVE_ERROR = mp.mpf(10) ** -20
-"""Between values of 40 digits after some hundred operations, and far below any difference that an answer means."""
+"""Above the rounding of some hundred operations on 40 digits, far below any difference of two answers."""
 ZERO = mp.mpf(10) ** -30
 CONSTANTS = {"pi": mp.mpc(mp.pi), "e": mp.mpc(mp.e), "i": mp.mpc(0, 1)}
 
 
 def evaluate(node: Node, names: Mapping[str, Fraction]) -> Value:
-    """Raises `Unreadable`."""
+    """names: the value of each name. Raises `Unreadable`."""
     try:
         return _bounded(_value(node, names))
     except (ZeroDivisionError, OverflowError, ValueError, TypeError, RecursionError) as error:
@@ -56,7 +56,7 @@ def _value(node: Node, names: Mapping[str, Fraction]) -> Value:
         return node.value if node.op == "number" else names[str(node.value)]
     if node.op == "const":
         if str(node.value) not in CONSTANTS:
-            raise Unreadable(f"{node.value} is no number")
+            raise Unreadable(f"{node.value} is not a number")
         return CONSTANTS[str(node.value)]
     if node.op == "based":
         return _in_base(str(node.value), evaluate(node.args[0], names))
@@ -88,13 +88,13 @@ def _value(node: Node, names: Mapping[str, Fraction]) -> Value:
             return Fraction(math.comb(_whole(a), _whole(b)))
         case ("quantity", [a]):
             return a
-    raise Unreadable(f"{node.op} where a number was expected")
+    raise Unreadable(f"expected a number, got {node.op}")
 
 
 def _bounded(value: Value) -> Value:
     if isinstance(value, Fraction):
         if value.numerator.bit_length() + value.denominator.bit_length() > MAX_BITS:
-            raise Unreadable(f"a number of more than {MAX_BITS} bits")
+            raise Unreadable(f"a number with more than {MAX_BITS} bits")
         return value
     if not (mp.isfinite(value.real) and mp.isfinite(value.imag)):
         raise Unreadable("a value that is not finite")
@@ -113,19 +113,23 @@ def _apply(operation: Any, a: Value, b: Value) -> Value:
 def _power(a: Value, b: Value) -> Value:
     if abs(b) > MAX_EXPONENT:
         raise Unreadable(f"an exponent above {MAX_EXPONENT}")
+
+    # Exact: a whole exponent, or a root (exact where the root is) and a whole exponent.
     if isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator == 1:
         if (a.numerator.bit_length() + a.denominator.bit_length()) * abs(b) > MAX_BITS:
-            raise Unreadable(f"a power of more than {MAX_BITS} bits")
+            raise Unreadable(f"a power with more than {MAX_BITS} bits")
         return a ** int(b)
     if isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator <= 12:
         return _power(_root(a, Fraction(b.denominator)), Fraction(b.numerator))
+
+    # In 40 digits. 0 to a negative power has no value.
     if a == 0:
         return Fraction(0) if _complex(b).real > 0 else a ** -1
     return mp.power(_complex(a), _complex(b))
 
 
 def _root(a: Value, index: Value) -> Value:
-    """Exact where it is; of a negative number the real one where there is one, as school has it."""
+    """An exact root if it is rational. An odd root of a negative number is the real one."""
     n = _whole(index)
     if n == 0:
         raise Unreadable("the 0th root")
@@ -140,6 +144,7 @@ def _root(a: Value, index: Value) -> Value:
 
 
 def _int_root(a: int, n: int) -> int:
+    """A candidate for the n-th root of a: the caller checks it."""
     if n == 2:
         return math.isqrt(a)
     guess = round(float(mp.root(a, n))) if a.bit_length() < 1000 else 1
@@ -148,7 +153,7 @@ def _int_root(a: int, n: int) -> int:
 
 def _whole(value: Value) -> int:
     if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= MAX_FACTORIAL:
-        raise Unreadable(f"a whole number up to {MAX_FACTORIAL} was expected")
+        raise Unreadable(f"expected a whole number from 0 to {MAX_FACTORIAL}")
     return int(value)
 
 
@@ -158,6 +163,7 @@ def _in_base(digits: str, base: Value) -> Fraction:
 
 
 def _call(name: str, args: list[Value]) -> Value:
+    """A function of one argument; log may have a base as its second."""
     a = _complex(args[0])
     if abs(a) > MAX_ARGUMENT and name not in ("log", "ln"):
         raise Unreadable(f"{name} of more than {MAX_ARGUMENT}")

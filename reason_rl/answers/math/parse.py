@@ -1,25 +1,26 @@
-"""An answer's tokens as a tree: numbers, expressions, tuples, intervals, sets, matrices, equations, inequalities.
+"""Parses an answer's tokens into a tree: numbers, expressions, tuples, intervals, sets, matrices,
+(in)equalities.
 
-Second half of reading an answer, by recursive descent. A comma, "and" and "or" at the outermost level separate several
-values, which are several answers unless the right answer has as many. Nesting is bounded.
+Second half of reading an answer, by recursive descent. At the outermost level a comma, "and" and "or"
+separate several values; they are right only if the right answer has as many. Nesting is bounded.
 
-    answer    relation (, relation)*        sum      term (+- term)*
-    relation  union (= union)*              term     power ((* | / | nothing) power)*
-    union     ratio (\\cup ratio)*          power    primary (! | % | degree)* [^ power]
-    ratio     quantity (: quantity)*        primary  number, name, \\frac, \\sqrt, function, brackets, |...|, matrix
+    answer    relation (, relation)*     sum      term (+- term)*
+    relation  union (= union)*           term     power ((* | / | nothing) power)*
+    union     ratio (\\cup ratio)*       power    primary (! | % | degree)* [^ power]
+    ratio     quantity (: quantity)*     primary  number, name, \\frac, \\sqrt, call, brackets, |...|, matrix
     quantity  [currency] sum [unit]
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from fractions import Fraction
 
 from reason_rl.answers.math.tokens import Token, Unreadable, clean, tokenize
+from reason_rl.answers.math.tree import Node, negative, number, spelled
 from reason_rl.answers.math.units import changes_the_value, unit_words
 
 MAX_DEPTH = 60
-"""Of the reader's own recursion; a bracket takes three."""
+"""Of the reader's recursion; a bracket takes three levels."""
 MAX_TOKENS = 300
 MAX_VALUES = 64
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -27,55 +28,20 @@ CURRENCIES = {"¤": "$", "€": "€", "£": "£"}
 CLOSING = {"(": (")", "]"), "[": ("]", ")"), "\\{": ("\\}",), "{": ("}",)}
 
 
-@dataclass(frozen=True)
-class Node:
-    op: str
-    """number name const neg add mul div pow pm call factorial percent degree mixed abs root based binom · word quantity ·
-    list set bracket union matrix row relation"""
-    args: tuple[Node, ...] = ()
-    value: Fraction | str | None = None
-    """number: its value; name, const, call, word: its text; quantity: the unit; bracket: "(" and "]"; relation: "= <"; based: the
-    digits and the base."""
-
-
 def parse(text: str, with_thousands: bool = True) -> Node:
-    """The tree; raises `Unreadable`."""
+    """The tree of an answer's text; raises `Unreadable`."""
     reader = _Reader(tokenize(clean(text), with_thousands))
     if not 0 < len(reader.tokens) <= MAX_TOKENS:
-        raise Unreadable(f"{len(reader.tokens)} tokens, 1 to {MAX_TOKENS} are read")
+        raise Unreadable(f"an answer has 1 to {MAX_TOKENS} tokens, got {len(reader.tokens)}")
     node = reader.several("")
     if reader.peek() is not None:
-        raise Unreadable(f"what follows {reader.peek()!r} is out of place")
+        raise Unreadable(f"expected the end, got {reader.peek()!r}")
     return node
 
 
-def number(text: str) -> Fraction:
-    """Digits with a decimal point, an exponent, or a repeating part; exact."""
-    head, bar, repeating = text.partition(r"\overline{")
-    if bar:
-        digits, places = repeating.rstrip("}"), len(head.partition(".")[2])
-        tail = Fraction(int(digits), (10 ** len(digits) - 1) * 10**places)
-        return Fraction(head.rstrip(".") or 0) + tail
-    mantissa, _, exponent = text.lower().partition("e")
-    if len(exponent) > 4:
-        raise Unreadable(f"the exponent {exponent[:20]} is out of bounds")
-    return Fraction(mantissa) * Fraction(10) ** int(exponent or 0)
-
-
-def negative(node: Node) -> Node:
-    """-5% is a percentage of -5, so that what is counted stays outermost; so with degrees and bases."""
-    if node.op in ("percent", "degree"):
-        return Node(node.op, (negative(node.args[0]),))
-    return Node("based", node.args, f"-{node.value}") if node.op == "based" else Node("neg", (node,))
-
-
-def spelled(node: Node) -> str:
-    """A tree as text, another one for every other tree: what stands below a name is part of it."""
-    inside = f"({','.join(map(spelled, node.args))})" if node.args else ""
-    return f"{'' if node.op in ('number', 'name') else node.op}{'' if node.value is None else node.value}{inside}"
-
-
 class _Reader:
+    """A position in the tokens. Each method below reads one rule of the grammar and advances."""
+
     def __init__(self, tokens: list[Token]) -> None:
         self.tokens, self.position, self.depth, self.open_bars = tokens, 0, 0, 0
 
@@ -100,7 +66,7 @@ class _Reader:
             raise Unreadable(f"nested more than {MAX_DEPTH} deep")
 
     def several(self, closing: str) -> Node:
-        """Values up to a closing bracket (or the end): a single one as it is, several as a list."""
+        """Values up to a closing bracket (or the end); more than one become a list."""
         self.deeper()
         values = [self.relation()]
         while self.at(",", ";"):
@@ -120,7 +86,7 @@ class _Reader:
         parts, signs = [self.union()], []
         while self.at("relation") or self.at("command", text="in"):
             token = self.take()
-            if token.kind == "command":  # x \in (1, 2): what it is in says it all
+            if token.kind == "command":  # x \in (1, 2) is read as the interval alone
                 parts = []
             else:
                 signs.append(token.text)
@@ -142,7 +108,8 @@ class _Reader:
         return parts[0] if len(parts) == 1 else Node("bracket", tuple(parts), ":")
 
     def quantity(self) -> Node:
-        """A value with what it counts: money before it or after it, up to four words after it."""
+        """A value with its unit: a currency sign before or after it, up to four words after it."""
+        # A currency sign and the value: -$5, $5, 5 €.
         sign = self.at("-") and (after := self.peek(1)) is not None and after.kind in CURRENCIES
         if sign:
             self.take()
@@ -152,12 +119,14 @@ class _Reader:
             node = negative(node)
         if self.at(*CURRENCIES):
             money = f"{money} {CURRENCIES[self.take().kind]}".strip()
+
+        # The words after it: a scale (5 million) multiplies, the others are the unit.
         words = self.unit() if node.op != "word" else []
         for word in [word for word in words if word in SCALES]:
             node = Node("mul", (node, Node("number", (), Fraction(SCALES[word]))), "scale")
             words.remove(word)
         if sum(word[0] != "^" and word != "per" for word in words) > 4 or changes_the_value(words):
-            raise Unreadable(f"more than a unit after the value: {' '.join(words)[:40]!r}")
+            raise Unreadable(f"expected a unit after the value, got {' '.join(words)[:40]!r}")
         if words[:1] == ["percent"]:
             return Node("percent", (node,))
         if money:
@@ -165,7 +134,7 @@ class _Reader:
         return Node("quantity", (node,), " ".join(words)) if words else node
 
     def unit(self) -> list[str]:
-        """The words after a value, with their powers and what they are per."""
+        """The words after a value, with powers as "^2" and a slash as "per"."""
         words: list[str] = []
         while self.at("word") or (words[-1:] == ["per"] and self.at("name")):
             words += unit_words(self.take().text)
@@ -178,11 +147,11 @@ class _Reader:
         return words
 
     def whole_power(self) -> int:
-        """Of a unit."""
+        """The exponent of a unit."""
         power = self.signed_power()
         inner = power.args[0] if power.op == "neg" else power
         if inner.op != "number" or not isinstance(inner.value, Fraction) or inner.value not in range(100):
-            raise Unreadable("a unit to a power that is no small whole number")
+            raise Unreadable(f"expected a unit's power from -99 to 99, got {inner.op} {inner.value}")
         return int(inner.value) if power is inner else -int(inner.value)
 
     def sum(self) -> Node:
@@ -223,15 +192,15 @@ class _Reader:
                 return node
 
     def product(self, node: Node, factor: Node, is_number: bool) -> Node:
-        """Side by side: a mixed number, or a product."""
+        """Two factors without a sign between them: a mixed number, or a product."""
         whole = node.op == "number" and isinstance(node.value, Fraction) and node.value.denominator == 1
         if whole and factor.op == "div" and all(part.op == "number" for part in factor.args):
             return Node("mixed", (node, factor))
         if not is_number:
             return Node("mul", (node, factor))
         if not (whole and factor.op == "number" and self.at("/")):
-            raise Unreadable("two numbers side by side")
-        self.take()  # 1 1/2
+            raise Unreadable("two numbers without a sign between them")
+        self.take()  # the slash of 1 1/2
         return Node("mixed", (node, Node("div", (factor, self.power()))))
 
     def starts_factor(self) -> bool:
@@ -252,6 +221,7 @@ class _Reader:
         return self.power()
 
     def power(self) -> Node:
+        # Postfix signs, then an exponent.
         node = self.primary()
         while True:
             if self.at("!"):
@@ -311,7 +281,7 @@ class _Reader:
         return Node("const", (), text) if text in ("e", "i") else Node("name", (), text)
 
     def argument(self) -> Node:
-        """Of \\frac, \\sqrt and _: a group in braces, else one token, of a number its first digit alone (\\frac12)."""
+        """The argument of \\frac, \\sqrt and _: a group in braces, else one token (one digit: \\frac12)."""
         if self.at("{"):
             self.take()
             node = self.several("}")
@@ -340,12 +310,13 @@ class _Reader:
                 return Node("const", (), text)
             case "emptyset":
                 return Node("set")
-            case "overline" | "vec" | "hat" | "bar":  # marks over names
+            case "overline" | "vec" | "hat" | "bar":  # accents on names
                 return self.argument()
         raise Unreadable(f"the command \\{text}")
 
     def function(self, text: str) -> Node:
-        """\\sin^2 x, \\log_2 8, \\cos(x), \\sin 2x: without brackets the argument is the product that follows."""
+        """\\sin^2 x, \\log_2 8, \\cos(x), \\sin 2x: without brackets the next product."""
+        # The base and the exponent between the function's name and its argument.
         base, exponent = None, None
         if self.at("_"):
             self.take()
@@ -353,6 +324,8 @@ class _Reader:
         if self.at("^"):
             self.take()
             exponent = self.argument()
+
+        # The argument.
         if self.at("(", "[", "{"):
             node = self.primary()
         else:
@@ -368,21 +341,26 @@ class _Reader:
             return Node("set")
         node = self.several(CLOSING[opening][0])
         closing = self.take(*CLOSING[opening]).kind
+
+        # Braces make a set (of one value only with a backslash); brackets make a tuple or interval of several
+        # values.
         if opening in ("\\{", "{"):
             values = node.args if node.op == "list" else (node,)
             return Node("set", values) if opening == "\\{" or node.op == "list" else node
         if node.op == "list":
             return Node("bracket", node.args, opening + closing)
         if CLOSING[opening][0] != closing:
-            raise Unreadable(f"{opening} closed by {closing}")
+            raise Unreadable(f"expected {CLOSING[opening][0]} to close {opening}, got {closing}")
         return node
 
     def matrix(self, environment: str) -> Node:
         if environment not in ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix"):
             raise Unreadable(f"the environment {environment}")
-        if environment == "array" and self.at("{"):
+        if environment == "array" and self.at("{"):  # skip the columns' alignment
             while self.take().kind != "}":
                 pass
+
+        # Values separated by &, rows by \\\\; a last \\\\ starts no row.
         rows: list[list[Node]] = [[]]
         while not self.at("end"):
             rows[-1].append(self.relation())

@@ -1,8 +1,8 @@
-"""An answer's text as tokens: LaTeX's spellings and plain ones become the same few kinds.
+"""Splits an answer's text into tokens: LaTeX and plain spellings become the same few kinds.
 
-First half of reading an answer (parse.py is the second). Characters outside ASCII are read only where they are in SYMBOLS,
-which say what they look like; any other one (digits of other scripts, look-alike letters, marks of direction, control
-characters) makes the answer unreadable. Length and digits are bounded here, so that all that follows is.
+First half of reading an answer (parse.py is the second). Of the characters outside ASCII only those in
+SYMBOLS are read; any other (digits of other scripts, look-alike letters, direction marks, control characters)
+makes the answer unreadable. Length and digits are bounded here, which bounds all later work.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ RELATIONS = {"=": "=", "<": "<", ">": ">", "le": "<=", "leq": "<=", "leqslant": 
 GREEK = {"alpha", "beta", "gamma", "delta", "epsilon", "varepsilon", "theta", "lambda", "mu", "nu", "rho", "sigma", "tau", "phi",
          "varphi", "omega", "psi", "xi", "eta", "kappa", "chi", "zeta", "Delta", "Omega", "Gamma", "Theta", "Phi", "Lambda", "ell"}
 WORDS = {"sqrt", "pi", "infinity", "inf", "theta", *FUNCTIONS}
-"""Written without a backslash, they still mean what they mean with one."""
+"""Commands and functions that are also read without a backslash."""
 UNITS = frozenset(("cm", "mm", "km", "kg", "mg", "ft", "in", "lb", "lbs", "oz", "ml", "mL", "hr", "hrs", "mi", "yd", "pm", "am",
                    "mph", "kph", "min", "sec", "day", "cup", "men", "sq", "per"))
-"""Words so short that they might be products of variables."""
+"""Units short enough to be mistaken for products of variables."""
 WRAPPERS = r"text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|boldsymbol|operatorname"
 
 
 class Unreadable(ValueError):
-    """This text is no answer that we can read."""
+    """The text is outside of the grammar, or beyond a bound."""
 
 
 @dataclass(frozen=True)
 class Token:
     kind: str
-    """number, name, word (text, units), function, command, relation, or the operator or bracket itself."""
+    """number, name, word (text, units), function, command, relation; else the operator or bracket itself."""
     text: str = ""
     is_apart: bool = False
-    """White space stands before it."""
+    """Preceded by white space."""
 
 
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
@@ -76,14 +76,18 @@ TOKEN = re.compile(r"""
 
 
 def clean(text: str) -> str:
-    """One spelling for what LaTeX has several of; raises `Unreadable` for foreign characters and for too much of anything."""
+    """Reduces LaTeX's synonyms to one spelling; raises `Unreadable` for long texts and foreign characters."""
     if len(text) > MAX_CHARACTERS:
-        raise Unreadable(f"{len(text)} characters, at most {MAX_CHARACTERS} are read")
+        raise Unreadable(f"an answer has at most {MAX_CHARACTERS} characters, got {len(text)}")
+
+    # Symbols become LaTeX; any other character outside ASCII is refused.
     if not text.isascii():
         text = "".join(SYMBOLS.get(character, character) for character in text)
     for character in text:
         if not (" " <= character <= "~" or character in "\n\t¤€£"):
             raise Unreadable(f"the character U+{ord(character):04X}")
+
+    # One dollar sign is money, two are LaTeX's delimiters.
     text = text.replace(r"\$", "¤")
     text = text.replace("$", "¤" if text.count("$") == 1 else " ")
     for pattern, replacement in REWRITES:
@@ -92,14 +96,16 @@ def clean(text: str) -> str:
 
 
 def tokenize(text: str, with_thousands: bool = True) -> list[Token]:
-    """Tokens of a cleaned text. with_thousands: 1,234 outside of brackets is one number."""
+    """The tokens of a cleaned text. with_thousands: read 1,234 outside of brackets as one number."""
     tokens: list[Token] = []
     position, depth, is_apart = 0, 0, False
     while position < len(text):
         found = TOKEN.match(text, position)
         if found is None:
-            raise Unreadable(f"{text[position : position + 20]!r} is no mathematics")
+            raise Unreadable(f"{text[position : position + 20]!r} is not mathematics")
         kind, value = found.lastgroup or "", found.group(found.lastgroup or 0)
+
+        # Inside brackets a comma separates values: take the digits before it alone.
         if kind == "thousands" and (depth or not with_thousands):
             found = re.compile(r"\d+(?:\.\d+)?").match(text, position)
             assert found is not None
@@ -108,10 +114,11 @@ def tokenize(text: str, with_thousands: bool = True) -> list[Token]:
         if kind == "space":
             is_apart = True
             continue
-        counts = is_apart and bool(tokens) and tokens[-1].kind == "number"
-        fresh = _letters(value, is_apart, counts) if kind == "letters" else _tokens_of(kind, value, found.group(), is_apart)
-        depth += sum((token.kind in ("(", "[", r"\{")) - (token.kind in (")", "]", r"\}")) for token in fresh)
-        tokens += fresh
+
+        after_number = is_apart and bool(tokens) and tokens[-1].kind == "number"
+        new = _letters(value, is_apart, after_number) if kind == "letters" else _tokens_of(kind, value, found.group(), is_apart)
+        depth += sum((token.kind in ("(", "[", r"\{")) - (token.kind in (")", "]", r"\}")) for token in new)
+        tokens += new
         is_apart = False
     return tokens
 
@@ -120,7 +127,7 @@ def _tokens_of(kind: str, value: str, whole: str, is_apart: bool) -> list[Token]
     match kind:
         case "number" | "thousands" | "repeating":
             if sum(character.isdigit() for character in value) > MAX_DIGITS:
-                raise Unreadable(f"a number of more than {MAX_DIGITS} digits")
+                raise Unreadable(f"a number with more than {MAX_DIGITS} digits")
             return [Token("number", value.replace(",", ""), is_apart)]
         case "wrapped":
             return _wrapped(value, whole, is_apart)
@@ -147,22 +154,24 @@ def _command(value: str, is_apart: bool) -> Token:
     return Token(value, "", is_apart) if value in "*/[]" else Token("command", value, is_apart)
 
 
-def _letters(value: str, is_apart: bool, counts: bool) -> list[Token]:
-    """A run of letters: a word that means something, a unit or other text, or a product of one-letter names. counts: what stands
-    apart after a number, where three letters are a word too (5 USD)."""
+def _letters(value: str, is_apart: bool, after_number: bool) -> list[Token]:
+    """A run of letters: a command's name, a unit or other text, or a product of one-letter names.
+
+    after_number: white space separates it from a number, where three letters are a word too (5 USD).
+    """
     if value in WORDS:
         known = {"infinity": "infty", "inf": "infty"}.get(value, value)
         return [_command(known, is_apart)]
     if value.lower() in ("or", "and"):
         return [Token(",", value, is_apart)]
-    if value in UNITS or len(value.rstrip("'")) > (2 if counts else 3):
+    if value in UNITS or len(value.rstrip("'")) > (2 if after_number else 3):
         return [Token("word", value, is_apart)]
     names = re.findall(r"[A-Za-z]'*", value)
     return [Token("name", name, is_apart and number == 0) for number, name in enumerate(names)]
 
 
 def _wrapped(value: str, whole: str, is_apart: bool) -> list[Token]:
-    """The inside of \\text{...}: a connective, or words; of \\mathrm{...} also a name."""
+    """The inside of \\text{...}: "and", "or", a number or words; of \\mathrm{...} also a name."""
     inside = value.strip()
     if inside.strip(", ").lower() in ("and", "or"):
         return [Token(",", "and", True)]

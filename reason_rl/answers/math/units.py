@@ -1,7 +1,8 @@
-"""What stands after a value: its unit, as far as two units can be told apart, and words that no unit has.
+"""Units after a value: compares two units, and refuses words that are not units.
 
-A unit is a name, a power and what it is per: cm^2, km/h, square units. Names are compared where both are known: 5 apples may be
-5 fruits, 5 cm are no 5 m. Powers and the per are compared always, since they make another quantity. Nothing is converted.
+A unit has a name, a power and a "per": cm^2, km/h, square units. Two names are compared if both are known: 5
+apples may be 5 fruits, but 5 cm differ from 5 m. Powers and "per" are always compared, since they make
+another quantity. Nothing is converted.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ UNITS = {name: unit for unit, names in {
     "yard": "yard yards yd", "gram": "gram grams g", "kilogram": "kilogram kilograms kg", "pound": "pound pounds lb lbs",
     "ounce": "ounce ounces oz", "degree": "degree degrees", "radian": "radian radians",
 }.items() for name in names.split()}
-"""Units known to differ."""
+"""Known units: two of different canonical names differ."""
 ONE_WORD = {"pound", "sterling"}
-"""Pounds of mass and of money: 5 pounds may be £5."""
+"""The exception: a pound may be a mass or money, so 5 pounds may be £5."""
 SHORT = {"mph": "mile per hour", "kph": "km per hour", "kmh": "km per hour"}
 POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 PART = re.compile(r"\^\s*\{?\s*(-?\d{1,2})\s*\}?|/|[^\s/^]+")
@@ -33,11 +34,11 @@ CHANGES = frozenset((
     "inverse", "opposite", "half", "halves", "halved", "third", "thirds", "quarter", "quarters", "fifth", "fifths", "eighth",
     "eighths", "ninth", "ninths", "twelfth", "twelfths", "double", "doubles", "doubled", "twice", "triple", "triples", "tripled",
     "thrice", "quadruple", "quadruples", "quadrupled", "score", "scores", "gross"))
-"""Words that make a number another number, or several: not to be read as a unit."""
+"""Words that change the number before them, or add another: an answer with one of them has no unit."""
 NUMERAL = re.compile(
     r"(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
     r"(?:twen|thir|for|four|fif|six|seven|eigh|nine)t(?:y|ie)|hundred|thousand|[mbtr]+illion|dozen)(?:s|ths?|fold)?")
-"""Number words and the fractions and multiples made of them: fifty, tenths, hundredths, threefold."""
+"""Number words, and fractions and multiples of them: fifty, tenths, hundredths, threefold."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,19 @@ class Unit:
 
 
 def unit_words(text: str) -> list[str]:
-    """"km/h", "cm^2" and "square cm" as words: km per h; cm ^2; square cm."""
+    """Splits "km/h" into [km, per, h], "cm^2" into [cm, ^2], "square cm" into [square, cm]."""
     words = [f"^{found[1]}" if found[1] else {"/": "per"}.get(found[0], found[0]) for found in PART.finditer(text.lower())]
     return [word for word in (word.replace(".", "") for word in words) if word]
 
 
 def changes_the_value(words: list[str]) -> bool:
+    """Is one of the words a number, a fraction word, or in CHANGES?"""
     parts = [part for word in words if word[0] != "^" for part in word.split("-")]
     return any(part in CHANGES or NUMERAL.fullmatch(part) or any(c.isdigit() for c in part) for part in parts)
 
 
 def may_be_same(gold: str, given: str) -> bool:
-    """Of two units as words; one that is left out may be any."""
+    """Compares two units as words; an empty one matches any."""
     if not gold or not given:
         return True
     a, b = read_unit(gold), read_unit(given)
@@ -75,7 +77,7 @@ def read_unit(text: str) -> Unit:
 
 
 def differ(a: str, b: str) -> bool:
-    """Both known, and not the same."""
+    """Are the powers different, or the names both known and different?"""
     (a_name, *a_power), (b_name, *b_power) = a.split("^"), b.split("^")
     is_known = a_name in UNITS.values() and b_name in UNITS.values()
     return a_power != b_power or (is_known and a_name != b_name and {a_name, b_name} != ONE_WORD)
@@ -87,7 +89,7 @@ def _expanded(words: list[str]) -> Iterator[str]:
 
 
 def _read(words: list[str]) -> tuple[str, int]:
-    """A name and its power; of several names the first that is known."""
+    """(name, power): of several names, the first known one."""
     power = 1
     names: list[str] = []
     for word in words:

@@ -1,10 +1,7 @@
-"""What a task is: a way to draw exercises, to work them out in writing, and to guess wrong.
+"""`Task` generates exercises. `CorpusTask` also writes the documents that a base model is pretrained on.
 
-`data.problems` turns exercises into `Problem`s for RL and evaluation, `data.corpus` into documents for pretraining.
-Left out: verification, which is the `reward` room's; an exercise carries in `answer` and `facts` all that it needs.
-
-A worked thought must be learnable by a tiny model: each step is a verbatim lookup of a label plus arithmetic on what
-stands at fixed offsets nearby.
+generated.py turns exercises into `Problem`s for training and evaluation, corpus.py into documents.
+Left out: grading. The reward room grades by an exercise's `answer` and `facts` alone.
 """
 
 from __future__ import annotations
@@ -18,44 +15,55 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True, slots=True)
 class Exercise:
-    """One problem of a task, before it is encoded."""
+    """A problem before a template is applied and it is encoded.
+
+    `Exercise(prompt="a3b9c8=48?", level=3, answer="(9-3)*8", key="[3, 8, 9]=48", facts={"target": 48, ...})`
+    """
 
     prompt: str
     level: int
     answer: str
     """The right answer, or an example of one."""
     key: str
-    """What the split is decided by: equal for exercises that are the same but for the order they are written in."""
+    """Its hash decides the split. Exercises that differ only in their order of writing need equal keys."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What a verifier needs beyond `answer`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A worked thought, line by line, and the answer it arrives at."""
+    """A worked thought, line by line, and the answer it reaches."""
 
     lines: tuple[str, ...]
     answer: str
 
 
 class Task(ABC):
-    """A family of exercises. Subclass it, put an instance into `TASKS`, and name it in `task.name`."""
+    """A family of exercises. task.name = "module:Class" names a subclass: no arguments, no state."""
 
-    name: ClassVar[str]
     levels: ClassVar[range]
-    """The levels that `draw` knows."""
+    """The levels that `draw` accepts."""
     operations: ClassVar[str] = ""
-    """The values of `task.operations` it understands; empty when it has operations of its own."""
+    """The characters that task.operations may hold; "" if the task does not use it."""
+
+    @abstractmethod
+    def draw(self, rng: random.Random, level: int, operations: str) -> Exercise:
+        """One exercise of that level, a function of `rng` and the arguments alone."""
+
+
+class CorpusTask(Task):
+    """A task that a base model can be pretrained on.
+
+    A worked thought must be learnable by a tiny model: each step looks up a label in the prompt, then
+    computes on text at fixed offsets nearby.
+    """
+
     separator: ClassVar[str] = ","
     """Between the lines of a thought."""
 
     @abstractmethod
-    def draw(self, rng: random.Random, level: int, operations: str) -> Exercise:
-        """One exercise of that level; only `rng` decides."""
-
-    @abstractmethod
     def work(self, exercise: Exercise) -> Work:
-        """The worked thought; a function of the exercise alone."""
+        """The worked thought, a function of the exercise alone."""
 
     @abstractmethod
     def wrong_answer(self, rng: random.Random, exercise: Exercise) -> str:
@@ -63,4 +71,4 @@ class Task(ABC):
 
     @abstractmethod
     def fact(self, rng: random.Random, operations: str) -> str:
-        """One step's arithmetic as a text of its own."""
+        """A document that holds the arithmetic of one step."""

@@ -1,22 +1,27 @@
-"""Countdown: reach a target with all of the numbers, each exactly once. Level is how many numbers there are, 3 or 4.
+"""Countdown: reach a target with all of the numbers, each used exactly once. The level is how many numbers
+there are, 3 or 4.
 
     prompt   a3b9c8=48?
     thought  a3+b9=12:+c8=20/48<-c8=4/48<*c8=96/48>b9-a3=6:+c8=14/48<c8-=2/48<*c8=48/48!
     answer   (9-3)*8
 
-The thought is a search in a fixed order: each pair of numbers and what becomes of it, then after the colon every way
-on with the number that is left. Each candidate restates the target and compares (< > !), so that no step depends on
-anything far away but a label. Subtraction takes the smaller from the larger; `c8-=2` is the left number less the
-pair's value (8 - 6). Values over 99 and fractions are passed over.
+The thought is a search in a fixed order. Each line combines a pair of numbers; after the colon it combines
+the result with the remaining number in every allowed way. Each candidate repeats the target and compares to
+it (< > !), so a step depends on nothing far away except one label. Subtraction takes the smaller value from
+the larger: `c8-=2` means c8 minus the pair's value (8 - 6).
+Values over 99 and fractions are skipped.
 
-With 4 numbers a first move makes a fifth label, and the search goes on with the three that are left:
+With 4 numbers, a first move combines two of them under a new label, and the search continues with the three
+terms that remain:
 
     prompt   a7b2c6d6=3?
     thought  c6-b2=e4.a7+d6=13:+e4=17/3>-e4=9/3>*e4=52/3>a7-d6=1:+e4=5/3>e4-=3/3!
     answer   (6-2)-(7-6)
 
-At most one such first move fails before one leads to the target, so that a thought stays within MAX_TRACE_CHARACTERS.
-Every problem has a solution, for its target comes from an expression; targets that a few blind guesses hit are dropped.
+At most one first move fails before one that reaches the target, so that a thought stays within
+MAX_TRACE_CHARACTERS.
+Every problem has a solution, because its target is the value of an expression. Targets that a few random
+guesses hit are dropped.
 """
 
 from __future__ import annotations
@@ -26,18 +31,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from reason_rl.data.tasks.base import Exercise, Task, Work
+from reason_rl.data.tasks.base import CorpusTask, Exercise, Work
 
 LARGEST_NUMBER, LARGEST_VALUE = 9, 99
 MAX_TRACE_CHARACTERS = 640
-"""Of a thought with two first moves; one with 3 numbers comes to 330 with + - * and to 480 with / as well."""
+"""Limit for a thought with two first moves. With 3 numbers, a thought has up to 330 characters with + - *,
+and 480 with / too."""
 NUM_GUESSES = 4
 LABELS = "abcdefgh"
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A number, given or made on the way."""
+    """A given number, or the result of combining two terms (`is_made`)."""
 
     value: int
     expression: str
@@ -45,15 +51,14 @@ class Term:
     is_made: bool = False
 
     def __str__(self) -> str:
-        """As it stands in a thought: label and value."""
+        """As written in a thought: label and value."""
         return f"{self.label}{self.value}"
 
     def operand(self) -> str:
         return f"({self.expression})" if self.is_made else self.expression
 
 
-class Countdown(Task):
-    name: ClassVar[str] = "countdown"
+class Countdown(CorpusTask):
     levels: ClassVar[range] = range(3, 5)
     operations: ClassVar[str] = "+-*/"
     separator: ClassVar[str] = ""
@@ -65,7 +70,7 @@ class Countdown(Task):
             made = random_expression(rng, numbers, operations)
             if made is None or made.value < 1:
                 continue
-            # with few operations every problem may be easy (sums alone have one value), so this gives up at last
+            # With few operations all problems may be easy (sums have one value), so drop at most 50.
             if num_dropped == 50 or not _is_easy(rng, numbers, made.value, operations):
                 break
             num_dropped += 1
@@ -88,11 +93,11 @@ class Countdown(Task):
         """An expression that uses the numbers once each and misses the target."""
         operations = exercise.facts["operations"]
         for attempt in range(1000):
-            # with few operations every expression may be right, as when only sums are allowed
+            # With few operations all expressions may be right (sums have one value), so widen them.
             made = random_expression(rng, exercise.facts["numbers"], operations if attempt < 20 else "+-*")
             if made is not None and made.value != exercise.facts["target"]:
                 return made.expression
-        raise ValueError(f"no wrong answer to {exercise.prompt} turned up")
+        raise ValueError(f"found no wrong answer to {exercise.prompt} in 1000 attempts")
 
     def fact(self, rng: random.Random, operations: str) -> str:
         while True:
@@ -104,7 +109,7 @@ class Countdown(Task):
 
 
 def combine(x: Term, y: Term, operation: str, label: str = "") -> Term | None:
-    """x and y by that operation, the larger first for - and /; None when the value is over 99 or no integer."""
+    """Combines x and y, the larger first for - and /; None if the value is over 99 or not an integer."""
     if operation in "-/" and y.value > x.value:
         x, y = y, x
     match operation:
@@ -124,7 +129,7 @@ def combine(x: Term, y: Term, operation: str, label: str = "") -> Term | None:
 
 
 def random_expression(rng: random.Random, numbers: Sequence[int], operations: str) -> Term | None:
-    """The numbers joined in a random way, or None when that way leads nowhere."""
+    """Combines the numbers in random pairs and operations; None if a pair cannot be combined."""
     terms = [Term(n, str(n)) for n in numbers]
     while len(terms) > 1:
         x = terms.pop(int(rng.random() * len(terms)))
@@ -139,21 +144,24 @@ def random_expression(rng: random.Random, numbers: Sequence[int], operations: st
 
 
 def _is_easy(rng: random.Random, numbers: Sequence[int], target: int, operations: str) -> bool:
-    """Whether one of a few blind guesses hits: such targets would reward guessing."""
+    """Whether one of a few random guesses hits the target, so that guessing would be rewarded."""
     guesses = (random_expression(rng, numbers, operations) for _ in range(NUM_GUESSES))
     return any(guess is not None and guess.value == target for guess in guesses)
 
 
 def search_three(terms: Sequence[Term], target: int, operations: str) -> tuple[list[str], str | None]:
-    """The lines of the search up to the first hit and the expression that hits; all lines and None without one."""
+    """-> (lines of the search up to the first hit, the expression that hits), or (all lines, None)."""
     lines: list[str] = []
     for i, j, k in ((0, 1, 2), (0, 2, 1), (1, 2, 0)):
         for operation in operations:
+            # Combine a pair.
             made = combine(terms[i], terms[j], operation)
             if made is None:
                 continue
             x, y = _in_order(terms[i], terms[j], operation)
             line = f"{x}{operation}{y}={made.value}:"
+
+            # Combine the result with the third term in each way, and stop at the first hit.
             for last_operation in operations:
                 line += _way_on(made, terms[k], last_operation, target) or ""
                 if line.endswith("!"):
@@ -165,7 +173,7 @@ def search_three(terms: Sequence[Term], target: int, operations: str) -> tuple[l
 
 
 def _way_on(made: Term, last: Term, operation: str, target: int) -> str | None:
-    """`*c8=48/48!` from a pair worth 6, or `c8-=2/48<` where the last number is the larger; None when not allowed."""
+    """`*c8=48/48!` from a pair with value 6, `c8-=2/48<` if the last is larger; None if not allowed."""
     final = combine(made, last, operation)
     if final is None:
         return None
@@ -181,7 +189,7 @@ def _in_order(x: Term, y: Term, operation: str) -> tuple[Term, Term]:
 
 def _search_four(terms: Sequence[Term], target: int, operations: str,
                  rng: random.Random) -> tuple[list[str], str | None]:
-    """First moves in random order: at most one that fails, where there is room for it, then one that leads home."""
+    """First moves in random order: at most one that fails, if there is room, then one that succeeds."""
     failed: list[str] = []
     for move in _shuffled_moves(len(terms), operations, rng):
         lines, answer = _after_move(terms, move, LABELS[len(terms) + bool(failed)], target, operations)
@@ -196,7 +204,7 @@ def _search_four(terms: Sequence[Term], target: int, operations: str,
 
 def _after_move(terms: Sequence[Term], move: tuple[int, int, str], label: str, target: int,
                 operations: str) -> tuple[list[str], str | None]:
-    """The line of a first move and the search among the three terms it leaves; no lines when it is not allowed."""
+    """The lines of a first move and of the search that follows; none if the move is not allowed."""
     i, j, operation = move
     made = combine(terms[i], terms[j], operation, label)
     if made is None:

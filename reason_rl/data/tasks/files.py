@@ -1,13 +1,14 @@
-"""Tasks whose problems stand in files: how a row of gsm8k, MATH, MBPP or any JSONL becomes an exercise.
+"""Tasks read from files: turns a row of gsm8k, MATH, MBPP or any JSONL file into an exercise.
 
-    gsm8k   question, answer: the right one follows the last ####
+    gsm8k   question, answer: the right answer follows the last ####
     math    problem, solution (the right answer is its last box) or answer; level, type
-    code    text, test_list, and where they are there test_setup_code, challenge_test_list, entry_points, code; the first tests
-            are shown, a program must pass all of them
+    code    text, test_list; optionally test_setup_code, challenge_test_list, entry_points, code. The prompt
+            shows the first tests, and a program must pass all of them
     jsonl   the fields that task.prompt_field and task.answer_field name
 
-A row that cannot be one raises `RowError`, which says why; dataset.py knows the file and the line. A task of your own: a function
-as below, and a `FileTask` in `FILE_TASKS`. Left out: reading, splitting and filtering (dataset.py).
+A bad row raises `RowError` with the reason; rows.py adds file and line. To add a task, write a function as
+below and add a `FileTask` to `FILE_TASKS`. Left out: reading (rows.py), splitting and filtering
+(from_files.py).
 """
 
 from __future__ import annotations
@@ -26,18 +27,17 @@ Row = Mapping[str, Any]
 
 
 class RowError(ValueError):
-    """Why a row is no problem."""
+    """Why a row is not a valid problem."""
 
 
 @dataclass(frozen=True)
 class FileTask:
-    name: str
     train_names: tuple[str, ...]
-    """What its file is called in a folder; the first that is there is read."""
+    """Names of its file in a folder; the first that exists is read."""
     heldout_name: str
-    """Its held-out problems, where that file is there."""
+    """Name of the optional file of held-out problems."""
     exercise: Callable[[Row, TaskConfig], Exercise | None]
-    """None for a row that the config filters out."""
+    """Raises RowError for a bad row; None for a row that the config filters out."""
 
 
 def gsm8k(row: Row, config: TaskConfig) -> Exercise:
@@ -49,12 +49,15 @@ def gsm8k(row: Row, config: TaskConfig) -> Exercise:
 
 
 def math(row: Row, config: TaskConfig) -> Exercise | None:
-    problem, level, kind = text_of(row, "problem"), str(row.get("level", "")), str(row.get("type", ""))
+    # Filter by level and type.
+    problem, level, subject = text_of(row, "problem"), str(row.get("level", "")), str(row.get("type", ""))
     number = re.search(r"\d+", level)
     if config.math_levels and (number is None or number.group() not in _listed(config.math_levels)):
         return None
-    if config.math_types and kind.casefold() not in _listed(config.math_types):
+    if config.math_types and subject.casefold() not in _listed(config.math_types):
         return None
+
+    # Take the answer, or find it in the solution.
     answer = text_of(row, "answer") if "answer" in row else find_answer(text_of(row, "solution"))
     if answer is None:
         raise RowError(f"its solution has no answer in a box: {row['solution'][-60:]!r}")
@@ -62,6 +65,7 @@ def math(row: Row, config: TaskConfig) -> Exercise | None:
 
 
 def code(row: Row, config: TaskConfig) -> Exercise:
+    # A program is graded by all tests.
     problem, tests = text_of(row, "text"), texts_of(row, "test_list")
     if not tests:
         raise RowError("its test_list is empty")
@@ -69,21 +73,27 @@ def code(row: Row, config: TaskConfig) -> Exercise:
                              "setup": text_of({"test_setup_code": "", **row}, "test_setup_code")}
     if "entry_points" in row:
         facts["entry_points"] = texts_of(row, "entry_points")
+
+    # The prompt shows the first ones, which name the function.
     shown = "\n".join(tests[: config.code_shown_tests])
-    answer = text_of({"code": "", **row}, "code")  # one of many that are right
+    answer = text_of({"code": "", **row}, "code")  # an example of a right program
     return exercise_of(f"{problem}\nYour program must pass this:\n```python\n{shown}\n```", answer, key=problem, facts=facts)
 
 
 def jsonl(row: Row, config: TaskConfig) -> Exercise:
     answer = row.get(config.answer_field)
-    is_number = type(answer) is int or (type(answer) is float and isfinite(answer))  # pandas writes NaN for no answer
+    # pandas writes NaN for a missing answer.
+    is_number = type(answer) is int or (type(answer) is float and isfinite(answer))
     given = {**row, config.answer_field: str(answer)} if is_number else row
     return exercise_of(text_of(given, config.prompt_field), text_of(given, config.answer_field).strip())
 
 
-FILE_TASKS = {task.name: task for task in (
-    FileTask("gsm8k", ("train.jsonl",), "test.jsonl", gsm8k), FileTask("math", ("train.jsonl",), "test.jsonl", math),
-    FileTask("code", ("train.jsonl", "mbpp.jsonl"), "test.jsonl", code), FileTask("jsonl", ("train.jsonl",), "test.jsonl", jsonl))}
+FILE_TASKS = {
+    "gsm8k": FileTask(("train.jsonl",), "test.jsonl", gsm8k),
+    "math": FileTask(("train.jsonl",), "test.jsonl", math),
+    "code": FileTask(("train.jsonl", "mbpp.jsonl"), "test.jsonl", code),
+    "jsonl": FileTask(("train.jsonl",), "test.jsonl", jsonl),
+}
 
 
 def field_of(row: Row, name: str) -> Any:
@@ -108,8 +118,8 @@ def text_of(row: Row, name: str) -> str:
 def _encodable(name: str, text: str) -> str:
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair, which no tokenizer takes
-        raise RowError(f"its {name!r} is no text: {error}") from error
+    except UnicodeEncodeError as error:  # JSON may hold half of a surrogate pair, which no tokenizer accepts
+        raise RowError(f"its {name!r} is not valid text: {error}") from error
     return text
 
 

@@ -1,11 +1,11 @@
-"""The default task: a labelled calculator program on digits, mod 10.
+"""The default task: a calculator program with labelled lines, on digits, mod 10.
 
     prompt   a2,b*3,c-1,d-8?        start with 2, times 3, minus 1, minus 8
-    thought  a2,b*3=6,c-1=5,d-8=7   each line: look the label up in the prompt, apply it to the digit just written
+    thought  a2,b*3=6,c-1=5,d-8=7   each line looks up the next label and applies its step to the last digit
     answer   7
 
-Level is the number of lines. Multipliers are 3, 7 and 9, which are invertible mod 10, so every digit stays equally
-likely as the answer and no guess beats one in ten.
+The level is the number of lines. The multipliers 3, 7 and 9 are invertible mod 10, so all ten answers are
+equally likely and a guess is right one time in ten.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import random
 import string
 from typing import ClassVar
 
-from reason_rl.data.tasks.base import Exercise, Task, Work
+from reason_rl.data.tasks.base import CorpusTask, Exercise, Work
 
 STEPS = (*(f"+{d}" for d in range(1, 10)), *(f"-{d}" for d in range(1, 10)), "*3", "*7", "*9")
-KINDS = (STEPS[:9], STEPS[9:18], STEPS[18:])
+STEPS_BY_OPERATION = (STEPS[:9], STEPS[9:18], STEPS[18:])
 
 
 def apply_step(value: int, step: str) -> int:
@@ -32,8 +32,7 @@ def apply_step(value: int, step: str) -> int:
             return value * operand % 10
 
 
-class Program(Task):
-    name: ClassVar[str] = "program"
+class Program(CorpusTask):
     levels: ClassVar[range] = range(1, 27)
 
     def draw(self, rng: random.Random, level: int, operations: str) -> Exercise:
@@ -64,6 +63,6 @@ class Program(Task):
 
 
 def _draw_step(rng: random.Random) -> str:
-    """The three operations equally often."""
-    kind = KINDS[int(rng.random() * 3)]
-    return kind[int(rng.random() * len(kind))]
+    """Each of the three operations with the same probability."""
+    steps = STEPS_BY_OPERATION[int(rng.random() * 3)]
+    return steps[int(rng.random() * len(steps))]

@@ -1,4 +1,5 @@
-"""Chat templates: text and tokens are transformers' own for each family's way, and one that misbehaves is one clear error."""
+"""Chat templates: text and tokens equal those of transformers for each family, and a template that
+misbehaves is one clear error."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ SYSTEM = [{"role": "system", "content": " Think first. "}, *USER]
 TURNS = [*SYSTEM, {"role": "assistant", "content": "<think>3+2=5</think>\n\n<answer>5</answer>"},
          {"role": "user", "content": "And 1 more?"}]
 
-# One for each family's way, written for these tests; what they share with the real ones is what they ask of a renderer.
+# Written for these tests in the style of each family: they use the same features as the real ones.
 CHATML = """
 {%- if messages[0].role == 'system' %}
     {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
@@ -152,14 +153,14 @@ def test_text_and_tokens_are_those_of_transformers(family: str, where: str, tmp_
             text = ours.chat.render(messages, datetime.now(), **variables)
             assert text == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
             ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **variables)
-            assert ours.encode(text) == ids  # a BOS that the template writes stands once
+            assert ours.encode(text) == ids  # the template writes the BOS once
 
 
 def test_a_folder_without_a_template_has_no_chat(tmp_path: Path) -> None:
     assert Tokenizer.load(folder_of(tmp_path)).chat is None
 
 
-def test_the_day_is_the_one_that_is_given() -> None:
+def test_the_day_is_the_given_one() -> None:
     template = ChatTemplate("{{ strftime_now('%d %B %Y') }}", {})
     assert template.render(USER, datetime(2024, 7, 26)) == "26 July 2024"
 
@@ -186,8 +187,8 @@ def test_a_template_that_misbehaves_is_one_clear_error(source: str, message: str
 
 
 @pytest.mark.parametrize("source", ["{% for %}", "{{ 'x }}", "{% if a %}", "{% generation %}x"])
-def test_what_is_no_template_is_refused_with_its_line(source: str) -> None:
-    with pytest.raises(ValueError, match="the chat template of some/folder is no template: line 2"):
+def test_invalid_syntax_is_refused_with_its_line(source: str) -> None:
+    with pytest.raises(ValueError, match="the chat template of some/folder is not a valid template: line 2"):
         ChatTemplate(f"\n{source}", {}, "some/folder")
 
 

@@ -1,7 +1,9 @@
-"""The corpus: each document follows from its number alone, says what is true, and stays out of RL's problems."""
+"""The corpus: document i depends on i alone, worked thoughts are right, no prompt is also a train or
+held-out problem."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from dataclasses import replace
@@ -9,8 +11,9 @@ from fractions import Fraction
 
 import pytest
 
-from reason_rl.config import Config, ConfigError, ModelConfig, PretrainConfig, RunConfig, TaskConfig, load_config
-from reason_rl.data import Document, char_tokenizer, corpus_documents, heldout_problems, rl_problems, split_of
+from reason_rl.config import Config, ConfigError, ModelConfig, PretrainConfig, RunConfig, load_config
+from reason_rl.data import Document, char_tokenizer, corpus_documents, load_problems
+from reason_rl.data.split import split_of
 
 TOKENIZER = char_tokenizer()
 COUNTDOWN = load_config("configs/countdown_cpu.toml")
@@ -35,7 +38,7 @@ def value_of(prompt: str) -> int:
     return value
 
 
-def test_documents_follow_from_their_number_alone(documents: list[Document]) -> None:
+def test_a_document_depends_on_its_index_alone(documents: list[Document]) -> None:
     assert corpus_documents(Config(), TOKENIZER, 100, 50) == documents[100:150]
     backwards = [corpus_documents(Config(), TOKENIZER, i, 1)[0] for i in (9, 3, 0)]
     assert backwards == [documents[9], documents[3], documents[0]]
@@ -50,7 +53,7 @@ def test_every_answer_of_the_default_corpus_is_right(documents: list[Document]) 
             assert answer == str(value_of(prompt))
 
 
-def test_every_kind_thinks_as_much_as_its_name_says(documents: list[Document]) -> None:
+def test_a_thought_has_as_many_lines_as_its_kind_says(documents: list[Document]) -> None:
     for document in documents:
         if document.kind == "fact":
             assert re.fullmatch(r"\d[-+*]\d=\d<eos>", TOKENIZER.decode(document.token_ids))
@@ -81,13 +84,14 @@ def test_the_mix_is_the_configs(documents: list[Document]) -> None:
 
 
 @pytest.mark.parametrize("config", [Config(), COUNTDOWN], ids=lambda c: c.task.name)
-def test_the_corpus_stays_out_of_rl_and_heldout_problems(config: Config) -> None:
+def test_the_corpus_shares_no_prompt_with_train_and_heldout_problems(config: Config) -> None:
     prompts = {read(d)[0] for d in corpus_documents(config, TOKENIZER, 0, NUM_DOCUMENTS) if d.kind != "fact"}
-    theirs = {p.prompt for p in heldout_problems(config, TOKENIZER, 500)}
-    theirs |= {p.prompt for step in range(40) for p in rl_problems(config, TOKENIZER, step, 16)}
+    problems = load_problems(config, TOKENIZER)
+    theirs = {p.prompt for p in problems.heldout(500)}
+    theirs |= {p.prompt for step in range(40) for p in problems.train(step, 16)}
     assert not prompts & theirs
     if config.task.name == "program":
-        assert all(split_of(prompt, config.task) == "train" for prompt in prompts)
+        assert all(split_of(prompt, config.task) == "corpus" for prompt in prompts)
 
 
 def test_two_thirds_of_countdowns_guesses_are_wrong_and_no_searched_answer_is() -> None:
@@ -103,16 +107,18 @@ def test_two_thirds_of_countdowns_guesses_are_wrong_and_no_searched_answer_is() 
     assert abs(sum(hits["direct"]) / len(hits["direct"]) - 0.33) < 0.045  # standard deviation 0.0083
 
 
-def test_arithmetic_documents_fit_the_default_context() -> None:
-    config = Config(task=TaskConfig(name="arithmetic", min_level=3, max_level=8))
-    documents = corpus_documents(config, TOKENIZER, 0, 500)
-    assert {d.kind for d in documents} == {"direct", "worked", "partial", "fact"}
-    assert max(len(d.token_ids) for d in documents) <= config.model.max_position_embeddings
-
-
 def test_a_document_longer_than_the_context_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model\.max_position_embeddings = 64"):
         corpus_documents(Config(model=ModelConfig(max_position_embeddings=64)), TOKENIZER, 0, 1000)
+
+
+def test_documents_are_those_of_the_record() -> None:
+    """A changed record means that the same config pretrains on other documents than it used to."""
+    digests = []
+    for config in (Config(), COUNTDOWN):
+        text = repr([(d.token_ids, d.kind, d.level) for d in corpus_documents(config, TOKENIZER, 0, 200)])
+        digests.append(hashlib.blake2b(text.encode(), digest_size=6).hexdigest())
+    assert digests == ["3d8cf5e788a7", "d6f8faaee097"]
 
 
 def test_levels_out_of_order_are_refused() -> None:

@@ -1,4 +1,5 @@
-"""Prompt templates: what stands around a problem, which tokens open it, and what counts as the completion's own."""
+"""Prompt templates: the text around a problem, the tokens that open it, and the prefix that is graded with
+the completion."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from reason_rl.config import Config, ConfigError, TaskConfig
-from reason_rl.data import TASKS, Tokenizer, byte_tokenizer, char_tokenizer, load_template, rl_problems
+from reason_rl.data import Tokenizer, byte_tokenizer, char_tokenizer, load_problems, load_template
 from reason_rl.data.prompts import FOLDER, PromptTemplate
-from reason_rl.reward.format import format_reward
+from reason_rl.reward.parts import format_reward
 from tests.reason_rl.data.test_chat import BRACKETS, CHATML, HEADERS, THINKING_SWITCH
 from tests.reason_rl.trained import folder_of
 
@@ -26,7 +27,7 @@ def written(path: Path, text: str) -> PromptTemplate:
 def test_plain_is_the_problem_and_nothing_else() -> None:
     template = load_template("plain")
     assert template.fill("a{b}?\n", BYTES) == "a{b}?\n" and template.completion_prefix == ""
-    (problem,) = rl_problems(Config(), char_tokenizer(), 0, 1)
+    (problem,) = load_problems(Config(), char_tokenizer()).train(0, 1)
     assert list(problem.prompt_ids) == char_tokenizer().encode(problem.prompt) and problem.completion_prefix == ""
 
 
@@ -75,7 +76,7 @@ completion = "2"
     assert text == "<|begin|>" + "".join(head.format(role) + said + end for role, said in turns) + head.format("assistant")
     (ids,) = template.encode([text], tokenizer)
     assert ids == tokenizer.encode(text) and ids.count(tokenizer.id_of("<|begin|>")) == 1
-    assert load_template("chat").day == date(2024, 7, 26)  # not the calendar's
+    assert load_template("chat").day == date(2024, 7, 26)  # not today
     adding = Tokenizer.load(folder_of(tmp_path / "adding", "byte_fallback", chat_template=BRACKETS))
     (ids,) = load_template("chat").encode([load_template("chat").fill("2+2", adding)], adding)
     assert ids.count(adding.id_of("<s>")) == 1 and adding.encode_prompt("2+2").count(adding.id_of("<s>")) == 1
@@ -96,25 +97,26 @@ def test_a_prefix_that_the_chat_template_has_written_is_not_written_again(tmp_pa
     assert [one.rpartition("assistant")[2] for one in filled] == ["\n<think>\n", "\n<think>"]
     with_break = written(tmp_path, text.replace("<think>", "<think>\\n"))
     assert with_break.fill("1?", Tokenizer.load(tmp_path / "opening")) == filled[0]
-    assert written(tmp_path, 'prompt = "{problem}"\ncompletion_prefix = "="').fill("1+1=", BYTES) == "1+1=="  # the problem's own
+    # A problem that ends with the same text keeps it.
+    assert written(tmp_path, 'prompt = "{problem}"\ncompletion_prefix = "="').fill("1+1=", BYTES) == "1+1=="
 
 
 def test_a_thought_that_the_chat_template_opens_is_the_completions(tmp_path: Path) -> None:
     opening = CHATML.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>assistant\\n<think>\\n' }}")
     config = Config(task=TaskConfig(template="chat"))
     for name, source, prefix in (("opening", opening, "<think>"), ("plain", CHATML, "")):
-        (problem,) = rl_problems(config, Tokenizer.load(folder_of(tmp_path / name, chat_template=source)), 0, 1)
+        (problem,) = load_problems(config, Tokenizer.load(folder_of(tmp_path / name, chat_template=source))).train(0, 1)
         assert problem.completion_prefix == prefix and problem.prompt.endswith(f"assistant\n{prefix and '<think>' + chr(10)}")
 
 
 def test_problems_carry_what_their_prompt_ends_with(tmp_path: Path) -> None:
     config = Config(task=TaskConfig(template="r1_zero"))
-    (problem,) = rl_problems(config, BYTES, 0, 1)
+    (problem,) = load_problems(config, BYTES).train(0, 1)
     assert problem.completion_prefix == "<think>" and problem.prompt.endswith("Assistant: <think>")
     assert BYTES.decode(problem.prompt_ids) == problem.prompt
-    (plain,) = rl_problems(Config(), BYTES, 0, 1)
+    (plain,) = load_problems(Config(), BYTES).train(0, 1)
     assert (plain.problem_id, plain.answer) == (problem.problem_id, problem.answer) and plain.prompt in problem.prompt
-    assert TASKS["program"].name == problem.task
+    assert problem.task == "program"
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -125,8 +127,8 @@ def test_problems_carry_what_their_prompt_ends_with(tmp_path: Path) -> None:
     ('prompt = "{problem}"\nsystem = 3', "system must be str, got 3"),
     ('prompt = "{problem}"\nday = "today"', "day must be date, got 'today'"),
     ('prompt = "{problem}"\nday = 2024-01-01T00:00:00', "day must be date"),
-    ('prompt = "{problem}"\n[[examples]]\nproblem = "x"', "an example has a problem and a completion, both text"),
-    ('prompt = "{problem}"\nexamples = ["x"]', "an example has a problem and a completion"),
+    ('prompt = "{problem}"\n[[examples]]\nproblem = "x"', "an example must have problem and completion, both text"),
+    ('prompt = "{problem}"\nexamples = ["x"]', "an example must have problem and completion"),
     ("prompt = ", "is not valid TOML"),
 ])
 def test_a_template_that_cannot_be_is_refused_by_its_key(text: str, message: str, tmp_path: Path) -> None:
@@ -141,5 +143,5 @@ def test_a_template_that_is_not_there_is_refused_with_those_that_are() -> None:
 
 
 def test_a_chat_prompt_needs_a_checkpoint_with_a_chat_template() -> None:
-    with pytest.raises(ConfigError, match=r"goes through a chat template, but the checkpoint has none: no chat_template\.jinja"):
-        rl_problems(Config(task=TaskConfig(template="chat")), BYTES, 0, 1)
+    with pytest.raises(ConfigError, match=r"but the checkpoint has none: no chat_template\.jinja"):
+        load_problems(Config(task=TaskConfig(template="chat")), BYTES).train(0, 1)

@@ -1,4 +1,5 @@
-"""The tokenizers: what goes in comes out, any checkpoint's is read as transformers reads it, and what is not known is named."""
+"""The tokenizers: decoding inverts encoding, a checkpoint's tokenizer equals that of transformers, errors
+name their cause."""
 
 from __future__ import annotations
 
@@ -111,14 +112,14 @@ def test_a_missing_or_damaged_file_is_said_to_be_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("file", "text", "message"), [
-    ("generation_config.json", '{"eos_token_id": 99999}', "eos_token_id 99999 is none of the tokenizer's 700 tokens"),
+    ("generation_config.json", '{"eos_token_id": 99999}', "eos_token_id 99999 is not one of the tokenizer's 700 tokens"),
     ("generation_config.json", '{"eos_token_id": "</s>"}', "eos_token_id must be a token id or a list of them, got '</s>'"),
     ("generation_config.json", '{"eos_token_id"', r"generation_config\.json is damaged"),
     ("tokenizer_config.json", '{"eos_token": "<absent>"}', "no token '<absent>'"),
-    ("tokenizer_config.json", "[]", "must hold a table, got list"),
+    ("tokenizer_config.json", "[]", "must hold a JSON object, got list"),
     ("tokenizer_config.json", '{"chat_template": 3}', "chat_template must be text or a list of named texts, got int"),
     ("tokenizer_config.json", '{"chat_template": [{"name": "rag", "template": "x"}]}', r"several chat templates \(rag\)"),
-    ("chat_template.jinja", "{% for %}", "is no template: line 1"),
+    ("chat_template.jinja", "{% for %}", "is not a valid template: line 1"),
 ])
 def test_a_folder_that_contradicts_itself_is_refused_by_name(file: str, text: str, message: str, tmp_path: Path) -> None:
     folder_of(tmp_path / "given")
@@ -225,7 +226,7 @@ def test_a_stream_of_bytes_that_are_no_text_goes_on_after_them() -> None:
     assert "\ufffd" in "".join(said)  # it does not wait for ever
     assert ("".join(said) + stream.push(BYTES.encode("!")[0])) == "\ufffd" * 40 + "!"
     assert stream.push(broken[0]) == "" and stream.flush() == "\ufffd" and stream.flush() == ""
-    whole = BYTES.pieces(broken * 17 + BYTES.encode("🙂")[1:] + BYTES.encode("x"))  # given up on before its last bytes came
+    whole = BYTES.pieces(broken * 17 + BYTES.encode("🙂")[1:] + BYTES.encode("x"))  # held back too long
     assert "".join(whole) == "\ufffd" * 20 + "x"
 
 
@@ -251,7 +252,7 @@ def test_thinking_tokens_stand_between_the_tags_whether_those_are_tokens_or_not(
 
 
 def joined(vocab: dict[str, int]) -> Tokenizer:
-    """Of these pieces, whose texts stand together as they are."""
+    """A tokenizer with this vocabulary whose decoder joins tokens without separators."""
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
     inner.decoder = tokenizers.decoders.Fuse()
     return Tokenizer(inner)
@@ -282,7 +283,7 @@ def test_a_completion_is_trained_on_as_it_was_sampled_and_never_encoded_again(tm
     tokenizer = Tokenizer.load(folder_of(tmp_path))
     sampled = (*by_character(tokenizer, "apples 4"), tokenizer.eos_id)
     text = tokenizer.decode_completion(sampled)
-    assert text == "apples 4" and tuple(tokenizer.encode(text)) != sampled[:-1]  # its own encoding has fewer tokens
+    assert text == "apples 4" and tuple(tokenizer.encode(text)) != sampled[:-1]  # encoding gives fewer
     completion = Completion(sampled, (-1.0,) * len(sampled), (0.0,) * len(sampled), "stop", 0, 0)
     group = Group(Problem(0, "test", "Tom", tuple(tokenizer.encode("Tom")), "4"), (completion,))
     (pack,) = pack_samples([Sample(group, 0, 0)], torch.ones(1, 1), 1000)
@@ -296,7 +297,8 @@ def test_tokens_are_read_by_their_ids_even_where_these_have_gaps() -> None:
 
 
 def test_random_tokens_of_any_kind_are_streamed_without_losing_text(folder: Path) -> None:
-    """What a policy may sample: no one's encoding, and bytes that are no characters, of which only the rest is compared."""
+    """A policy may sample ids that no text encodes to, and bytes that are not characters; only the valid
+    text is compared."""
     tokenizer, rng = Tokenizer.load(folder), random.Random(0)
     for _ in range(200):
         ids = [rng.randrange(3, tokenizer.vocab_size) for _ in range(30)]

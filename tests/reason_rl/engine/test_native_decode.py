@@ -14,12 +14,12 @@ import torch
 
 from kernels.attention import BLOCK_SIZE
 from kernels.linear_logprob import linear_logprob
+from kernels.native import cpu_unsupported_reason
 from kernels.rms_norm import rms_norm
 from reason_rl.engine.native_decode import (
     DecodeBatch,
     DecodeModel,
     LayerWeights,
-    cpu_why_not,
     decode,
     pack_layer,
     pack_weight,
@@ -29,7 +29,7 @@ from tests.kernels.compare import same_bits
 
 D, H, K, C, E, TOP, INNER, V, P, L, NUM_BLOCKS = 24, 4, 2, 6, 3, 2, 10, 19, 64, 2, 9
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(bool(cpu_why_not(CPU)), reason=f"native kernels: {cpu_why_not(CPU)}")
+pytestmark = pytest.mark.skipif(bool(cpu_unsupported_reason(CPU)), reason=f"native kernels: {cpu_unsupported_reason(CPU)}")
 
 
 def make_model(dtype: torch.dtype) -> DecodeModel:

@@ -92,11 +92,11 @@ def test_two_processes_sample_the_same_completions_from_the_same_weights(one: Pa
 @pytest.mark.long
 def test_two_processes_make_the_same_update_up_to_rounding(one: Path, two: Path):
     """1e-5: f32 sums of some hundred terms in another order, then two updates; ratios are exponentials of such."""
-    of_one, of_two = (rows(out_dir / "tiny", phase="rl")[0] for out_dir in (one, two))
+    of_one, of_two = (rows(out_dir / "tiny", stage="grpo", phase="train")[0] for out_dir in (one, two))
     assert {key: of_two[key] for key in METRICS_OF_THE_UPDATE} == pytest.approx(
         {key: of_one[key] for key in METRICS_OF_THE_UPDATE}, rel=1e-5, abs=1e-5)
     assert of_one["num_loss_tokens"] == of_two["num_loss_tokens"]
-    assert {row["max_abs_logprob_gap"] for row in rows(two / "tiny", phase="rl")} == {0.0}
+    assert {row["max_abs_logprob_gap"] for row in rows(two / "tiny", stage="grpo", phase="train")} == {0.0}
 
 
 @pytest.mark.long
@@ -120,7 +120,7 @@ def test_pretraining_by_two_processes_matches_one(optimizer: str, tmp_path: Path
     assert run_here(tmp_path / "one", *more) == 0
     done = run_apart(tmp_path / "two", *more, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    losses = [rows(tmp_path / name / "tiny", phase="pretrain")[-1]["loss"] for name in ("one", "two")]
+    losses = [rows(tmp_path / name / "tiny", stage="pretrain")[-1]["loss"] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     models = [load_model(tmp_path / name / "tiny" / "checkpoints" / "final") for name in ("one", "two")]
     start = Transformer(models[0].config, models[0].vocab_size).initialise(0).state_dict()
@@ -148,7 +148,7 @@ def test_a_checkpoint_of_two_processes_is_gone_on_with_by_one_and_the_other_way_
         # The rollouts of step 5 come from the weights of step 4, whole in the checkpoint: the same to the bit.
         again, first = (rows(f / "rollouts", "step_000005.jsonl") for f in (folder, source / "tiny"))
         assert again == first
-        update, before = (rows(f, phase="rl")[-1] for f in (folder, source / "tiny"))
+        update, before = (rows(f, stage="grpo", phase="train")[-1] for f in (folder, source / "tiny"))
         assert update["loss"] == pytest.approx(before["loss"], abs=1e-5)
         weights = [load_model(f / "checkpoints" / "final").embedding.weight for f in (folder, source / "tiny")]
         torch.testing.assert_close(*weights, rtol=0, atol=1e-4)
@@ -166,7 +166,7 @@ def test_every_way_of_training_works_with_two_processes(more: list[str], one: Pa
     quick = ["--rl.steps=2", "--eval.every=0", "--eval.final_problems=2", "--eval.pass_at_k=0", "--pretrain.steps=4"]
     done = run_apart(tmp_path, *quick, *more, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {row.get("max_abs_logprob_gap", 0.0) for row in rows(tmp_path / "tiny", phase="rl")} == {0.0}
+    assert {row.get("max_abs_logprob_gap", 0.0) for row in rows(tmp_path / "tiny", stage="grpo", phase="train")} == {0.0}
 
 
 @pytest.mark.long
@@ -189,5 +189,5 @@ def test_ctrl_c_under_torchrun_saves_and_one_process_goes_on(one: Path, tmp_path
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=120)
     assert "goes on from here" in text, text
-    steps = len(rows(tmp_path / "tiny", phase="rl"))
+    steps = len(rows(tmp_path / "tiny", stage="grpo", phase="train"))
     assert (tmp_path / "tiny" / "checkpoints" / f"step_{steps:06d}" / "trainer.pt").exists() and steps < 400

@@ -1,6 +1,6 @@
-"""A real headless Chromium, spoken to over its DevTools pipe with the standard library alone.
+"""Drives a headless Chromium over its DevTools pipe, with the standard library alone.
 
-`--remote-debugging-pipe` reads JSON messages from file descriptor 3 and writes them to 4, each ended by a zero byte.
+`--remote-debugging-pipe` reads JSON messages from file descriptor 3 and writes to 4; a zero byte ends each.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import os, sys
 os.dup2(int(sys.argv[1]), 3), os.dup2(int(sys.argv[2]), 4)
 os.execv(sys.argv[3], sys.argv[3:])
 """
-"""Run in the child: puts the pipe's ends at the two descriptors that the browser looks at, and becomes the browser."""
+"""The child moves the pipe's ends to the two descriptors that the browser uses, then runs the browser."""
 TIMEOUT_S = 60.0
-"""For one answer; a cold start on a busy machine takes several seconds."""
+"""For one response; a cold start on a busy machine takes several seconds."""
 
 
 def find_chromium() -> str | None:
@@ -33,7 +33,7 @@ def find_chromium() -> str | None:
 
 
 class Chromium:
-    """One browser with one page, no network, a throw-away profile."""
+    """One browser with one page, without network, in a temporary profile."""
 
     def __init__(self, profile: Path) -> None:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -87,16 +87,16 @@ class Chromium:
         deadline = time.monotonic() + TIMEOUT_S
         while b"\0" not in self._buffer:
             if not select.select([self._read], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise TimeoutError(f"no answer from Chromium within {TIMEOUT_S} s")
+                raise TimeoutError(f"no response from Chromium within {TIMEOUT_S} s")
             data = os.read(self._read, 1 << 20)
             if not data:
-                raise RuntimeError("Chromium went away")
+                raise RuntimeError("Chromium exited")
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\0")
         return dict(json.loads(line))
 
     def open(self, path: Path, fragment: str = "", width: int = 1280, height: int = 900, scheme: str = "light") -> None:
-        """Loads a file and waits until the page says it is ready."""
+        """Loads a file and waits until its scripts have run."""
         self.events.clear()
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
@@ -132,7 +132,7 @@ class Chromium:
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 
     def screenshot(self, path: Path) -> None:
-        """The whole page, not only what the window shows."""
+        """The whole page, also outside the window."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True,
                          clip={"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1})

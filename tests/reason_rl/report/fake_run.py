@@ -1,7 +1,7 @@
-"""A made-up but realistic run folder of 90 RL steps, for the tests of the report and the plot.
+"""A made-up run folder for the tests of the page and the plot: 2,000 pretraining steps, then 90 GRPO steps.
 
-It follows the shape of a real run (a base that mostly guesses, a lift within some twenty steps), from `random.Random`
-keyed by name and seed, so that it is the same everywhere. No model is involved.
+Its curves follow those of a real run: the base model mostly guesses, and accuracy rises within about twenty
+steps. The numbers come from `random.Random` with a fixed seed, so they are the same on every machine.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from reason_rl.report.log import RunLog
 STEPS = 90
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 CAUSE = "custom: ValueError: no digits <b>here</b>"
-"""Of the one completion that was not graded: the last of step 1's first group."""
+"""Why the last completion of step 1's first group was not graded; all others were."""
 
 
 def learned(step: int) -> float:
-    """0 before the lift, 1 after it."""
+    """0 before accuracy rises, 1 after."""
     return 1 / (1 + math.exp(-(step - 13) / 4.5))
 
 
-def rl_metrics(step: int, rng: random.Random) -> dict[str, Any]:
+def train_metrics(step: int, rng: random.Random) -> dict[str, Any]:
     skill = learned(step)
     accuracy = 0.16 + 0.8 * skill + rng.gauss(0, 0.02)
     entropy = 0.62 * (1 - skill) + 0.07 + rng.gauss(0, 0.008)
@@ -96,28 +96,28 @@ def rollout_rows(step: int, rng: random.Random, groups: int = 4, group_size: int
 
 
 def write_fake_run(folder: Path, seed: int = 0, hostile: bool = False) -> Path:
-    """A finished run's folder. `hostile` puts markup and scripts wherever text of a model or a user can stand."""
+    """A finished run's folder. `hostile` puts markup and scripts into every text of a model or a user."""
     rng = random.Random(f"{seed}/fake-run")
     log = RunLog(folder, tensorboard=False)
     for step in range(0, 2001, 10):
         loss = 0.55 + 2.9 * math.exp(-step / 220) + rng.gauss(0, 0.02)
-        log.metrics("pretrain", step, {
+        log.metrics("pretrain", "train", step, {
             "loss": loss, "lr": 2e-3 * (1 - step / 2001), "grad_norm": 0.5 + rng.random() * 0.2,
             "tokens": 2048 * step, "balance": 1.0 + 0.1 * rng.random()})
-        log.timings("pretrain", step, {"step_s": 0.07, "train_tok_s": 29000 + rng.gauss(0, 800)})
-    log.metrics("eval", 0, eval_metrics(0, with_pass_at_k=True, seed=seed))
-    log.timings("eval", 0, {"eval_s": 4.0})
+        log.timings("pretrain", "train", step, {"step_s": 0.07, "train_tok_s": 29000 + rng.gauss(0, 800)})
+    log.metrics("grpo", "eval", 0, eval_metrics(0, with_pass_at_k=True, seed=seed))
+    log.timings("grpo", "eval", 0, {"eval_s": 4.0})
     for step in range(1, STEPS + 1):
-        log.metrics("rl", step, rl_metrics(step, rng))
+        log.metrics("grpo", "train", step, train_metrics(step, rng))
         rollout_s, train_s = 0.2 + 0.1 * learned(step), 0.15 + 0.17 * learned(step)
-        log.timings("rl", step, {"rollout_s": rollout_s, "reward_s": 0.01, "train_s": train_s,
-                                 "step_s": rollout_s + train_s + 0.02, "rollout_tok_s": 32000 + rng.gauss(0, 1500),
-                                 "train_tok_s": 30000 + rng.gauss(0, 1500), "step_tok_s": 15500.0})
+        log.timings("grpo", "train", step, {
+            "rollout_s": rollout_s, "reward_s": 0.01, "train_s": train_s, "step_s": rollout_s + train_s + 0.02,
+            "rollout_tok_s": 32000 + rng.gauss(0, 1500), "train_tok_s": 30000 + rng.gauss(0, 1500), "step_tok_s": 15500.0})
         if step % 10 == 0:
-            log.metrics("eval", step, eval_metrics(step, with_pass_at_k=step == STEPS, seed=seed))
-            log.timings("eval", step, {"eval_s": 1.1})
+            log.metrics("grpo", "eval", step, eval_metrics(step, with_pass_at_k=step == STEPS, seed=seed))
+            log.timings("grpo", "eval", step, {"eval_s": 1.1})
         if step == 1 or step % 10 == 0:
-            log.rollouts(step, [_hostile(row) if hostile else row for row in rollout_rows(step, rng)])
+            log.rollouts("grpo", step, [_hostile(row) if hostile else row for row in rollout_rows(step, rng)])
     log.close()
     first, last = eval_metrics(0, False, seed), eval_metrics(STEPS, False, seed)
     (folder / "summary.json").write_text(json.dumps({
@@ -125,9 +125,12 @@ def write_fake_run(folder: Path, seed: int = 0, hostile: bool = False) -> Path:
         "base_mean_thinking_tokens": first["mean_thinking_tokens"],
         "final_mean_thinking_tokens": last["mean_thinking_tokens"],
         "base_thinks_share": first["thinks_share"], "final_thinks_share": last["thinks_share"],
-        "final_format_rate": last["format_rate"], "wall_s": 214.6, "seed": seed, "max_abs_logprob_gap": 1.9e-6}))
+        "final_format_rate": last["format_rate"], "wall_s": 214.6, "seed": seed, "max_abs_logprob_gap": 1.9e-6}),
+        encoding="utf-8")
     name = HOSTILE if hostile else "program"
-    (folder / "config.toml").write_text(f"[run]\nname = {json.dumps(name)}\nseed = {seed}\n\n[rl]\nsteps = {STEPS}\n")
+    (folder / "config.toml").write_text(
+        f'[run]\nname = {json.dumps(name)}\nseed = {seed}\n\n[[stage]]\nkind = "pretrain"\n\n'
+        f'[[stage]]\nkind = "grpo"\n\n[stage.rl]\nsteps = {STEPS}\n', encoding="utf-8")
     return folder
 
 

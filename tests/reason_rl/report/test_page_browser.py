@@ -1,4 +1,4 @@
-"""report.html in a real headless Chromium: curves drawn, rollouts shown, mouse and keyboard obeyed, no error."""
+"""report.html in a real headless Chromium: curves, rollouts, mouse and keyboard, and no script error."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ pytestmark = [
     pytest.mark.skipif(find_chromium() is None, reason="no chromium, chromium-browser or google-chrome on PATH"),
 ]
 WIDTHS = (320, 390, 768, 1280)
-EXPECTED_CHARTS = {
-    "Accuracy", "Thinking length", "Reward and its parts", "Share that thinks", "Does thinking pay?", "pass@k",
-    "Format", "Completion length", "Entropy", "KL", "Clip fractions", "Logprob gap", "Ratio", "Groups without signal",
-    "Loss", "Gradient norm", "Loss tokens", "Time per phase", "Throughput", "Evaluations", "Pretraining loss",
-    "Learning rate",
+CHARTS = {
+    "pretrain": ["Loss", "Learning rate"],
+    "grpo": ["Accuracy", "Thinking length", "Reward and its parts", "Samples that think", "Does thinking pay?", "pass@k", "Format",
+             "Completion length", "Entropy", "KL", "Clip fractions", "Logprob gap", "Ratio", "Groups without signal", "Loss",
+             "Gradient norm", "Loss tokens", "Time per phase", "Throughput", "Evaluations"],
 }
 
 
@@ -45,21 +45,28 @@ def assert_no_error(browser: Chromium) -> None:
     assert asked and all(url.startswith(("file:", "data:", "about:")) for url in asked)
 
 
+def titles(browser: Chromium) -> dict[str, list[str]]:
+    """{heading of a stage: its charts}"""
+    return dict(browser.js("""Object.fromEntries([...document.querySelectorAll('.stage')].map(stage => [
+        stage.querySelector('h2').textContent,
+        [...stage.querySelectorAll('[data-chart]')].map(figure => figure.dataset.chart)]))"""))
+
+
 def test_every_chart_is_drawn_with_its_points(browser: Chromium, page: Path) -> None:
     browser.open(page)
     assert_no_error(browser)
-    drawn = browser.js("Object.fromEntries([...document.querySelectorAll('[data-chart]')].map("
-                       "f => [f.dataset.chart, [...f.querySelectorAll('path')].map(p => p.getAttribute('d'))]))")
-    assert set(drawn) == EXPECTED_CHARTS
-    for name, paths in drawn.items():
+    assert titles(browser) == {"Stage 1 of 2: pretrain": CHARTS["pretrain"], "Stage 2 of 2: grpo": CHARTS["grpo"]}
+    drawn = browser.js("[...document.querySelectorAll('[data-chart]')].map("
+                       "f => [f.dataset.chart, [...f.querySelectorAll('path')].map(p => p.getAttribute('d'))])")
+    for name, paths in drawn:
         assert paths, name
         for path in paths:
             assert path.count("L") >= 4 and "NaN" not in path and "undefined" not in path, (name, path[:80])
-    entropy = max(drawn["Entropy"], key=lambda d: -d.count("Z"))
+    entropy = max(dict(drawn)["Entropy"], key=lambda d: -d.count("Z"))
     assert entropy.count("L") == 89  # 90 steps, 90 points
 
 
-def test_curves_lie_inside_their_plots_and_rise_with_accuracy(browser: Chromium, page: Path) -> None:
+def test_curves_are_inside_their_plots_and_rise_with_accuracy(browser: Chromium, page: Path) -> None:
     browser.open(page)
     inside = browser.js(
         "[...document.querySelectorAll('.plot')].every(s => { const v = s.viewBox.baseVal; "
@@ -80,7 +87,7 @@ def test_no_window_needs_sideways_scrolling(browser: Chromium, page: Path, width
     assert bright == (scheme == "light")
 
 
-def test_hovering_a_chart_tells_values_and_moves_the_shared_cursor(browser: Chromium, page: Path) -> None:
+def test_hovering_a_chart_shows_values_and_moves_the_cursor_of_its_stage(browser: Chromium, page: Path) -> None:
     browser.open(page)
     box = browser.js("(() => { const p = document.querySelector('[data-chart=Accuracy] .plot'); p.scrollIntoView(); "
                      "const b = p.getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; })()")
@@ -88,7 +95,8 @@ def test_hovering_a_chart_tells_values_and_moves_the_shared_cursor(browser: Chro
     browser.move_mouse(box[0] + box[2] * 0.2, box[1] + box[3] / 2)
     tip = browser.js("document.getElementById('tip').innerText")
     assert tip.startswith("step ") and "held-out" in tip and "%" in tip
-    assert browser.js("document.querySelectorAll('.plot g[visibility=visible] .cursor').length") > 15
+    assert browser.js("document.querySelectorAll('#stage-2 .plot g[visibility=visible] .cursor').length") > 15
+    assert browser.js("document.querySelectorAll('#stage-1 .plot g[visibility=visible]').length") == 0
     assert browser.js("document.querySelector('[data-chart=Entropy] .legend b').textContent") != resting
     browser.move_mouse(2, 2)
     assert browser.js("document.getElementById('tip').hidden")
@@ -112,7 +120,7 @@ def test_the_hash_chooses_step_group_sample_and_colour(browser: Chromium, page: 
                        "VIEW.sample, document.getElementById('colour-logprob').checked]")
     assert state == ["20", 2, 3, True]
     shown = browser.js("[...document.querySelectorAll('.token')].map(t => t.textContent)")
-    assert shown == browser.js("DATA.rollouts[2].groups[2].samples[3].tokens") and shown[0] == "<think>"
+    assert shown == browser.js("DATA.rollouts[0].steps[2].groups[2].samples[3].tokens") and shown[0] == "<think>"
     browser.open(page, "#step=1&group=0&sample=7")
     assert_no_error(browser)
     assert CAUSE in browser.js("document.getElementById('verdict').textContent")
@@ -150,7 +158,7 @@ def test_a_tokens_tip_holds_logprob_probability_and_advantage(browser: Chromium,
 
 def test_mouse_and_keyboard_move_through_steps_groups_samples_and_tokens(browser: Chromium, page: Path) -> None:
     browser.open(page, "#step=10&group=0&sample=0")
-    state = "[DATA.rollouts[VIEW.step].step, VIEW.group, VIEW.sample, VIEW.token]"
+    state = "[steps()[VIEW.step].step, VIEW.group, VIEW.sample, VIEW.token]"
     browser.click("#step-on")
     assert browser.js(state) == [20, 0, 0, None]
     browser.click("#group-on")
@@ -182,12 +190,48 @@ def test_hostile_completions_are_shown_and_never_run(browser: Chromium, tmp_path
     assert browser.js("document.querySelectorAll('img').length") == 0
 
 
-def test_a_young_run_shows_what_there_is(browser: Chromium, tmp_path: Path) -> None:
+def test_a_young_run_shows_the_charts_that_have_data(browser: Chromium, tmp_path: Path) -> None:
     with RunLog(tmp_path / "young", tensorboard=False) as log:
-        log.metrics("pretrain", 0, {"loss": 3.0})
-        log.metrics("rl", 1, {"reward": 0.0, "kl": None, "max_abs_logprob_gap": 0.0})
+        log.metrics("pretrain", "train", 1, {"loss": 3.0})
+        log.metrics("grpo", "train", 1, {"reward": 0.0, "kl": None, "max_abs_logprob_gap": 0.0})
     browser.open(write_report(tmp_path / "young"))
     assert_no_error(browser)
-    assert browser.js("[...document.querySelectorAll('[data-chart]')].map(f => f.dataset.chart)") == [
-        "Reward and its parts", "Logprob gap", "Pretraining loss"]
+    assert titles(browser) == {"Stage 1 of 2: pretrain": ["Loss"], "Stage 2 of 2: grpo": ["Reward and its parts", "Logprob gap"]}
     assert browser.js("document.getElementById('viewer').hidden")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "grpo"])
+def test_a_run_of_one_stage_has_one_section(browser: Chromium, tmp_path: Path, stage: str) -> None:
+    with RunLog(tmp_path / "one", tensorboard=False) as log:
+        log.metrics(stage, "train", 1, {"loss": 3.0})
+        log.metrics(stage, "train", 2, {"loss": 2.0})
+    browser.open(write_report(tmp_path / "one"))
+    assert_no_error(browser)
+    assert titles(browser) == {stage: ["Loss"]}
+
+
+def test_the_viewer_changes_between_stages_and_a_stage_of_another_kind_draws_all_its_metrics(
+        browser: Chromium, tmp_path: Path) -> None:
+    with RunLog(tmp_path / "many", tensorboard=False) as log:
+        for stage in ("grpo", "student & co", "empty"):
+            for step in (1, 2, 3):
+                log.metrics(stage, "train", step, {"loss": 1.0 / step, "agreement": 0.5})
+                if stage != "empty":
+                    log.rollouts(stage, step, [{"group": 0, "text": f"{stage} at {step}"}])
+            log.metrics(stage, "eval", 3, {"accuracy": 0.5, "teacher_kl": 0.25})
+    path = write_report(tmp_path / "many")
+    browser.open(path)
+    assert_no_error(browser)
+    assert titles(browser) == {
+        "Stage 1 of 3: grpo": ["Accuracy", "Loss"],
+        "Stage 2 of 3: student & co": ["Accuracy", "Loss", "agreement", "teacher_kl"],
+        "Stage 3 of 3: empty": ["Accuracy", "Loss", "agreement", "teacher_kl"]}
+    shown = "document.getElementById('tokens').textContent"
+    assert browser.js(shown) == "student & co at 3" and browser.js("viewer.closest('.stage').id") == "stage-2"
+    browser.js("(s => { s.value = '0'; s.dispatchEvent(new Event('change')); })(document.getElementById('stage-select'))")
+    assert browser.js(shown) == "grpo at 3" and browser.js("location.hash").startswith("#stage=grpo&step=3&")
+    browser.open(path, "#stage=student%20%26%20co&step=2")
+    assert browser.js(shown) == "student & co at 2"
+    browser.click("a[href='#stage-3']")
+    assert browser.js(shown) == "student & co at 2"
+    assert_no_error(browser)

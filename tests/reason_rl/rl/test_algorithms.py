@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.grpo_loss import LossSpec, finish_metrics, grpo_loss
+from kernels.grpo_loss import LossInputs, LossSpec, finish_metrics, grpo_loss
 from reason_rl.config import Config, load_config
 from reason_rl.records import Completion, Group, Problem, Score
 from reason_rl.rl.advantages import compute_advantages
@@ -185,13 +185,11 @@ def our_loss(config: Config, batch: Batch) -> tuple[torch.Tensor, dict[str, floa
     new, old, ref = ([table[b][i] for b, i in kept] for table in tables)
     lengths = torch.tensor([len(x) for x in new])
     advantages = torch.stack([result.advantages[b, i] for b, i in kept]).double()
-    loss, metrics = grpo_loss(
-        torch.cat(new), old_logprobs=torch.cat(old), ref_logprobs=torch.cat(ref),
-        advantages=advantages.repeat_interleave(lengths),
-        sequence_index=torch.arange(len(kept)).repeat_interleave(lengths),
-        num_sequences=len(kept), spec=resolved_spec(config),
-        total_loss_tokens=int(lengths.sum()), total_sequences=len(kept),
-    )
+    inputs = LossInputs(
+        old_logprobs=torch.cat(old), ref_logprobs=torch.cat(ref), advantages=advantages.repeat_interleave(lengths),
+        sequence_index=torch.arange(len(kept)).repeat_interleave(lengths), num_sequences=len(kept),
+        total_loss_tokens=int(lengths.sum()), total_sequences=len(kept))
+    loss, metrics = grpo_loss(torch.cat(new), inputs, resolved_spec(config))
     return loss, finish_metrics(metrics)
 
 

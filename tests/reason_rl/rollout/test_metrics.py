@@ -1,4 +1,4 @@
-"""What groups say in numbers, on groups small enough to count by hand."""
+"""Metrics of groups that are small enough to count by hand."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from dataclasses import replace
 from itertools import combinations
 
 import pytest
+import torch
 
-from reason_rl.config import Config
 from reason_rl.data import char_tokenizer
-from reason_rl.records import Completion, Group, Problem, Score
+from reason_rl.records import Completion, Group, Microbatch, Problem, Score
+from reason_rl.report.clock import Clock
+from reason_rl.rl.advantages import Advantages
 from reason_rl.rollout.metrics import (
     eval_metrics,
     pass_at_k,
     pass_at_powers,
     rollout_metrics,
     rollout_rows,
+    step_stats,
     update_metrics,
 )
 
@@ -29,7 +32,7 @@ def completion(text: str, index: int, ended: bool = True) -> Completion:
 
 THOUGHT = completion("<think>1+1=2</think><answer>2</answer>", 0)  # 5 thinking tokens, 11 in all
 DIRECT = completion("<think></think><answer>3</answer>", 1)  # none, 6 in all
-CUT = completion("<think>1+", 2, ended=False)  # 2 and counting, 3 in all
+CUT = completion("<think>1+", 2, ended=False)  # 2, not closed, 3 in all
 BARE = completion("2", 3)  # no tags, 2 in all
 GROUP = Group(Problem(5, "program", "p?", (9, 9), "2", level=4), (THOUGHT, DIRECT, CUT, BARE), (
     Score(1.1, {"accuracy": 1.0, "format": 1.0}),
@@ -40,7 +43,7 @@ GROUP = Group(Problem(5, "program", "p?", (9, 9), "2", level=4), (THOUGHT, DIREC
 
 
 @pytest.mark.parametrize(("n", "c"), [(4, 0), (4, 1), (5, 2), (6, 6), (7, 5)])
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n: int, c: int):
+def test_pass_at_k_is_the_fraction_of_subsets_with_a_right_sample(n: int, c: int):
     for k in range(1, n + 1):
         subsets = list(combinations(range(n), k))
         assert pass_at_k(n, c, k) == pytest.approx(sum(min(s) < c for s in subsets) / len(subsets), abs=1e-15)
@@ -79,9 +82,9 @@ def test_eval_metrics_of_a_group_counted_by_hand():
     })
 
 
-def test_what_could_not_be_graded_is_no_wrong_answer():
+def test_an_ungraded_completion_does_not_count_as_wrong():
     right, wrong, unknown = Score(1.0, {"accuracy": 1.0}), Score(0.0, {"accuracy": 0.0}), GROUP.scores[3]
-    judged = Score(0.0, {"accuracy": 1.0}, is_graded=False, cause="judge deadline: no verdict")  # right, whatever the judge says
+    judged = Score(0.0, {"accuracy": 1.0}, is_graded=False, cause="judge deadline: no verdict")  # accuracy is known
     groups = [Group(GROUP.problem, (DIRECT,) * 4, scores)
               for scores in ((right, unknown, unknown, unknown), (wrong, judged, unknown, right))]
     assert pass_at_powers(groups) == pytest.approx({"1": (1 + 2 / 3) / 2, "2": 1.0})
@@ -92,13 +95,13 @@ def test_what_could_not_be_graded_is_no_wrong_answer():
     assert pass_at_powers([replace(groups[0], scores=(unknown,) * 4)]) == {}
 
 
-def test_a_share_of_the_tests_is_no_right_answer():
+def test_a_partial_accuracy_does_not_count_as_right():
     group = Group(GROUP.problem, (DIRECT,) * 2, (Score(0.75, {"accuracy": 0.75}), Score(1.0, {"accuracy": 1.0})))
     assert eval_metrics([group], TOKENIZER)["accuracy"] == rollout_metrics([group], TOKENIZER)["accuracy"] == 1 / 2
     assert pass_at_powers([group]) == {"1": 1 / 2, "2": 1.0}
 
 
-def test_a_mean_over_nobody_is_none_and_not_a_number():
+def test_a_mean_over_nothing_is_none():
     direct = Group(GROUP.problem, (DIRECT,), GROUP.scores[1:2])
     values = eval_metrics([direct], TOKENIZER)
     assert values["accuracy_given_thought"] is None and values["mean_thinking_tokens_among_thinkers"] is None
@@ -118,10 +121,8 @@ def test_update_metrics_weigh_by_tokens_and_keep_extremes_and_the_first_gap():
 
 
 def test_rollout_rows_hold_each_token_with_its_logprob():
-    config = Config()
-    rows = rollout_rows([GROUP] * (config.run.rollout_samples + 3), [[0.5, -0.5, 0.0, 0.0]] * (config.run.rollout_samples + 3),
-                        TOKENIZER, 12, config)
-    assert len(rows) == 4 * config.run.rollout_samples
+    rows = rollout_rows([GROUP] * 2, [[0.5, -0.5, 0.0, 0.0]] * 5, TOKENIZER, 12)
+    assert len(rows) == 4 * 2
     row = rows[4]
     assert (row["group"], row["sample"], row["step"], row["problem_id"], row["level"]) == (1, 0, 12, 5, 4)
     assert row["text"] == "<think>1+1=2</think><answer>2</answer>" and row["tokens"][-1] == "<eos>"  # type: ignore[index]
@@ -129,3 +130,19 @@ def test_rollout_rows_hold_each_token_with_its_logprob():
     assert (row["advantage"], row["reward"], row["parts"]) == (0.5, 1.1, {"accuracy": 1.0, "format": 1.0})
     assert rows[3]["is_graded"] is False and rows[3]["cause"] == "accuracy raised: KeyError" and rows[2]["cause"] == ""
     assert rows[2]["finish_reason"] == "length"
+
+
+def test_step_stats_count_all_sampled_groups_and_the_packed_tokens():
+    advantages = Advantages(torch.tensor([[0.5, -0.5, 0.0, 0.0]]), torch.ones(1, 4, dtype=torch.bool), torch.tensor([True]))
+    tensor = torch.zeros(6, dtype=torch.long)
+    microbatch = Microbatch(tensor, tensor, tensor, tensor, tensor, tensor, 1)
+    clock = Clock()
+    clock.seconds |= {"rollout": 2.0, "reward": 1.0, "train": 3.0, "step": 8.0}
+    stats = step_stats(7, [GROUP], [GROUP, GROUP], advantages, [[microbatch] * 2, [microbatch]], [], TOKENIZER, clock,
+                       lr=1e-4, verifiers={"gradings": 8.0})
+    assert stats.timings == {
+        "rollout_s": 2.0, "reward_s": 1.0, "verifier/gradings": 8.0, "train_s": 3.0, "step_s": 8.0,
+        "train_tok_s": 18 / 3, "rollout_tok_s": 44 / 2, "step_tok_s": 44 / 8}
+    assert stats.metrics["length"] == 22 / 4 and stats.metrics["ungraded"] == 2 and stats.metrics["num_loss_tokens"] == 0
+    assert stats.metrics["lr"] == 1e-4 and stats.metrics["groups_without_signal"] == 0
+    assert (stats.step, stats.groups, stats.advantages) == (7, (GROUP,), ((0.5, -0.5, 0.0, 0.0),))

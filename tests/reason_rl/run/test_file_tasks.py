@@ -13,8 +13,8 @@ from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import save_weights
 from tests.reason_rl.run.tiny_run import fingerprints, never_stop, rows, run_here, stop_after
 
-MODEL = ModelConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, moe_intermediate_size=24,
-                    max_position_embeddings=96)
+MODEL = ModelConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4,
+                    moe_intermediate_size=24, max_position_embeddings=96)
 
 
 @pytest.fixture
@@ -72,18 +72,18 @@ def test_a_run_whose_file_has_changed_is_not_gone_on_with(given: list[str], tmp_
 
 @pytest.mark.parametrize(("more", "message"), [
     ([], r"own\.jsonl:10: it is not valid JSON: .*task\.on_bad_row = 'skip'"),
-    (["--model.init_from="], "task 'jsonl' reads its problems from files, so there is no corpus .* give model.init_from"),
+    (["--model.init_from="], "task 'jsonl' reads its problems from files, so there is no corpus .* set model.init_from"),
     (["--task.path=nowhere"], "task.path names no file: 'nowhere'"),
     (["--task.on_bad_row=skip", "--task.answer_field=answer"], "too few problems"),
     (["--task.on_bad_row=skip", "--task.template=zero"], "must be one of chat, few_shot, plain, r1_zero"),
     (["--task.on_bad_row=skip", "--task.template=chat"], "the checkpoint has none: no chat_template.jinja"),
     (["--task.on_bad_row=skip", "--sampling.max_tokens=80"], "leaves 16; task.max_prompt_tokens leaves longer ones out"),
-    (["--task.on_bad_row=skip", "--eval.final_problems=29"], r"too few problems: 29 held-out .* ask for fewer \(eval\.problems"),
+    (["--task.on_bad_row=skip", "--eval.final_problems=29"], r"asked for 29 held-out problems .* ask for fewer \(eval\.problems"),
     (["--task.on_bad_row=skip", "--rl.prompts_per_step=32"], r"ask for fewer \(rl\.prompts_per_step\)"),
     (["--task.on_bad_row=skip", "--reward.verifier=code"], "needs tests among a problem's facts"),
     (["--task.on_bad_row=skip", "--reward.verifier=countdown"], "needs numbers and target among a problem's facts"),
-    (["--task.name=program", "--task.pass_rates="], "'program' makes its own problems; task.path is for gsm8k, math, code, jsonl"),
-    (["--model.init_from=", "--task.name=program", "--task.path="], "needs a checkpoint's model .model.init_from.: the corpus"),
+    (["--task.name=program", "--task.pass_rates="], "'program' generates its problems; task.path is for gsm8k, math, code, jsonl"),
+    (["--model.init_from=", "--task.name=program", "--task.path="], "task.template must be 'plain' for pretraining"),
 ], ids=str)
 def test_what_cannot_run_is_refused_before_any_work_and_leaves_no_trace(
     more: list[str], message: str, given: list[str], tmp_path: Path, monkeypatch

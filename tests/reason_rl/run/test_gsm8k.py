@@ -19,9 +19,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import train
 from kernels.attention import attention, plan_segments
-from kernels.native import cpu_why_not
+from kernels.native import cpu_unsupported_reason
 from reason_rl.config import ModelConfig, load_config, parse_command_line
-from reason_rl.data import Tokenizer, heldout_problems, load_dataset
+from reason_rl.data import Tokenizer, load_problems
 from reason_rl.eval import __main__ as command
 from reason_rl.model.scoring import token_logprobs
 from reason_rl.model.transformer import Transformer
@@ -94,7 +94,7 @@ def finished(folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_two_steps_of_the_preset_are_taken_on_the_data(finished: Path, data: Path):
-    steps = rows(finished, phase="rl")
+    steps = rows(finished, stage="grpo", phase="train")
     assert [row["step"] for row in steps] == [1, 2]
     assert all(row["num_loss_tokens"] > 0 and row["grad_norm"] > 0 and row["max_abs_logprob_gap"] == 0 for row in steps)
     sample = rows(finished / "rollouts", "step_000001.jsonl")[0]
@@ -130,7 +130,7 @@ def test_the_result_is_a_folder_that_transformers_reads_with_equal_logits(finish
 def test_prompts_are_what_transformers_makes_of_them(finished: Path):
     config, final = load_config(finished / "config.toml"), finished / "checkpoints" / "final"
     ours, theirs = Tokenizer.load(config.model.init_from), transformers.AutoTokenizer.from_pretrained(final)
-    for problem in heldout_problems(config, ours, 3):
+    for problem in load_problems(config, ours).heldout(3):
         asked = problem.prompt.removeprefix("<|im_start|>user\n").removesuffix("<|im_end|>\n<|im_start|>assistant\n")
         messages = [{"role": "user", "content": asked}]
         assert tuple(theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)) == problem.prompt_ids
@@ -166,8 +166,9 @@ def test_a_folder_is_measured_by_the_preset_and_what_is_measured_filters_problem
     rates.write_text("".join(json.dumps(row) + "\n" for row in written))
     config = load_config(PRESET, [f"--task.path={data}", f"--task.pass_rates={rates}", "--task.min_pass_rate=0.4",
                                   "--task.max_pass_rate=0.6"])
-    taken = {problem.problem_id for problem in load_dataset(config, Tokenizer.load(folder)).rl}
-    held = {problem.problem_id for problem in load_dataset(config, Tokenizer.load(folder)).heldout}
+    problems = load_problems(config, Tokenizer.load(folder))
+    ids = [problem.problem_id for problem in problems.all_known()]
+    taken, held = set(ids[: problems.num_train]), set(ids[problems.num_train :])
     assert taken == {row["problem_id"] for row in written if row["num_right"] == 1} - held and 0 < len(taken) < 9
     (data / "test.jsonl").write_text((data / "test.jsonl").read_text().replace("3 days", "three days"))
     assert command.main([str(folder), *arguments, f"--out={out}"]) == 1 and "prompts: " in capsys.readouterr().err
@@ -204,7 +205,7 @@ def kept_for_backward(config: ModelConfig) -> tuple[int, int]:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), pack.num_tokens
 
 
-@pytest.mark.skipif(bool(cpu_why_not(CPU)), reason="the reference ops keep more")
+@pytest.mark.skipif(bool(cpu_unsupported_reason(CPU)), reason="the reference ops keep more")
 def test_a_layer_keeps_what_the_presets_comment_works_out():
     config = ModelConfig(num_hidden_layers=1, hidden_size=192, num_attention_heads=6, num_key_value_heads=2, head_dim=32,
                          num_experts=1, intermediate_size=640, qk_norm="none", max_position_embeddings=256)

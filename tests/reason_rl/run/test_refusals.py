@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from reason_rl.config import parse_command_line
+from reason_rl.run import stage_folder
 from reason_rl.run.folder import describe_source
-from reason_rl.stages import pretrain
-from tests.reason_rl.run.tiny_run import arguments, never_stop, run_apart, run_here, stop_after
+from reason_rl.stages.pretrain import Pretrain
+from tests.reason_rl.run.tiny_run import never_stop, run_apart, run_here, stop_after
 
 BAD = [
     (["--rl.stepz=3"], "rl.stepz.*did you mean 'rl.steps'"),
     (["--model.init_from=nowhere"], "no checkpoint folder at nowhere"),
     (["--task.name=programm"], "unknown task.name 'programm'"),
     (["--task.heldout_share=0"], "heldout.*share is 0.0: raise it"),
-    (["--task.rl_share=0"], "rl ones of task 'program'"),
+    (["--task.rl_share=0"], "train problems of task 'program'"),
     (["--sampling.max_tokens=60"], "max_position_embeddings = 64 less sampling.max_tokens = 60 leaves 4"),
     (["--engine.num_blocks=3"], "needs 4 KV blocks of 16, but engine.num_blocks = 3"),
     (["--reward.custom=nowhere:f"], "importing 'nowhere' failed"),
@@ -38,7 +38,7 @@ def test_bad_input_is_one_clear_error_before_any_work_and_leaves_no_trace(
         pytest.skip("needs a machine without CUDA")
     if "wandb" in more[0] and importlib.util.find_spec("wandb"):
         pytest.skip("needs a machine without wandb")
-    monkeypatch.setattr(pretrain, "supervised_update", None)
+    monkeypatch.setattr(Pretrain, "step", None)
     never_stop(monkeypatch)
     with pytest.raises(ValueError, match=message):
         run_here(tmp_path, *more)
@@ -51,11 +51,12 @@ def test_the_commands_errors_are_one_line_and_no_traceback(tmp_path: Path):
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_waiting_for_another_runs_base_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = pretrain.base_folder(parse_command_line(arguments(tmp_path)), "torch.float32")
-    folder.parent.mkdir()
+def test_waiting_for_another_runs_stage_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stop_after(monkeypatch, 1)
+    assert run_here(tmp_path) == 130  # which makes the stage's folder
+    (folder,) = (tmp_path / "stages").iterdir()
     stop_after(monkeypatch, 2)
-    monkeypatch.setattr(pretrain, "LOCK_POLL_S", 0.01)
+    monkeypatch.setattr(stage_folder, "LOCK_POLL_S", 0.01)
     with folder.with_name(f"{folder.name}.lock").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert run_here(tmp_path) == 130

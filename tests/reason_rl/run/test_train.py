@@ -8,7 +8,6 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,27 +15,34 @@ import torch
 
 import train
 from reason_rl.config import ConfigError, load_config, parse_command_line
+from reason_rl.data import TooFewProblems
+from reason_rl.data.generated import GeneratedProblems
 from reason_rl.model.weights import load_model
 from reason_rl.parallel import world as distributed
-from reason_rl.rollout import collect as session
-from reason_rl.stages import pretrain
+from reason_rl.run import stage_folder as stage_folder_module
+from reason_rl.run.loop import Run
+from reason_rl.stages import grpo
+from reason_rl.stages.grpo import Grpo
+from reason_rl.stages.pretrain import Pretrain
 from tests.reason_rl.run.tiny_run import (
     FAR_FROM_DEFAULT,
     ROOT,
     arguments,
     fingerprints,
+    forget,
     never_stop,
     rows,
     run_apart,
     run_here,
     said,
+    stage_folder,
     stop_after,
 )
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted run; its base model is in bases/ beside it. Read, never written."""
+    """The folder of an uninterrupted run; its stages' outputs are in stages/. Read, never written."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         never_stop(monkeypatch)
         out_dir = tmp_path_factory.mktemp("whole")
@@ -46,33 +52,37 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def with_base(finished: Path, tmp_path: Path) -> Path:
-    """An out_dir that holds the base model and no run."""
-    shutil.copytree(finished.parent / "bases", tmp_path / "bases")
+    """An out_dir with the base model and no run."""
+    base = stage_folder(finished.parent, "pretrain")
+    shutil.copytree(base, tmp_path / "stages" / base.name)
     return tmp_path
 
 
-def test_train_py_reads_in_five_minutes():
-    assert len((ROOT / "train.py").read_text().splitlines()) < 150
+def test_train_py_fits_one_screen():
+    assert len((ROOT / "train.py").read_text(encoding="utf-8").splitlines()) <= 64
 
 
 def test_a_run_writes_its_files(finished: Path):
     names = {path.name for path in finished.iterdir()}
     assert names == {"config.toml", "compute.json", "metrics.jsonl", "timings.jsonl", "rollouts", "tensorboard", "checkpoints",
                      "summary.json", "report.html"}
-    assert {p.name for p in (finished / "rollouts").iterdir()} == {f"step_{s:06d}.jsonl" for s in (1, 2, 4, 5)}
-    assert {p.name for p in (finished / "checkpoints").iterdir()} == {"step_000002", "step_000004", "final"}
+    assert {p.name for p in (finished / "rollouts" / "grpo").iterdir()} == {f"step_{s:06d}.jsonl" for s in (1, 2, 4, 5)}
+    assert {p.name for p in (finished / "checkpoints").iterdir()} == {"pretrain", "grpo", "final"}
+    stage = stage_folder(finished.parent, "grpo")
+    assert {p.name for p in stage.iterdir()} == {"step_000002", "step_000004", "final", "rollouts"}
+    assert (stage / "final" / "model.safetensors").samefile(finished / "checkpoints" / "final" / "model.safetensors")
     assert list((finished / "tensorboard").rglob("events.out.tfevents.*"))
     assert len((finished / "report.html").read_text()) > 10_000
 
 
 def test_metrics_follow_the_run_step_by_step(finished: Path):
-    assert [row["step"] for row in rows(finished, phase="pretrain")] == [10, 20, 24]
-    assert [row["step"] for row in rows(finished, phase="rl")] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows(finished, stage="pretrain")] == [10, 20, 24]
+    assert [row["step"] for row in rows(finished, stage="grpo", phase="train")] == [1, 2, 3, 4, 5]
     assert [(row["step"], row["problems"]) for row in rows(finished, phase="eval")] == [(0, 8), (2, 6), (4, 6), (5, 8)]
-    assert {row["max_abs_logprob_gap"] for row in rows(finished, phase="rl")} == {0.0}
-    assert rows(finished, phase="rl")[0]["num_loss_tokens"] > 0
+    assert {row["max_abs_logprob_gap"] for row in rows(finished, stage="grpo", phase="train")} == {0.0}
+    assert rows(finished, stage="grpo", phase="train")[0]["num_loss_tokens"] > 0
     assert not any(key.endswith("_s") for row in rows(finished) for key in row)
-    assert [row["step"] for row in rows(finished, "timings.jsonl", "rl")] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows(finished, "timings.jsonl", "grpo", "train")] == [1, 2, 3, 4, 5]
 
 
 def test_the_summary_compares_base_and_final(finished: Path):
@@ -84,7 +94,7 @@ def test_the_summary_compares_base_and_final(finished: Path):
         assert summary[f"{when}_pass_at_k"].keys() == {"1", "2", "4"}
     assert (summary["seed"], summary["heldout_problems"], summary["heldout_samples"]) == (0, 8, 2)
     assert summary["max_abs_logprob_gap"] == 0.0 and summary["wall_s"] > 0 and summary["ungraded"] == 0
-    assert summary["seconds"].keys() == {"pretrain_s", "start_s", "rl_s", "eval_s"}
+    assert summary["seconds"].keys() == {"pretrain_s", "start_s", "grpo_s", "eval_s"}
     assert summary["wall_s"] == pytest.approx(sum(summary["seconds"].values()), abs=0.03)  # each is rounded to 0.01
 
 
@@ -93,8 +103,7 @@ def test_the_resolved_config_runs_the_same_run(finished: Path):
 
 
 def test_rl_changes_the_base_and_saves_the_result(finished: Path):
-    (base,) = (finished.parent / "bases").iterdir()
-    weights = [load_model(folder).embedding.weight for folder in (base, finished / "checkpoints" / "final")]
+    weights = [load_model(finished / "checkpoints" / name).embedding.weight for name in ("pretrain", "final")]
     assert not torch.equal(*weights)
 
 
@@ -119,11 +128,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     stop_after(monkeypatch, stop_at)
     code, text = said(capsys, lambda: run_here(with_base))
     if stop_at < 5:
-        assert code == 130 and f"RL stopped after {stop_at} of 5 steps. The same command goes on" in text
+        assert code == 130 and f"stage grpo stopped after {stop_at} of 5 steps. The same command goes on" in text
         assert not (with_base / "tiny" / "summary.json").exists()
         never_stop(monkeypatch)
         code, text = said(capsys, lambda: run_here(with_base))
-        assert f"Resuming from {with_base}/tiny/checkpoints/step_00000{stop_at}" in text
+        assert f"Resuming from {stage_folder(with_base, 'grpo')}/step_00000{stop_at}" in text
     assert code == 0  # asked to stop at the last step, it may as well finish
     assert fingerprints(with_base / "tiny") == fingerprints(finished)
 
@@ -133,19 +142,19 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_bits(
 ):
     """Nothing is saved at the kill, and the log holds a step that the checkpoint does not, its last line torn."""
     never_stop(monkeypatch)
-    real = train.grpo_step
+    real = Grpo.step
 
-    def killed(session, step):
-        if step == 3:
+    def killed(stage, index):
+        if index == 3:
             raise KeyboardInterrupt
-        return real(session, step)
+        return real(stage, index)
 
-    monkeypatch.setattr(train, "grpo_step", killed)
+    monkeypatch.setattr(Grpo, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         run_here(with_base)
     with (with_base / "tiny" / "metrics.jsonl").open("a") as file:
-        file.write('{"phase": "rl", "step": 4, "rew')
-    monkeypatch.setattr(train, "grpo_step", real)
+        file.write('{"stage": "grpo", "phase": "train", "step": 4, "rew')
+    monkeypatch.setattr(Grpo, "step", real)
     assert run_here(with_base) == 0
     assert fingerprints(with_base / "tiny") == fingerprints(finished)
 
@@ -155,45 +164,72 @@ def test_an_interrupted_pretraining_goes_on_to_the_same_base(
 ):
     stop_after(monkeypatch, 2)
     code, text = said(capsys, lambda: run_here(tmp_path))
-    assert code == 130 and "pretraining stopped after 20 of 24 updates" in text
-    (unfinished,) = (tmp_path / "bases").iterdir()
-    assert unfinished.name.endswith("-unfinished")
+    assert code == 130 and "stage pretrain stopped after 20 of 24 steps" in text
+    assert [path.name for path in stage_folder(tmp_path, "pretrain").iterdir()] == ["step_000020"]
     never_stop(monkeypatch)
     assert run_here(tmp_path) == 0
-    (base,), (whole,) = (tmp_path / "bases").iterdir(), (finished.parent / "bases").iterdir()
+    base, whole = (stage_folder(out_dir, "pretrain") for out_dir in (tmp_path, finished.parent))
     assert base.name == whole.name
-    assert (base / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (base / "final/model.safetensors").read_bytes() == (whole / "final/model.safetensors").read_bytes()
     assert fingerprints(tmp_path / "tiny") == fingerprints(finished)
 
 
 def test_a_stop_at_the_last_update_of_pretraining_keeps_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     stop_after(monkeypatch, 3)
     assert run_here(tmp_path) == 130
-    (base,) = (tmp_path / "bases").iterdir()
-    assert not base.name.endswith("-unfinished")
-    assert [row["step"] for row in rows(tmp_path / "tiny", phase="rl")] == [1]
+    assert (stage_folder(tmp_path, "pretrain") / "final").is_dir()
+    assert [row["step"] for row in rows(tmp_path / "tiny", stage="grpo", phase="train")] == [1]
 
 
-def test_the_base_is_made_once_for_all_runs_that_share_it(
+def refuse_work(monkeypatch: pytest.MonkeyPatch, *stages: type) -> None:
+    def refuse(*given: object) -> None:
+        raise AssertionError("trained again")
+
+    for stage in stages:
+        monkeypatch.setattr(stage, "step", refuse)
+
+
+def test_a_stage_is_made_once_for_all_runs_that_share_it(
     finished: Path, with_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def refuse(*args: object) -> None:
-        raise AssertionError("pretrained again")
-
     never_stop(monkeypatch)
-    monkeypatch.setattr(pretrain, "pretrain", refuse)
+    refuse_work(monkeypatch, Pretrain)
     code, text = said(capsys, lambda: run_here(with_base, "--name=other", "--rl.steps=1"))
-    assert code == 0 and "Base model reused" in text
-    assert rows(with_base / "other", phase="pretrain") == rows(finished, phase="pretrain")
-    with pytest.raises(AssertionError, match="pretrained again"):
+    assert code == 0 and "Stage pretrain reused" in text
+    assert rows(with_base / "other", stage="pretrain") == rows(finished, stage="pretrain")
+    with pytest.raises(AssertionError, match="trained again"):
         run_here(with_base, "--name=third", "--seed=1")
 
 
-def test_two_runs_that_want_one_base_make_it_once(
+def test_a_run_whose_stages_are_all_made_takes_their_log_their_rollouts_and_their_weights(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copytree(finished.parent / "stages", tmp_path / "stages")
+    never_stop(monkeypatch)
+    refuse_work(monkeypatch, Pretrain, Grpo)
+    assert run_here(tmp_path, "--name=second") == 0
+    assert fingerprints(tmp_path / "second") == fingerprints(finished)
+    with pytest.raises(AssertionError, match="trained again"):
+        run_here(tmp_path, "--name=second", "--resume=never")
+
+
+def test_another_run_goes_on_with_a_stage_that_one_began(
+    finished: Path, with_base: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stop_after(monkeypatch, 2)
+    assert run_here(with_base, "--name=first") == 130
+    never_stop(monkeypatch)
+    assert run_here(with_base, "--name=second") == 0
+    assert (with_base / "second/metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert run_here(with_base, "--name=first") == 0
+    assert fingerprints(with_base / "first") == fingerprints(finished)
+
+
+def test_two_runs_that_want_one_stage_make_it_once(
     finished: Path, with_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """The other run, played here, holds the lock and lets go of it once its base stands there."""
-    (base,) = (with_base / "bases").iterdir()
+    """The other run, played here, holds the lock and releases it once the stage's output is there."""
+    base = stage_folder(with_base, "pretrain")
     hidden = with_base / "elsewhere"
     base.rename(hidden)
     lock = base.with_name(f"{base.name}.lock")
@@ -206,65 +242,65 @@ def test_two_runs_that_want_one_base_make_it_once(
         held.close()
 
     never_stop(monkeypatch)
-    monkeypatch.setattr(pretrain, "LOCK_POLL_S", 0.02)
-    monkeypatch.setattr(pretrain, "supervised_update", None)
+    refuse_work(monkeypatch, Pretrain)
+    monkeypatch.setattr(stage_folder_module, "LOCK_POLL_S", 0.02)
     other = threading.Timer(0.5, finish)
     other.start()
     code, text = said(capsys, lambda: run_here(with_base, "--rl.steps=1"))
     other.join()
-    assert code == 0 and "Another run is making this base model" in text and "Base model reused" in text
-    assert [path.name for path in (with_base / "bases").iterdir()] == [base.name]
+    assert code == 0 and "Another run is making this stage" in text and "Stage pretrain reused" in text
+    assert not list((with_base / "stages").glob("*.lock"))
 
 
 def test_a_drift_between_sampler_and_trainer_is_said_once_and_the_run_goes_on(
     with_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    real = train.policy_update
+    real = grpo.policy_update
 
     def drifts(*given, **more):
         return real(*given, **more) | {"max_abs_logprob_gap": 0.25}
 
     never_stop(monkeypatch)
-    monkeypatch.setattr(train, "policy_update", drifts)
+    monkeypatch.setattr(grpo, "policy_update", drifts)
     code, text = said(capsys, lambda: run_here(with_base, "--rl.steps=2"))
     assert code == 0 and " ".join(text.split()).count("differ by 0.25 nats on policy") == 1
-    assert {row["max_abs_logprob_gap"] for row in rows(with_base / "tiny", phase="rl")} == {0.25}
+    assert {row["max_abs_logprob_gap"] for row in rows(with_base / "tiny", stage="grpo", phase="train")} == {0.25}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, FloatingPointError])
 def test_a_run_that_breaks_off_closes_its_log(error: type[BaseException], with_base: Path, monkeypatch: pytest.MonkeyPatch):
     runs = []
 
-    def breaks(run) -> None:
+    def breaks(run, stage) -> None:
         runs.append(run)
         raise error
 
     never_stop(monkeypatch)
-    monkeypatch.setattr(train, "train", breaks)
+    monkeypatch.setattr(Run, "complete", breaks)
     with pytest.raises(error):
         run_here(with_base)
     assert all(file.closed for file in runs[0].log._files.values())
 
 
 def test_dynamic_sampling_goes_on_when_the_problems_run_out(with_base: Path, monkeypatch: pytest.MonkeyPatch):
-    real: Callable[..., list] = session.rl_problems
+    real = GeneratedProblems.train
 
-    def few(config, tokenizer, step, count, round_number=0, exclude=()):
-        if round_number:
-            raise ValueError("too few problems: none left")
-        return real(config, tokenizer, step, count, round_number, exclude=exclude)
+    def few(problems, step, count, round=0, exclude=()):
+        if round:
+            raise TooFewProblems("none left")
+        return real(problems, step, count, round, exclude)
 
     never_stop(monkeypatch)
-    monkeypatch.setattr(session, "rl_problems", few)
+    monkeypatch.setattr(GeneratedProblems, "train", few)
     assert run_here(with_base, "--rl.dynamic_sampling=3", "--rl.steps=1", "--reward.custom=tests.reason_rl.run.train_rewards:always_raises") == 0
-    assert rows(with_base / "tiny", phase="rl")[0]["ungraded"] == 16
+    assert rows(with_base / "tiny", stage="grpo", phase="train")[0]["ungraded"] == 16
 
 
 def test_resume_never_begins_afresh_beside_the_old_run_and_can_itself_be_gone_on_with(
     finished: Path, with_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     shutil.copytree(finished, with_base / "tiny")
-    stop_after(monkeypatch, 2)
+    stop_after(monkeypatch, 2)  # the base model is reused, so it asks in RL alone
     code, text = said(capsys, lambda: run_here(with_base, "--resume=never"))
     assert code == 130 and f"train.py {with_base}/tiny-2/config.toml goes on from here" in text
     never_stop(monkeypatch)
@@ -275,10 +311,9 @@ def test_resume_never_begins_afresh_beside_the_old_run_and_can_itself_be_gone_on
 
 def test_rl_can_start_from_any_checkpoint_folder(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     never_stop(monkeypatch)
-    (base,) = (finished.parent / "bases").iterdir()
-    assert run_here(tmp_path, f"--model.init_from={base}") == 0
-    assert not (tmp_path / "bases").exists()
-    assert rows(tmp_path / "tiny", phase="rl") == rows(finished, phase="rl")
+    assert run_here(tmp_path, f"--model.init_from={finished / 'checkpoints/pretrain'}") == 0
+    assert not list((tmp_path / "stages").glob("pretrain-*"))
+    assert rows(tmp_path / "tiny", stage="grpo", phase="train") == rows(finished, stage="grpo", phase="train")
 
 
 @pytest.mark.parametrize(("reward", "counted"), [("raises_at_times", "some"), ("nan_at_times", "some"), ("always_raises", "all")])
@@ -289,7 +324,7 @@ def test_a_broken_reward_leaves_completions_ungraded_and_the_run_goes_on(
     code, text = said(capsys, lambda: run_here(with_base, f"--reward.custom=tests.reason_rl.run.train_rewards:{reward}", "--rl.steps=2"))
     cause = {"raises_at_times": "RuntimeError: no idea", "nan_at_times": "returned nan", "always_raises": "never any idea"}[reward]
     assert code == 0 and " ".join(text.split()).count("could not be graded") == 1 and cause in " ".join(text.split())
-    steps = rows(with_base / "tiny", phase="rl")
+    steps = rows(with_base / "tiny", stage="grpo", phase="train")
     assert len(steps) == 2
     assert json.loads((with_base / "tiny" / "summary.json").read_text())["ungraded"] == sum(row["ungraded"] for row in steps)
     assert all(row["ungraded"] == 16 if counted == "all" else 0 < row["ungraded"] < 16 for row in steps)
@@ -297,7 +332,7 @@ def test_a_broken_reward_leaves_completions_ungraded_and_the_run_goes_on(
         assert all(row["num_loss_tokens"] == 0 and row["reward"] is None for row in steps)
     else:
         assert all(row["max_abs_logprob_gap"] == 0 for row in steps)
-        samples = rows(with_base / "tiny" / "rollouts", "step_000001.jsonl")
+        samples = rows(with_base / "tiny" / "rollouts" / "grpo", "step_000001.jsonl")
         assert {s["advantage"] for s in samples if not s["is_graded"]} == {0.0}
 
 
@@ -317,9 +352,9 @@ def test_every_way_of_training_stops_and_goes_on_to_the_same_bits(
     never_stop(monkeypatch)
     quick = [*more, "--rl.steps=2", "--eval.every=0", "--eval.final_problems=2", "--eval.pass_at_k=0", "--pretrain.steps=4"]
     assert run_here(with_base, *quick) == 0
-    assert {row["max_abs_logprob_gap"] for row in rows(with_base / "tiny", phase="rl")} == {0.0}
+    assert {row["max_abs_logprob_gap"] for row in rows(with_base / "tiny", stage="grpo", phase="train")} == {0.0}
     whole = fingerprints(with_base / "tiny")
-    shutil.rmtree(with_base / "tiny")
+    forget(with_base, "grpo")
     stop_after(monkeypatch, 1)
     assert run_here(with_base, *quick) == 130
     never_stop(monkeypatch)
@@ -349,11 +384,11 @@ def test_a_given_models_own_context_is_what_prompts_must_fit(finished: Path, tmp
 def test_a_damaged_step_checkpoint_names_the_way_out(with_base: Path, monkeypatch: pytest.MonkeyPatch):
     stop_after(monkeypatch, 3)
     assert run_here(with_base) == 130
-    (with_base / "tiny" / "checkpoints" / "step_000003" / "trainer.pt").write_bytes(b"torn")
+    (stage_folder(with_base, "grpo") / "step_000003" / "trainer.pt").write_bytes(b"torn")
     never_stop(monkeypatch)
     with pytest.raises(ValueError, match=r"step_000003: trainer\.pt is damaged.*delete the folder"):
         run_here(with_base)
-    shutil.rmtree(with_base / "tiny" / "checkpoints" / "step_000003")
+    shutil.rmtree(stage_folder(with_base, "grpo") / "step_000003")
     assert run_here(with_base) == 0
 
 
@@ -362,7 +397,7 @@ def test_ctrl_c_saves_and_leaves_and_the_same_command_goes_on_to_the_same_bits(f
     process = run_apart(with_base, start=True)
     metrics = with_base / "tiny" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and '"phase": "rl"' in metrics.read_text()):
+    while not (metrics.exists() and '"stage": "grpo"' in metrics.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
@@ -378,7 +413,7 @@ def test_ctrl_c_saves_and_leaves_and_the_same_command_goes_on_to_the_same_bits(f
 def test_exact_mode_off_trains_on_torchs_own_products(with_base: Path, monkeypatch: pytest.MonkeyPatch):
     never_stop(monkeypatch)
     assert run_here(with_base, "--run.exact=off", "--rl.steps=1", "--rl.num_minibatches=1", "--loss.kl_coef=0.05") == 0
-    (row,) = rows(with_base / "tiny", phase="rl")
+    (row,) = rows(with_base / "tiny", stage="grpo", phase="train")
     assert row["max_abs_logprob_gap"] < 1e-4
     assert row["kl"] < 1e-6  # the reference policy is computed as the policy is
     with pytest.raises(ConfigError, match=r"cannot go with run\.exact='off'"):
@@ -390,7 +425,7 @@ def test_a_run_goes_on_in_the_dtype_it_began_in(with_base: Path, monkeypatch: py
     stop_after(monkeypatch, 1)
     monkeypatch.setattr(distributed, "has_fast_bf16", lambda: False)
     assert run_here(with_base, "--dtype=auto") == 130
-    assert json.loads((with_base / "tiny" / "compute.json").read_text())["dtype"] == "float32"
+    assert json.loads((with_base / "tiny" / "compute.json").read_text())["compute"]["dtype"] == "float32"
     never_stop(monkeypatch)
     monkeypatch.setattr(distributed, "has_fast_bf16", lambda: True)
     assert run_here(with_base, "--dtype=auto") == 0

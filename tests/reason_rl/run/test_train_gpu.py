@@ -42,7 +42,7 @@ def plain_though_there_is_a_kernel(chosen: list[list[str]]) -> list[str]:
     found = []
     for op, device, dtype, name in chosen:
         able = [i.name for i in REGISTRY[op].implementations
-                if i.is_automatic and not i.refuses(torch.device(device), getattr(torch, dtype)) and i.name != "reference"]
+                if i.is_automatic and not i.refusal(torch.device(device), getattr(torch, dtype)) and i.name != "reference"]
         if name == "reference" and able:
             found.append(f"{op} on {device} in {dtype}: reference, though there is {able[0]}")
     return found
@@ -62,7 +62,7 @@ def kernels_of(folder: str) -> set[str]:
 
 
 def check_run(record: dict[str, Any], folder: Path, steps: int) -> None:
-    metrics = rows(folder, phase="rl")
+    metrics = rows(folder, stage="grpo", phase="train")
     assert [row["step"] for row in metrics] == list(range(1, steps + 1))
     for row in metrics:
         for key in ("loss", "grad_norm", "reward", "max_abs_logprob_gap"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -116,15 +117,29 @@ def never_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "StopSignal", lambda say: lambda: False)
 
 
-def rows(folder: Path, name: str = "metrics.jsonl", phase: str = "") -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    return [line for line in lines if not phase or line["phase"] == phase]
+def rows(folder: Path, name: str = "metrics.jsonl", stage: str = "", phase: str = "") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if (not stage or line["stage"] == stage) and (not phase or line["phase"] == phase)]
+
+
+def stage_folder(out_dir: Path, name: str) -> Path:
+    """The one folder of a stage's output in `out_dir`."""
+    (folder,) = (path for path in (out_dir / "stages").glob(f"{name}-*") if path.is_dir())
+    return folder
+
+
+def forget(out_dir: Path, *names: str) -> None:
+    """Removes the tiny run and these stages' outputs, so that the next run makes them again."""
+    shutil.rmtree(out_dir / "tiny", ignore_errors=True)
+    for name in names:
+        shutil.rmtree(stage_folder(out_dir, name))
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
-    """What must be equal between two runs of one config, interrupted or not: metrics, rollouts, final weights."""
-    paths = [folder / "metrics.jsonl", *sorted((folder / "rollouts").iterdir()), *sorted((folder / "checkpoints/final").iterdir())]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    """Of all that must be equal between two runs of one config, interrupted or not: metrics, rollouts, final weights."""
+    paths = [folder / "metrics.jsonl", *sorted((folder / "rollouts").rglob("*.jsonl")), *sorted((folder / "checkpoints/final").iterdir())]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
+            if path.name not in ("trainer.pt", "timings.jsonl")}  # they hold seconds
 
 
 def said(capsys: pytest.CaptureFixture[str], act: Callable[[], int]) -> tuple[int, str]:
@@ -133,4 +148,4 @@ def said(capsys: pytest.CaptureFixture[str], act: Callable[[], int]) -> tuple[in
     return code, capsys.readouterr().out
 
 
-__all__: Sequence[str] = ["ROOT", "arguments", "fingerprints", "never_stop", "rows", "run_apart", "run_here", "said", "stop_after"]
+__all__: Sequence[str] = ["ROOT", "arguments", "fingerprints", "forget", "never_stop", "rows", "run_apart", "run_here", "said", "stage_folder", "stop_after"]

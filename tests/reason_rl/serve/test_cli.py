@@ -1,4 +1,4 @@
-"""The generate command: tokens stream to stdout, and what goes wrong is one line on stderr."""
+"""The command that talks to a checkpoint: tokens stream to stdout, bad input is one line on stderr."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from reason_rl.data import Tokenizer, byte_tokenizer, char_tokenizer
 from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import save_weights
 from reason_rl.records import SamplingParams
-from reason_rl.serve import cli as generate
+from reason_rl.serve import cli
 from tests.reason_rl.trained import folder_of
 
-CONFIG = ModelConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4, moe_intermediate_size=24,
-                     max_position_embeddings=32)
+CONFIG = ModelConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                     num_experts=4, moe_intermediate_size=24, max_position_embeddings=32)
 PROMPT = "a2,b*3?"
 
 
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    code = generate.main([str(a) for a in arguments])
+    code = cli.main([str(a) for a in arguments])
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -41,7 +41,7 @@ def test_each_token_is_written_as_it_is_drawn(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     seen: list[str] = []
-    real = generate.printer
+    real = cli.make_printer
 
     def watched(*given):
         show = real(*given)
@@ -52,12 +52,12 @@ def test_each_token_is_written_as_it_is_drawn(
 
         return watch
 
-    monkeypatch.setattr(generate, "printer", watched)
+    monkeypatch.setattr(cli, "make_printer", watched)
     code, _, err = run(capsys, checkpoint, PROMPT, "--max-tokens", 9)
     assert code == 0 and not err and 0 < len(seen) <= 9 and sum(map(bool, seen)) >= len(seen) - 1  # an end token shows nothing
 
 
-def test_greedy_says_the_same_twice_and_samples_differ(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
+def test_greedy_repeats_itself_and_samples_differ(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     first, second = (run(capsys, checkpoint, PROMPT, "--temperature", 0, "--max-tokens", 12) for _ in range(2))
     assert first == second and first[0] == 0 and first[1].strip()
     _, out, _ = run(capsys, checkpoint, PROMPT, "--samples", 3, "--max-tokens", 12)
@@ -65,11 +65,34 @@ def test_greedy_says_the_same_twice_and_samples_differ(checkpoint: Path, capsys:
 
 
 @pytest.mark.parametrize(("prompt", "words"), [("a2%", "character '%'"), ("a" * 40, "40 tokens"), ("", "is empty")])
-def test_a_prompt_that_cannot_be_is_one_line_on_stderr(
+def test_a_prompt_that_cannot_be_answered_is_one_line_on_stderr(
     prompt: str, words: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ):
     code, out, err = run(capsys, checkpoint, prompt)
-    assert code == 1 and not out and words in err and err.startswith("generate: ") and err.count("\n") == 1
+    assert code == 1 and not out and words in err and err.startswith("serve: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("option", "words"), [
+    ("--samples=0", "--samples must be at least 1, got 0"), ("--max-tokens=0", "max_tokens must be >= 1, got 0"),
+    ("--max-tokens=26", "do not fit model.max_position_embeddings = 32"), ("--top-p=2", "top_p must be in (0, 1], got 2.0"),
+    ("--temperature=-1", "temperature must be >= 0, got -1.0"), ("--device=tpu", "must be auto, cpu, cuda"),
+    ("--template=nowhere", "nowhere"),
+])  # fmt: skip
+def test_an_option_that_cannot_be_used_is_one_line_on_stderr(
+    option: str, words: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+):
+    code, out, err = run(capsys, checkpoint, PROMPT, option)
+    assert code == 1 and not out and words in err and err.startswith("serve: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, OSError])
+def test_an_error_while_sampling_keeps_its_traceback(error: type[Exception], checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(*given: object, **more: object) -> None:
+        raise error("a bug")
+
+    monkeypatch.setattr(cli.Engine, "generate", broken)
+    with pytest.raises(error, match="a bug"):
+        cli.main([str(checkpoint), PROMPT])
 
 
 @pytest.mark.parametrize("damage", ["nowhere", "model.safetensors", "config.json", "tokenizer.json"])
@@ -84,7 +107,7 @@ def test_a_missing_or_damaged_checkpoint_is_one_line_on_stderr(
     assert code == 1 and not out and "given" in err and err.count("\n") == 1
 
 
-def test_a_bad_line_is_said_and_the_next_one_is_answered(
+def test_after_a_bad_line_the_next_one_is_answered(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("sys.stdin", io.StringIO(f"a%\n{PROMPT}\n"))
@@ -92,7 +115,7 @@ def test_a_bad_line_is_said_and_the_next_one_is_answered(
     assert code == 0 and out.strip() and err.count("\n") == 1 and "character '%'" in err
 
 
-def test_the_cache_is_not_allotted_for_the_whole_of_a_long_context(
+def test_by_default_the_cache_is_not_allocated_for_a_whole_long_context(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     asked: list[int] = []
@@ -100,9 +123,9 @@ def test_the_cache_is_not_allotted_for_the_whole_of_a_long_context(
     def note(engine: object, problems: object, group_size: int, sampling: SamplingParams, **more: object) -> None:
         asked.append(sampling.max_tokens)
 
-    monkeypatch.setattr(generate.Engine, "generate", note)
+    monkeypatch.setattr(cli.Engine, "generate", note)
     assert run(capsys, checkpoint, PROMPT)[0] == 0  # a context of 32, 7 of them the prompt's
-    monkeypatch.setattr(generate, "MOST_TOKENS", 9)
+    monkeypatch.setattr(cli, "DEFAULT_MAX_TOKENS", 9)
     assert run(capsys, checkpoint, PROMPT)[0] == 0 and run(capsys, checkpoint, PROMPT, "--max-tokens", 20)[0] == 0
     assert asked == [25, 9, 20]
 
@@ -111,23 +134,23 @@ def test_ctrl_c_leaves_quietly(checkpoint: Path, capsys: pytest.CaptureFixture[s
     def interrupted(*given: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "answer", interrupted)
+    monkeypatch.setattr(cli, "answer", interrupted)
     code, out, err = run(capsys, checkpoint, PROMPT)
     assert code == 130 and not out.strip() and not err
 
 
-def test_a_template_stands_around_the_prompt_and_its_prefix_is_shown(
+def test_a_template_makes_the_prompt_and_its_prefix_is_shown(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "own.toml").write_text('prompt = "{problem}?"\ncompletion_prefix = "<think>"\n')
     seen: list[str] = []
-    real = generate.Engine.generate
+    real = cli.Engine.generate
 
     def watched(self, problems, *given, **more):
         seen.extend(char_tokenizer().decode(problem.prompt_ids) for problem in problems)
         return real(self, problems, *given, **more)
 
-    monkeypatch.setattr(generate.Engine, "generate", watched)
+    monkeypatch.setattr(cli.Engine, "generate", watched)
     code, out, err = run(capsys, checkpoint, "a2,b*3", "--max-tokens", 5, "--template", tmp_path / "own.toml")
     assert code == 0 and not err and seen == ["a2,b*3?<think>"] and out.startswith("<think>")
     code, out, err = run(capsys, checkpoint, "a2", "--template", "chat")
@@ -135,9 +158,9 @@ def test_a_template_stands_around_the_prompt_and_its_prefix_is_shown(
 
 
 def shown(tokenizer: Tokenizer, text: str) -> list[str]:
-    """What each token writes, colours included: <think> dim (2), <answer> bold green (1;32)."""
+    """The output of each token with its colours: <think> dim (2), <answer> bold green (1;32)."""
     console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=200)
-    show, said = generate.printer(tokenizer, console), []
+    show, said = cli.make_printer(tokenizer, console), []
     for token in [*(t for piece in text for t in tokenizer.encode(piece)), *tokenizer.stop_ids[-1:]]:
         before = len(console.file.getvalue())  # type: ignore[attr-defined]
         show(token)
@@ -145,13 +168,13 @@ def shown(tokenizer: Tokenizer, text: str) -> list[str]:
     return said
 
 
-def test_characters_are_shown_whole_and_every_end_token_not_at_all(tmp_path: Path):
+def test_characters_are_shown_whole_and_end_tokens_not_at_all(tmp_path: Path):
     assert shown(byte_tokenizer(), "a数b") == ["a", "", "", "数", "b", ""]
     pieces = Tokenizer.load(folder_of(tmp_path, generation={"eos_token_id": [2, 3]}))
     assert pieces.stop_ids == (2, 3) and shown(pieces, "ab") == ["a", "b", ""]
 
 
-def test_thought_and_answer_have_their_styles_also_where_tags_are_several_tokens(tmp_path: Path):
+def test_thought_and_answer_are_styled_even_if_tags_are_several_tokens(tmp_path: Path):
     pieces = Tokenizer.load(folder_of(tmp_path))
     assert not pieces.has_token("<think>")
     said = shown(pieces, "a<think>b</think>c<answer>d</answer>e")

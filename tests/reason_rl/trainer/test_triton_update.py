@@ -40,9 +40,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The ops that ran and their implementation, picked as on a GPU: as if there were no native kernels."""
     picked: dict[str, str] = {}
 
-    def choose(self: Op, like: torch.Tensor, impl: str = "auto") -> Implementation:
-        able = [i for i in self.implementations if i.is_automatic and i.name != "native" and not i.refuses(like.device, like.dtype)]
-        chosen = able[0] if impl == "auto" else self.resolve(like.device, like.dtype, impl)
+    def choose(self: Op, like: torch.Tensor, impl: str = "auto", variant: str = "") -> Implementation:
+        able = [i for i in self.implementations if i.is_automatic and i.name != "native" and not i.refusal(like.device, like.dtype)]
+        chosen = able[0] if impl == "auto" else self.resolve(like.device, like.dtype, impl, variant)
         picked[self.name] = chosen.name
         return chosen
 

@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernels.grpo_loss import grpo_loss
-from kernels.grpo_loss.spec import LossSpec
+from kernels.grpo_loss import LossInputs, LossSpec, grpo_loss
 from reason_rl.config import ModelConfig, OptimConfig, RLConfig
 from reason_rl.model.scoring import token_logprobs
 from reason_rl.model.transformer import Transformer
@@ -163,9 +162,10 @@ def test_an_idle_microbatch_gives_gradients_of_zero(spec: LossSpec):
     idle = replace(idle_microbatch(like), ref_logprobs=torch.zeros(0) if spec.kl_coef else None)
     logprob, entropy, _ = token_logprobs(model, idle)
     assert logprob.numel() == entropy.numel() == 0
-    loss, _ = grpo_loss(logprob, old_logprobs=torch.zeros(0), advantages=torch.zeros(0), sequence_index=idle.sequence_index,
-                        num_sequences=0, spec=spec, total_loss_tokens=5, total_sequences=2, ref_logprobs=idle.ref_logprobs,
-                        rollout_logprobs=torch.zeros(0), entropy=entropy)
+    inputs = LossInputs(
+        old_logprobs=torch.zeros(0), advantages=torch.zeros(0), sequence_index=idle.sequence_index, num_sequences=0,
+        total_loss_tokens=5, total_sequences=2, rollout_logprobs=torch.zeros(0), ref_logprobs=idle.ref_logprobs)
+    loss, _ = grpo_loss(logprob, inputs, spec, entropy)
     loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 

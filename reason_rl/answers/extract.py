@@ -1,36 +1,49 @@
-"""Which part of a completion is its answer: one stated rule, in one pass over the text.
+"""Finds the answer in a completion: one stated rule for each verifier, in one pass over the text.
 
-After the last </think>, where there is one:
-1. with any answer tag: the inside of the one <answer>...</answer>; several opening or closing tags are no answer. A box inside it
-   is preferred to the rest of it;
+`extract_answer`, for answers compared as text and for countdown: the inside of the one <answer> block.
+
+`find_answer`, for math. After the last </think>, if the text has one:
+1. with any answer tag: the inside of the one <answer>...</answer>, or the box in it; several tags of one kind
+   are no answer;
 2. else the last \\boxed{...}: earlier boxes do not count, and a last box that never closes is no answer;
-3. else what follows the last #### on its line;
-4. else what follows the last "the answer is" or "answer:", up to the end of the sentence.
+3. else the text after the last ####, up to the end of its line;
+4. else the text after the last "the answer is" or "answer:", up to the end of the sentence.
 
-Nothing else is an answer: a lone number at the end of a text is a guess at what was meant.
+Nothing else is an answer: reading a lone number at the end of a text would be a guess.
 """
 
 from __future__ import annotations
 
 import re
 
-from reason_rl.reward.accuracy import extract_answer
-
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is none; the first match is the opening one
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # matches an escaped brace as one unit, so that it is not counted
 SAID = re.compile(r"\banswer\s*(?:\bis\b|:|=)\s*:?", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\.(?:\s|$)|\n|<")
 
 
+def extract_answer(text: str) -> str | None:
+    """The inside of the one answer block, stripped; None unless the text has exactly one."""
+    if text.count("<answer>") != 1 or text.count("</answer>") != 1:
+        return None
+    _, _, rest = text.partition("<answer>")
+    answer, closing, _ = rest.partition("</answer>")
+    return answer.strip() if closing else None
+
+
 def find_answer(text: str) -> str | None:
-    """The answer's text, stripped; None where there is none."""
+    """The math answer's text, stripped; None if there is no answer."""
     text = text.rpartition("</think>")[2]
+
+    # Rule 1: an answer block, and a box inside it.
     if "<answer>" in text or "</answer>" in text:
         block = extract_answer(text)
         if block is None:
             return None
         inner = _boxed(block) if BOX.search(block) else _said(block)
         return (block if inner is None and not BOX.search(block) else inner) or None
+
+    # Rules 2 to 4: a box, ####, "the answer is".
     if BOX.search(text):
         return _boxed(text) or None
     if "####" in text:
@@ -39,7 +52,7 @@ def find_answer(text: str) -> str | None:
 
 
 def _boxed(text: str) -> str | None:
-    """The inside of the last box. `\\boxed 5` boxes one character, as LaTeX has it."""
+    """The inside of the last box. `\\boxed 5` boxes one character, as in LaTeX."""
     *_, last = BOX.finditer(text)
     rest = text[last.end() :].lstrip()
     if not rest.startswith("{"):
@@ -53,6 +66,7 @@ def _boxed(text: str) -> str | None:
 
 
 def _said(text: str) -> str | None:
+    """The text after the last "answer is", without Markdown's stars."""
     found = list(SAID.finditer(text))
     if not found:
         return None

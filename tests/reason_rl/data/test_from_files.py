@@ -1,4 +1,5 @@
-"""Tasks from files: every row is a problem or is named, the split never leaks, and a step's problems follow from its number."""
+"""Problems read from files: every row is used or listed, the splits are disjoint, a step's problems depend
+on its number alone."""
 
 from __future__ import annotations
 
@@ -14,19 +15,8 @@ import pytest
 from reason_rl.answers.ground_truth import verifier_of
 from reason_rl.answers.math import grade_math
 from reason_rl.config import Config, ConfigError, ModelConfig, RLConfig, RunConfig, TaskConfig, load_config
-from reason_rl.data import (
-    Tokenizer,
-    byte_tokenizer,
-    check_problems,
-    describe_problems,
-    heldout_problems,
-    load_dataset,
-    problems_to_check,
-    rl_problems,
-)
-from reason_rl.data.dataset import Dataset
+from reason_rl.data import Problems, Tokenizer, TooFewProblems, byte_tokenizer, load_problems, problems_digest
 from reason_rl.data.difficulty import read_pass_rates
-from reason_rl.data.problems import problems_digest
 from reason_rl.records import Problem, SamplingParams
 from reason_rl.reward import check_rewards
 from tests.reason_rl.data.test_chat import CHATML
@@ -50,14 +40,22 @@ def sums(count: int, start: int = 0) -> list[dict[str, Any]]:
     return [{"prompt": f"What is {i} + 1?", "answer": i + 1} for i in range(start, start + count)]
 
 
-def ids(problems: list[Problem] | tuple[Problem, ...]) -> list[int]:
+def ids(problems: list[Problem]) -> list[int]:
     return [problem.problem_id for problem in problems]
+
+
+def train_of(problems: Problems) -> list[Problem]:
+    return problems.all_known()[: problems.num_train]
+
+
+def heldout_of(problems: Problems) -> list[Problem]:
+    return problems.all_known()[problems.num_train :]
 
 
 def taken(config: Config, steps: range) -> list[int]:
     """The ids of all problems of these steps, in order."""
-    stride = config.rl.prompts_per_step
-    return [p.problem_id for step in steps for p in rl_problems(config, TOKENIZER, step, stride)]
+    problems, stride = load_problems(config, TOKENIZER), config.rl.prompts_per_step
+    return [p.problem_id for step in steps for p in problems.train(step, stride)]
 
 
 @pytest.fixture
@@ -85,7 +83,7 @@ def test_each_tasks_rows_become_problems_with_the_answers_that_their_verifier_re
         ("code", code, (shown, "def f(x): return x", 0, facts)), ("jsonl", jsonl, ("1 + 1?", "2", 0, {})),
     ):
         config = config_of(write(tmp_path / f"{len(str(row))}.jsonl", [row]), name, stride=1, heldout_share=0.0)
-        (problem,) = load_dataset(config, TOKENIZER).rl
+        (problem,) = train_of(load_problems(config, TOKENIZER))
         assert (problem.prompt, problem.answer, problem.level, dict(problem.facts)) == expected
         assert problem.task == name and TOKENIZER.decode(problem.prompt_ids) == problem.prompt and 0 <= problem.problem_id < 2**62
         assert check_rewards(config, problem) == [] or name == "code"
@@ -102,7 +100,7 @@ BAD_ROWS = [
     ("jsonl", {"prompt": "a?", "answer": True}, "its 'answer' must be text, got True"),
     ("jsonl", {"prompt": "a?", "answer": float("nan")}, "its 'answer' must be text, got nan"),
     ("jsonl", {"prompt": "a?", "answer": float("inf")}, "its 'answer' must be text, got inf"),
-    ("jsonl", {"prompt": "a\ud83d?", "answer": "1"}, "its 'prompt' is no text: 'utf-8' codec can't encode character"),
+    ("jsonl", {"prompt": "a\ud83d?", "answer": "1"}, "its 'prompt' is not valid text: 'utf-8' codec can't encode character"),
     ("jsonl", {"prompt": " ", "answer": 1}, "its problem is empty"),
     ("jsonl", {"prompt": "a?", "answer": ""}, "its answer is empty"),
     ("jsonl", {"prompt": "a?", "answer": "\\frac{1}{"}, "its answer '\\\\frac{1}{' cannot be read"),
@@ -128,37 +126,36 @@ def test_a_bad_row_is_one_error_with_file_and_line_or_left_out_and_listed(name: 
     path = write(tmp_path / "rows.jsonl", ["", *GOOD_ROWS[name], row])
     config, expected = config_of(path, name, stride=1, heldout_share=0.0), f"{path}:4: {reason.replace('{path}', str(path))}"
     with pytest.raises(ConfigError) as caught:
-        load_dataset(config, TOKENIZER)
+        load_problems(config, TOKENIZER)
     assert str(caught.value).startswith(expected) and "task.on_bad_row" in str(caught.value)
     skipping = replace(config, task=replace(config.task, on_bad_row="skip"))
-    dataset = load_dataset(skipping, TOKENIZER)
-    assert len(dataset.rl) == 2 and len(dataset.left_out) == 1 and dataset.left_out[0].startswith(expected)
-    lines, left_out = describe_problems(skipping, TOKENIZER)
-    assert left_out == dataset.left_out and "1 rows are left out" in lines[0] and expected in lines[0]
+    problems = load_problems(skipping, TOKENIZER)
+    assert len(train_of(problems)) == 2 and len(problems.left_out) == 1 and problems.left_out[0].startswith(expected)
+    (line,) = problems.describe()
+    assert "1 rows are left out" in line and expected in line
 
 
-def test_bytes_that_are_no_text_and_line_breaks_within_a_text_are_told_apart(tmp_path: Path) -> None:
+def test_invalid_bytes_are_a_bad_row_and_unicode_line_breaks_are_part_of_a_text(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"prompt": "a\u2028b?", "answer": 1}\r\n{"prompt": "\x85?", "answer": 2}\n'.encode()
                      + b'{"prompt": "\xff", "answer": 3}')
     with pytest.raises(ConfigError, match=r"rows\.jsonl:3: it is not valid JSON: 'utf-8' codec"):
-        load_dataset(config_of(path), TOKENIZER)
-    dataset = load_dataset(config_of(path, on_bad_row="skip", heldout_share=0.0), TOKENIZER)
-    assert [p.prompt for p in dataset.rl] == ["a\u2028b?", "\x85?"]
+        load_problems(config_of(path), TOKENIZER)
+    problems = load_problems(config_of(path, on_bad_row="skip", heldout_share=0.0), TOKENIZER)
+    assert [p.prompt for p in train_of(problems)] == ["a\u2028b?", "\x85?"]
 
 
 def test_a_text_verifier_takes_any_answer_that_is_not_empty(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"prompt": "a?", "answer": "\\frac{1}{ "}])
     config = config_of(path, heldout_share=0.0)
     config = replace(config, reward=replace(config.reward, verifier="text"))
-    assert load_dataset(config, TOKENIZER).rl[0].answer == "\\frac{1}{"  # stripped, as a completion's answer is
+    assert train_of(load_problems(config, TOKENIZER))[0].answer == "\\frac{1}{"  # stripped
 
 
-def test_the_verifier_goes_by_the_task_unless_it_is_named() -> None:
-    auto, named = Config().reward, replace(Config().reward, verifier="text")
+def test_the_task_chooses_the_verifier_unless_the_config_names_one() -> None:
     tasks = ("gsm8k", "math", "jsonl", "code", "countdown", "program")
-    assert [verifier_of(task, auto) for task in tasks] == ["math", "math", "math", "code", "countdown", "text"]
-    assert {verifier_of(task, named) for task in tasks} == {"text"}
+    assert [verifier_of(task) for task in tasks] == ["math", "math", "math", "code", "countdown", "text"]
+    assert {verifier_of(task, "text") for task in tasks} == {"text"}
 
 
 def test_math_is_filtered_by_level_and_type(tmp_path: Path) -> None:
@@ -167,13 +164,14 @@ def test_math_is_filtered_by_level_and_type(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [*rows, {"problem": "x?", "answer": "1", "level": "Level ?", "type": "Algebra"}])
     for more, count in (({}, 61), ({"math_levels": "2, 5"}, 24), ({"math_types": "algebra"}, 21),
                         ({"math_levels": "1", "math_types": "Number Theory,Geometry"}, 8)):
-        assert len(load_dataset(config_of(path, "math", heldout_share=0.0, **more), TOKENIZER).rl) == count
+        assert len(train_of(load_problems(config_of(path, "math", heldout_share=0.0, **more), TOKENIZER))) == count
 
 
 def test_the_number_of_shown_tests_is_the_configs(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [{"text": "a?", "test_list": [f"assert f({i}) == {i}" for i in range(3)]}])
     for count in (1, 2, 5):
-        (problem,) = load_dataset(config_of(path, "code", stride=1, code_shown_tests=count, heldout_share=0.0), TOKENIZER).rl
+        config = config_of(path, "code", stride=1, code_shown_tests=count, heldout_share=0.0)
+        (problem,) = train_of(load_problems(config, TOKENIZER))
         assert problem.prompt.count("assert") == min(count, 3) and len(problem.facts["tests"]) == 3
 
 
@@ -181,17 +179,17 @@ def test_the_number_of_shown_tests_is_the_configs(tmp_path: Path) -> None:
 
 
 def test_files_are_found_under_the_tasks_own_names(forty: Path, tmp_path: Path) -> None:
-    whole = load_dataset(config_of(forty), TOKENIZER)
-    assert (len(whole.rl), len(whole.heldout)) == (40, 10)
-    named = load_dataset(config_of(forty / "train.jsonl", heldout_path=str(forty / "test.jsonl")), TOKENIZER)
-    assert (named.rl, named.heldout) == (whole.rl, whole.heldout)
+    whole = load_problems(config_of(forty), TOKENIZER)
+    assert (len(train_of(whole)), len(heldout_of(whole))) == (40, 10)
+    named = load_problems(config_of(forty / "train.jsonl", heldout_path=str(forty / "test.jsonl")), TOKENIZER)
+    assert (train_of(named), heldout_of(named)) == (train_of(whole), heldout_of(whole))
     write(tmp_path / "mbpp" / "mbpp.jsonl", GOOD_ROWS["code"])
-    assert len(load_dataset(config_of(tmp_path / "mbpp", "code", heldout_share=0.0), TOKENIZER).rl) == 2
+    assert len(train_of(load_problems(config_of(tmp_path / "mbpp", "code", heldout_share=0.0), TOKENIZER))) == 2
 
 
 def test_files_that_are_not_there_are_named(forty: Path) -> None:
     for config, message in (
-        (config_of(""), "reads its problems from files: give task.path a JSONL file, or a folder with train.jsonl"),
+        (config_of(""), "reads its problems from files: set task.path to a JSONL file, or to a folder with train.jsonl"),
         (config_of(forty / "nowhere.jsonl"), "task.path names no file: .*nowhere.jsonl"),
         (config_of(forty, heldout_path="nowhere.jsonl"), "task.heldout_path names no file: 'nowhere.jsonl'"),
         (config_of(forty / "train.jsonl", heldout_path=str(forty / "train.jsonl")), "are one file"),
@@ -199,49 +197,51 @@ def test_files_that_are_not_there_are_named(forty: Path) -> None:
         (config_of(forty, pass_rates="nowhere.jsonl"), "task.pass_rates names no file: 'nowhere.jsonl'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            load_dataset(config, TOKENIZER)
+            load_problems(config, TOKENIZER)
 
 
 # --- the split
 
 
-def test_a_problem_is_never_on_both_sides_and_never_there_twice(tmp_path: Path) -> None:
+def test_a_problem_is_never_in_both_splits_and_never_in_one_twice(tmp_path: Path) -> None:
     heldout = [*sums(5), {"prompt": "what  is 7 + 1?", "answer": 8}]
     write(tmp_path / "train.jsonl", [*sums(20), *sums(2, 18), {"prompt": "What is 15  + 1? ", "answer": 16}])
     write(tmp_path / "test.jsonl", heldout)
-    dataset = load_dataset(config_of(tmp_path), TOKENIZER)
-    assert [p.answer for p in dataset.rl] == [str(i + 1) for i in range(20) if i not in (0, 1, 2, 3, 4, 7)]
-    assert [p.answer for p in dataset.heldout] == ["1", "2", "3", "4", "5", "8"]
-    reasons = Counter(row.partition(": ")[2].partition(f" as {tmp_path}")[0] for row in dataset.left_out)
+    problems = load_problems(config_of(tmp_path), TOKENIZER)
+    assert [p.answer for p in train_of(problems)] == [str(i + 1) for i in range(20) if i not in (0, 1, 2, 3, 4, 7)]
+    assert [p.answer for p in heldout_of(problems)] == ["1", "2", "3", "4", "5", "8"]
+    reasons = Counter(row.partition(": ")[2].partition(f" as {tmp_path}")[0] for row in problems.left_out)
     assert reasons == {"the same problem": 3, "it is held out too": 6}
 
 
-def test_a_share_is_held_out_by_its_text_whatever_the_files_order(tmp_path: Path) -> None:
+def test_the_held_out_rows_depend_on_their_text_and_not_on_the_files_order(tmp_path: Path) -> None:
     rows = sums(600)
-    first = load_dataset(config_of(write(tmp_path / "a.jsonl", rows), heldout_share=0.2), TOKENIZER)
+    first = load_problems(config_of(write(tmp_path / "a.jsonl", rows), heldout_share=0.2), TOKENIZER)
     random.Random(0).shuffle(rows)
-    second = load_dataset(config_of(write(tmp_path / "b.jsonl", rows), heldout_share=0.2), TOKENIZER)
-    assert set(ids(first.heldout)) == set(ids(second.heldout)) and not set(ids(first.heldout)) & set(ids(first.rl))
-    assert abs(len(first.heldout) / 600 - 0.2) < 0.08  # standard deviation 0.016: five of them
-    assert len(first.heldout) + len(first.rl) == 600
-    more = load_dataset(config_of(tmp_path / "a.jsonl", heldout_share=0.4), TOKENIZER)
-    assert set(ids(first.heldout)) < set(ids(more.heldout))
+    second = load_problems(config_of(write(tmp_path / "b.jsonl", rows), heldout_share=0.2), TOKENIZER)
+    assert set(ids(heldout_of(first))) == set(ids(heldout_of(second)))
+    assert not set(ids(heldout_of(first))) & set(ids(train_of(first)))
+    assert abs(len(heldout_of(first)) / 600 - 0.2) < 0.08  # standard deviation 0.016: five of them
+    assert len(heldout_of(first)) + len(train_of(first)) == 600
+    more = load_problems(config_of(tmp_path / "a.jsonl", heldout_share=0.4), TOKENIZER)
+    assert set(ids(heldout_of(first))) < set(ids(heldout_of(more)))
 
 
-def test_programs_of_one_text_stay_on_one_side(tmp_path: Path) -> None:
+def test_programs_of_one_text_are_in_one_split(tmp_path: Path) -> None:
     rows = [{"text": f"Task {i}.", "code": f"{j}", "test_list": [f"assert f({j}) == {j}"]} for i in range(100) for j in range(3)]
-    dataset = load_dataset(config_of(write(tmp_path / "rows.jsonl", rows), "code", heldout_share=0.3), TOKENIZER)
-    sides = [{p.prompt.partition("\n")[0] for p in side} for side in (dataset.rl, dataset.heldout)]
-    assert len(dataset.rl) + len(dataset.heldout) == 300 and not sides[0] & sides[1] and all(sides)
+    problems = load_problems(config_of(write(tmp_path / "rows.jsonl", rows), "code", heldout_share=0.3), TOKENIZER)
+    splits = [{p.prompt.partition("\n")[0] for p in split} for split in (train_of(problems), heldout_of(problems))]
+    assert len(problems.all_known()) == 300 and not splits[0] & splits[1] and all(splits)
 
 
 def test_the_first_heldout_problems_are_the_same_whatever_the_count_and_the_run(forty: Path) -> None:
     config = config_of(forty)
-    ten = heldout_problems(config, TOKENIZER, 10)
-    assert set(ids(ten)) == set(ids(load_dataset(config, TOKENIZER).heldout))
-    assert heldout_problems(config_of(forty, seed=5), TOKENIZER, 4) == ten[:4] != heldout_problems(config, TOKENIZER, 4, seed=1)
-    with pytest.raises(ValueError, match=r"too few problems: 11 held-out .* leave 10: ask for fewer \(eval\.problems"):
-        heldout_problems(config, TOKENIZER, 11)
+    problems = load_problems(config, TOKENIZER)
+    ten = problems.heldout(10)
+    assert set(ids(ten)) == set(ids(heldout_of(problems)))
+    assert load_problems(config_of(forty, seed=5), TOKENIZER).heldout(4) == ten[:4] != problems.heldout(4, seed=1)
+    with pytest.raises(TooFewProblems, match=r"asked for 11 held-out problems .* leave 10: ask for fewer \(eval\.problems"):
+        load_problems(config, TOKENIZER).heldout(11)
 
 
 # --- the order
@@ -250,7 +250,7 @@ def test_the_first_heldout_problems_are_the_same_whatever_the_count_and_the_run(
 def test_an_epoch_takes_each_problem_once_and_the_next_one_in_another_order(forty: Path) -> None:
     config = config_of(forty)
     epochs = [taken(config, range(start, start + 10)) for start in (0, 10)]
-    assert all(sorted(epoch) == sorted(ids(load_dataset(config, TOKENIZER).rl)) for epoch in epochs)
+    assert all(sorted(epoch) == sorted(ids(train_of(load_problems(config, TOKENIZER)))) for epoch in epochs)
     assert epochs[0] != epochs[1] != taken(config_of(forty, seed=1), range(10)) != epochs[0]
 
 
@@ -262,23 +262,32 @@ def test_an_epoch_that_cannot_be_divided_leaves_other_problems_over_each_time(fo
 
 def test_a_steps_problems_follow_from_seed_step_and_round_alone(forty: Path) -> None:
     config = config_of(forty)
-    first = rl_problems(config, TOKENIZER, 7, 4)
+    first = load_problems(config, TOKENIZER).train(7, 4)
     random.seed(0)  # no global generator takes part
-    again = byte_tokenizer()  # nor what was drawn before: another tokenizer reads the files anew
-    assert rl_problems(config, again, 7, 4) == first and rl_problems(config, again, 7, 2) == first[:2]
+    again = load_problems(config, byte_tokenizer())  # and no state: this object has drawn nothing before
+    assert again.train(7, 4) == first and again.train(7, 2) == first[:2]
+
+
+def test_a_file_that_changes_later_does_not_change_the_problems(forty: Path) -> None:
+    problems = load_problems(config_of(forty), TOKENIZER)
+    first, digest = problems.train(0, 4), problems.digest
+    write(forty / "train.jsonl", sums(20))
+    assert problems.train(0, 4) == first and problems.num_train == 40
+    assert load_problems(config_of(forty), TOKENIZER).digest != digest
 
 
 def test_refills_are_other_problems_until_there_are_none_left(forty: Path) -> None:
-    config, had = config_of(forty), []
+    problems = load_problems(config_of(forty), TOKENIZER)
+    had: list[int] = []
     for round_number in range(10):
-        had += ids(rl_problems(config, TOKENIZER, 3, 4, round_number, exclude=had))
+        had += ids(problems.train(3, 4, round_number, exclude=had))
     assert len(set(had)) == 40
-    with pytest.raises(ValueError, match=r"^too few problems: 1 RL ones .* 40 of them are excluded"):
-        rl_problems(config, TOKENIZER, 3, 1, 10, exclude=had)
-    first, second = (ids(rl_problems(config, TOKENIZER, 3, 4, round_number)) for round_number in (1, 2))
+    with pytest.raises(TooFewProblems, match=r"asked for 1 train problems .* 40 of them are excluded"):
+        problems.train(3, 1, 10, exclude=had)
+    first, second = (ids(problems.train(3, 4, round_number)) for round_number in (1, 2))
     assert first != second and len(set(first)) == 4
-    with pytest.raises(ValueError, match=r"^too few problems: 41 RL ones .* ask for fewer \(rl\.prompts_per_step\)"):
-        rl_problems(config_of(forty, stride=41), TOKENIZER, 0, 41)
+    with pytest.raises(TooFewProblems, match=r"asked for 41 train problems .* ask for fewer \(rl\.prompts_per_step\)"):
+        load_problems(config_of(forty, stride=41), TOKENIZER).train(0, 41)
 
 
 # --- lengths
@@ -289,46 +298,48 @@ def test_a_prompt_that_does_not_fit_is_an_error_unless_longer_ones_are_left_out(
     write(forty / "train.jsonl", [*sums(40), long])
     context = ModelConfig(init_from="x", max_position_embeddings=100)
     config = replace(config_of(forty, seed=1), model=context, sampling=SamplingParams(max_tokens=20))
-    assert long["prompt"] not in {p.prompt for p in rl_problems(config, TOKENIZER, 0, 4)}  # the first step is not all that counts
-    with pytest.raises(ValueError, match=r"180 tokens, but model.max_position_embeddings = 100 .* leaves 80; task\.max_prompt_tokens leaves"):
-        check_problems(problems_to_check(config, TOKENIZER, 10), config)
+    problems = load_problems(config, TOKENIZER)
+    assert long["prompt"] not in {p.prompt for p in problems.train(0, 4)}  # the first step is not enough
+    with pytest.raises(ValueError, match=r"180 tokens, but .* = 100 less .* leaves 80; task\.max_prompt_tokens"):
+        problems.check(problems.to_check(4, 10), config)
     config = replace(config, task=replace(config.task, max_prompt_tokens=80))
-    check_problems(problems_to_check(config, TOKENIZER, 10), config)
-    dataset = load_dataset(config, TOKENIZER)
-    assert len(dataset.rl) == 40
-    assert dataset.left_out == (f"{forty}/train.jsonl:41: its prompt has 180 tokens, task.max_prompt_tokens is 80",)
+    problems = load_problems(config, TOKENIZER)
+    problems.check(problems.to_check(4, 10), config)
+    assert len(train_of(problems)) == 40
+    assert problems.left_out == (f"{forty}/train.jsonl:41: its prompt has 180 tokens, task.max_prompt_tokens is 80",)
 
 
 # --- difficulty
 
 
-def rated(forty: Path, rates: dict[int, tuple[int, int]], **task: Any) -> Dataset:
-    """The dataset with pass rates (right, samples) of its problems by their number."""
-    plain = load_dataset(config_of(forty), TOKENIZER).rl
+def rated(forty: Path, rates: dict[int, tuple[int, int]], **task: Any) -> Problems:
+    """The forty problems with pass rates (right, samples), by their index."""
+    plain = train_of(load_problems(config_of(forty), TOKENIZER))
     rows = [{"problem_id": plain[i].problem_id, "num_right": right, "num_samples": samples, "pass_rate": right / samples}
             for i, (right, samples) in rates.items()]
     path = write(forty / f"rates{len(list(forty.iterdir()))}.jsonl", rows)
-    return load_dataset(config_of(forty, pass_rates=str(path), **task), TOKENIZER)
+    return load_problems(config_of(forty, pass_rates=str(path), **task), TOKENIZER)
 
 
-def test_pass_rates_say_which_problems_rl_takes_and_none_that_is_held_out(forty: Path) -> None:
-    plain = load_dataset(config_of(forty), TOKENIZER)
+def test_pass_rates_filter_train_problems_and_no_held_out_ones(forty: Path) -> None:
+    plain = load_problems(config_of(forty), TOKENIZER)
     rates = {i: (i % 5, 4) for i in range(40)}
     limited = rated(forty, rates, min_pass_rate=0.25, max_pass_rate=0.75)
-    assert limited.rl == tuple(p for i, p in enumerate(plain.rl) if i % 5 in (1, 2, 3)) and limited.heldout == plain.heldout
-    assert "16 outside of the pass rates asked for" in limited.description
-    assert rated(forty, rates).rl == plain.rl
+    assert train_of(limited) == [p for i, p in enumerate(train_of(plain)) if i % 5 in (1, 2, 3)]
+    assert heldout_of(limited) == heldout_of(plain)
+    assert "16 outside of the pass rates asked for" in limited.describe()[0]
+    assert train_of(rated(forty, rates)) == train_of(plain)
 
 
-def test_rows_without_a_problem_id_go_by_their_prompt_and_rows_of_one_problem_add_up(forty: Path) -> None:
+def test_pass_rates_are_found_by_id_or_prompt_and_rows_of_one_problem_add_up(forty: Path) -> None:
     rows = [{"prompt": p["prompt"], "num_right": 1, "num_samples": 2} for p in sums(40)]
     path = write(forty / "rates.jsonl", [*rows, *[{**row, "num_right": 0} for row in rows[:10]]])
-    dataset = load_dataset(config_of(forty, pass_rates=str(path), min_pass_rate=0.25, max_pass_rate=0.4), TOKENIZER)
-    assert [p.prompt for p in dataset.rl] == [p["prompt"] for p in sums(10)]
+    problems = load_problems(config_of(forty, pass_rates=str(path), min_pass_rate=0.25, max_pass_rate=0.4), TOKENIZER)
+    assert [p.prompt for p in train_of(problems)] == [p["prompt"] for p in sums(10)]
 
 
 def test_a_pass_rate_is_of_the_samples_that_could_be_graded(forty: Path) -> None:
-    """And a prompt may hold what Unicode calls a line's end."""
+    """And a prompt may hold a character that Unicode treats as a line break."""
     rows = [{"problem_id": 1, "num_right": 2, "num_samples": 4, "num_graded": 2},
             {"prompt": "a\u2028b", "num_right": 1, "num_samples": 4},
             {"problem_id": 2, "num_right": 0, "num_samples": 4, "num_graded": 0}]
@@ -341,8 +352,8 @@ def test_a_problem_without_a_pass_rate_is_a_bad_row(forty: Path) -> None:
     rates = dict.fromkeys(range(39), (1, 2))
     with pytest.raises(ConfigError, match=r"train\.jsonl:40: .* has no pass rate of problem \d+"):
         rated(forty, rates)
-    dataset = rated(forty, rates, on_bad_row="skip")
-    assert len(dataset.rl) == 39 and len(dataset.left_out) == 1
+    problems = rated(forty, rates, on_bad_row="skip")
+    assert len(train_of(problems)) == 39 and len(problems.left_out) == 1
 
 
 @pytest.mark.parametrize("row", ["{", "[]", {"problem_id": 1, "num_right": 3, "num_samples": 2}, {"problem_id": 1, "num_right": 0},
@@ -351,7 +362,7 @@ def test_a_problem_without_a_pass_rate_is_a_bad_row(forty: Path) -> None:
 def test_a_bad_row_of_pass_rates_is_named(row: Any, forty: Path) -> None:
     path = write(forty / "rates.jsonl", [{"problem_id": 1, "num_right": 1, "num_samples": 2}, row])
     with pytest.raises(ConfigError, match=r"rates\.jsonl:2: "):
-        load_dataset(config_of(forty, pass_rates=str(path)), TOKENIZER)
+        load_problems(config_of(forty, pass_rates=str(path)), TOKENIZER)
 
 
 def test_the_curriculum_goes_from_easy_to_hard_in_every_epoch(forty: Path) -> None:
@@ -359,25 +370,25 @@ def test_the_curriculum_goes_from_easy_to_hard_in_every_epoch(forty: Path) -> No
     rated(forty, rates, curriculum="easy_first")
     (path,) = forty.glob("rates*")
     config = config_of(forty, pass_rates=str(path), curriculum="easy_first")
-    rate_of = {p.problem_id: rates[i][0] / 40 for i, p in enumerate(load_dataset(config_of(forty), TOKENIZER).rl)}
+    rate_of = {p.problem_id: rates[i][0] / 40 for i, p in enumerate(train_of(load_problems(config_of(forty), TOKENIZER)))}
     epochs = [taken(config, range(start, start + 10)) for start in (0, 10)]
     for epoch in epochs:
         bands = [min(9, int(rate_of[p] * 10)) for p in epoch]
         assert bands == sorted(bands, reverse=True) and len(set(bands)) == 10 and len(set(epoch)) == 40
-    assert epochs[0] != epochs[1]  # shuffled within a tenth
-    easy, hard = (rl_problems(config, TOKENIZER, step, 4, 1) for step in (0, 9))
-    assert min(rate_of[p.problem_id] for p in easy) > max(rate_of[p.problem_id] for p in hard)  # refills are of the step's own kind
+    assert epochs[0] != epochs[1]  # shuffled within a band
+    easy, hard = (load_problems(config, TOKENIZER).train(step, 4, 1) for step in (0, 9))
+    assert min(rate_of[p.problem_id] for p in easy) > max(rate_of[p.problem_id] for p in hard)
     uneven = config_of(forty, stride=7, pass_rates=str(path), curriculum="easy_first")
     left_over = [set(rate_of) - set(taken(uneven, range(start, start + 5))) for start in range(0, 50, 5)]
     assert len(set.union(*left_over)) > 20  # not always the hardest
 
 
 @pytest.mark.parametrize("more", [{"curriculum": "easy_first"}, {"min_pass_rate": 0.1}, {"max_pass_rate": 0.9}], ids=str)
-def test_what_goes_by_pass_rates_needs_their_file(more: dict[str, Any], forty: Path) -> None:
+def test_keys_that_need_pass_rates_need_their_file(more: dict[str, Any], forty: Path) -> None:
     with pytest.raises(ConfigError, match=r"name their file in task\.pass_rates"):
-        load_dataset(config_of(forty, **more), TOKENIZER)
-    with pytest.raises(ConfigError, match=f"task 'program' makes its own problems; task.{next(iter(more))} is for gsm8k"):
-        rl_problems(Config(task=TaskConfig(**more)), TOKENIZER, 0, 4)
+        load_problems(config_of(forty, **more), TOKENIZER)
+    with pytest.raises(ConfigError, match=f"task 'program' generates its problems; task.{next(iter(more))} is for gsm8k"):
+        load_problems(Config(task=TaskConfig(**more)), TOKENIZER).train(0, 4)
 
 
 def test_limits_that_leave_nothing_are_refused() -> None:
@@ -385,14 +396,14 @@ def test_limits_that_leave_nothing_are_refused() -> None:
         load_config(None, ["--task.min_pass_rate=0.9", "--task.max_pass_rate=0.1"])
 
 
-def test_the_digest_tells_tests_that_are_not_shown() -> None:
+def test_the_digest_depends_on_tests_that_the_prompt_does_not_show() -> None:
     one = Problem(1, "code", "f?", (1, 2), "", {"tests": ["assert f(1) == 1"]})
     assert problems_digest([one]) == problems_digest([replace(one)])
     assert problems_digest([one]) != problems_digest([replace(one, facts={"tests": ["assert f(1) == 2"]})])
 
 
-def test_a_chat_template_that_is_left_unused_is_said(forty: Path, tmp_path: Path) -> None:
+def test_an_unused_chat_template_is_mentioned(forty: Path, tmp_path: Path) -> None:
     chatting = Tokenizer.load(folder_of(tmp_path / "model", chat_template=CHATML))
-    told = {(tokenizer is chatting, template): len(describe_problems(config_of(forty, template=template), tokenizer)[0])
+    num_lines = {(tokenizer is chatting, template): len(load_problems(config_of(forty, template=template), tokenizer).describe())
             for tokenizer, template in ((TOKENIZER, "plain"), (chatting, "plain"), (chatting, "chat"))}
-    assert told == {(False, "plain"): 1, (True, "plain"): 2, (True, "chat"): 1}
+    assert num_lines == {(False, "plain"): 1, (True, "plain"): 2, (True, "chat"): 1}

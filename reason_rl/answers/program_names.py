@@ -1,10 +1,9 @@
-"""Which of the names in a problem's tests are the program's, and which the tests should have defined.
+"""Finds the names in a problem's tests that the program under test must define.
 
-In `assert isclose(f(2), 0.5)`, with `isclose` never imported, a program that defines both is told 0.5 and always passes. So where
-the facts name no entry points, the tests may use one function that they do not define, and beside it classes (by their capital)
-whose objects only go into its arguments: `assert f([Pair(1, 2)]) == 3`. Anything else is the tests' fault and is said to be.
-
-Imported inside the jail: standard library only.
+In `assert isclose(f(2), 0.5)` without an import of `isclose`, a program that defines both names receives 0.5
+and always passes. So without entry points, the tests may use one function that they do not define. They may
+also use undefined classes (capitalised names) if the objects only go into that function's arguments: `assert
+f([Pair(1, 2)]) == 3`. All other tests are refused as ambiguous.
 """
 
 from __future__ import annotations
@@ -15,13 +14,16 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 MADE, RESULT = "made", "result"
-"""What an expression's value may come from: a class of the program's, its function's answer."""
+"""Origins of an expression's value: an undefined class, the program's function."""
 
 
 def program_names(source: str, entry_points: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the program's names, the standard modules used without an import); ValueError where the tests leave open whose a name is."""
-    tree = ast.parse(source)
-    nodes = list(ast.walk(tree))
+    """(names the program defines, standard modules used without an import).
+
+    `assert math.isclose(f(2), 0.5)` gives (["f"], ["math"]). Raises ValueError for ambiguous tests.
+    """
+    # Every name that the tests read and do not bind, split into modules and free names.
+    nodes = list(ast.walk(ast.parse(source)))
     bound = _bound(nodes)
     loaded = list(dict.fromkeys(node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
                                 and node.id not in bound))
@@ -29,6 +31,7 @@ def program_names(source: str, entry_points: Sequence[str]) -> tuple[list[str], 
     free = [name for name in loaded if not hasattr(builtins, name) and name not in entry_points]
     modules = [name for name in free if name in owners and name in sys.stdlib_module_names]
     free = [name for name in free if name not in modules]
+
     if entry_points:
         if free:
             raise ValueError(f"the tests use {', '.join(free)}, which neither they nor entry_points name")
@@ -36,18 +39,22 @@ def program_names(source: str, entry_points: Sequence[str]) -> tuple[list[str], 
         if not free:
             raise ValueError(f"the tests use none of the entry_points {', '.join(entry_points)}")
         return free, modules
-    if not free:  # `assert sum(10, 15) == 6` tests a function of that name
+
+    # Without entry points: one free function. If there is none, the builtins called: `assert sum(10, 15) ==
+    # 6` tests a function of that name.
+    if not free:
         free = list(dict.fromkeys(node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
                                   and hasattr(builtins, node.func.id) and node.func.id not in bound))
     if not free:
-        raise ValueError("the tests call nothing of the program's")
+        raise ValueError("the tests call no function of the program")
     functions = [name for name in free if not name.lstrip("_")[:1].isupper()]
     if len(free) > 1 and (len(functions) != 1 or _compares_with_made(nodes, functions[0], {*free} - {*functions})):
-        raise ValueError(f"the tests use {', '.join(free)}: name the program's own among them as entry_points")
+        raise ValueError(f"the tests use {', '.join(free)}: list those that the program defines as entry_points")
     return free, modules
 
 
 def _bound(nodes: Sequence[ast.AST]) -> set[str]:
+    """Names that the tests assign, import, define or take as arguments."""
     bound: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
@@ -64,16 +71,19 @@ def _bound(nodes: Sequence[ast.AST]) -> set[str]:
 
 
 def _compares_with_made(nodes: Sequence[ast.AST], function: str, classes: set[str]) -> bool:
-    """Does a comparison or a call see both the function's answer and what a class made, outside of the function's own arguments?"""
+    """Does a comparison or call involve both the function's result and an object of an undefined class?
+
+    The arguments of the function itself do not count.
+    """
     origins: dict[str, set[str]] = {function: {RESULT}, **{name: {MADE} for name in classes}}
     bindings = list(_bindings(nodes))
     before = -1
-    while before != (before := sum(map(len, origins.values()))):
+    while before != (before := sum(map(len, origins.values()))):  # until no name gains an origin
         for names, value in bindings:
             for name in names:
                 origins[name] = origins.get(name, set()) | _origins(value, function, origins)
     seen = (_origins(node, function, origins) for node in nodes if isinstance(node, ast.Compare | ast.Call))
-    return any(len(kinds) > 1 for kinds in seen)
+    return any(len(found) > 1 for found in seen)
 
 
 def _origins(node: ast.AST, function: str, origins: Mapping[str, set[str]]) -> set[str]:
@@ -81,11 +91,11 @@ def _origins(node: ast.AST, function: str, origins: Mapping[str, set[str]]) -> s
         return {RESULT}
     if isinstance(node, ast.Name):
         return origins.get(node.id, set())
-    return {kind for child in ast.iter_child_nodes(node) for kind in _origins(child, function, origins)}
+    return {origin for child in ast.iter_child_nodes(node) for origin in _origins(child, function, origins)}
 
 
 def _bindings(nodes: Sequence[ast.AST]) -> Iterator[tuple[list[str], ast.AST]]:
-    """(names, what they come to hold or, for a definition, its body)"""
+    """(names, the expression they are bound to; for a definition, its whole node)"""
     for node in nodes:
         targets: list[ast.expr] = []
         value: ast.AST | None = None

@@ -1,0 +1,118 @@
+"""Everything that can fail before work starts; then the run's folder and log are opened.
+
+A refused run leaves no trace. Left out: the decision whether to begin or go on (folder.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from kernels.native import ISA, cpu_unsupported_reason
+from reason_rl.config import Config, ConfigError, ModelConfig, table_of
+from reason_rl.data import Problems, Tokenizer, load_problems, tokenizer_of
+from reason_rl.model.hf_config import read_model_config
+from reason_rl.parallel.world import World
+from reason_rl.report.files import atomic_write_text
+from reason_rl.report.log import RunLog
+from reason_rl.report.terminal import View
+from reason_rl.run.folder import RunFolder, begin_folder
+from reason_rl.run.loop import Run
+from reason_rl.run.recipe import PlannedStage, key_of
+
+LEFT_OUT_FILE = "left_out.txt"
+"""The rows of the task's files that are no problems, and why."""
+
+
+def begin_run(config: Config, recipe: list[PlannedStage], world: World, folder: RunFolder, view: View,
+              should_stop: Callable[[], bool]) -> Run:
+    """Checks the recipe, its stages and their problems; then opens the folder and the log -> a run that is ready to go."""
+    started_s = time.perf_counter()
+    tokenizer = tokenizer_of(config)
+    view.recipe([stage.name for stage in recipe])
+    if config.engine.decoder == "native" and cpu_unsupported_reason(world.device):
+        raise ConfigError(f"engine.decoder='native' cannot run here: {cpu_unsupported_reason(world.device)}")
+    problems = {stage.name: load_problems(stage.config, tokenizer) for stage in recipe}
+    lines = check_start(config, tokenizer)
+    for stage in recipe:
+        lines += stage.kind.check(stage.config, tokenizer, problems[stage.name])
+    for line in dict.fromkeys([*lines, describe_machine(config, world)]):
+        view.message(line)
+
+    folder = with_keys(config, folder, recipe, problems, world, view)
+    log = _open(config, folder, problems) if world.is_main else None
+    world.barrier()  # all ranks see the folder
+    return Run(folder, recipe, world, tokenizer, problems, view, should_stop, log,
+               seconds={"start_s": time.perf_counter() - started_s})
+
+
+def check_start(config: Config, tokenizer: Tokenizer) -> list[str]:
+    """Of a run that starts from a checkpoint: its tokenizer fits, and which [model] keys its config.json overrides."""
+    if not config.model.init_from:
+        return []
+    shape, vocab_size = read_model_config(Path(config.model.init_from))
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(f"{config.model.init_from}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {vocab_size}")
+    pairs = {one.name: (getattr(config.model, one.name), getattr(shape, one.name))
+             for one in fields(ModelConfig) if one.name != "init_from"}
+    overridden = [f"model.{key} = {asked!r} (it has {there!r})" for key, (asked, there) in pairs.items()
+                  if asked not in (there, getattr(ModelConfig(), key))]
+    return [f"The model is {config.model.init_from} as it is, so these keys have no effect: {', '.join(overridden)}."] if overridden else []
+
+
+def with_keys(config: Config, folder: RunFolder, recipe: list[PlannedStage], problems: dict[str, Problems], world: World,
+              view: View) -> RunFolder:
+    """The folder with its stages' keys: those that the run began with, or new ones. All ranks agree on rank 0's."""
+    digest = "/".join(dict.fromkeys(one.digest for one in problems.values()))
+    kernels = ISA or "reference ops"
+    if folder.is_begun:
+        if folder.compute["problems"] != digest:
+            raise ConfigError(f"{folder.path} was begun with other problems than {config.task.path} gives now: a file, the template "
+                              "or the tokenizer has changed. --resume never begins in a new folder")
+        if folder.compute["kernels"] != kernels:
+            view.message(f"This run began with {folder.compute['kernels']} and goes on with {kernels}: the same numbers to a "
+                         "rounding, other bits from here.")
+        return folder
+
+    dtype = str(world.dtype).removeprefix("torch.")
+    keys: dict[str, str] = {}
+    for stage in recipe:
+        after_key = keys[stage.after.name] if stage.after else ""
+        keys[stage.name] = key_of(stage, dtype, problems[stage.name].digest, after_key)
+    if config.run.resume == "never":  # or there would be nothing to do
+        keys[recipe[-1].name] += f"-{folder.path.name}"
+    compute = {"dtype": dtype, "kernels": kernels, "problems": digest}
+    return dataclasses.replace(folder, compute=compute, stage_keys=world.gather(keys)[0])
+
+
+def _open(config: Config, folder: RunFolder, problems: dict[str, Problems]) -> RunLog:
+    """The log first, as it may be refused (a package that is missing); then config.toml makes the folder a run's."""
+    was_there = folder.path.exists()
+    try:
+        log = RunLog(folder.path, config.run.tensorboard, config.run.wandb_project, table_of(config))
+    except BaseException:
+        if not was_there:
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+    begin_folder(folder, config)
+    left_out = list(dict.fromkeys(line for one in problems.values() for line in one.left_out))
+    if left_out:
+        atomic_write_text(folder.path / LEFT_OUT_FILE, "\n".join(left_out) + "\n")
+    return log
+
+
+def describe_machine(config: Config, world: World) -> str:
+    """One line on where the run computes."""
+    exact = {"on": "required", "off": "off"}.get(config.run.exact, "where the ops are batch-invariant")
+    reason = cpu_unsupported_reason(world.device)
+    kernels = f" ({ISA} kernels)" if not reason else ""
+    if reason and world.device.type == "cpu":
+        kernels = f" (reference ops; native ones: {reason})"
+    return (f"On {world.device}{kernels}, {str(world.dtype).removeprefix('torch.')}, {world.size} process(es) of "
+            f"{torch.get_num_threads()} CPU thread(s); exact logprobs {exact}.")

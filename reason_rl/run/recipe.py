@@ -1,0 +1,129 @@
+"""A recipe: which stages a run has, in which order, and under which key each finished output is kept.
+
+A key is a digest of all that the output follows from: the stage's kind and sections, the seed, the dtype, the output that it starts
+from, the files of the user's that its config names, and the code of the rooms that the stage names. Two runs of one key share one
+output; a run that goes on keeps the keys that it began with, whatever was edited since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from reason_rl.config import Config, ConfigError, StageConfig, config_of_stage, table_of
+from reason_rl.model.hf_config import read_model_config
+from reason_rl.stages import STAGES, Stage
+
+DIGEST_LENGTH = 12
+SAMPLED_BLOCKS, BLOCK_BYTES = 16, 4096
+"""A large file's digest reads so many blocks of it, evenly spaced."""
+PACKAGE = Path(__file__).resolve().parents[1]
+FILE_KEYS = ("task.path", "task.heldout_path", "task.pass_rates", "task.template")
+MODULE_KEYS = ("task.name", "reward.custom", "reward.judge")
+"""Keys that may name a file, or a "module:attribute", of the user's."""
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    name: str
+    kind: type[Stage]
+    config: Config
+    """As this stage sees it; [model] is that of the weights it starts from."""
+    after: PlannedStage | None
+    """The stage whose output it starts from; None: random weights, or model.init_from."""
+
+
+def plan_recipe(config: Config) -> list[PlannedStage]:
+    """The stages in order, each checked against what comes before it."""
+    stages = config.stages or default_stages(config)
+    planned: dict[str, PlannedStage] = {}
+    for stage in stages:
+        if stage.kind not in STAGES:
+            raise ConfigError(f"stage {stage.name!r}: kind must be one of {', '.join(STAGES)}, got {stage.kind!r}")
+        kind, own = STAGES[stage.kind], config_of_stage(config, stage)
+        if stage.after and stage.after not in planned:
+            raise ConfigError(f"stage {stage.name!r} comes after {stage.after!r}, which is no stage before it; "
+                              f"before it: {', '.join(planned) or 'none'}")
+        after = None
+        if kind.starts_from_weights:
+            after = planned[stage.after] if stage.after else next(reversed(planned.values()), None)
+            if after is None and not own.model.init_from:
+                raise ConfigError(f"stage {stage.name!r} ({stage.kind}) starts from weights: put a stage before it, such as "
+                                  "kind = \"pretrain\", or name a checkpoint folder in model.init_from")
+        elif stage.after or own.model.init_from:
+            raise ConfigError(f"stage {stage.name!r} ({stage.kind}) starts from random weights, so it takes neither after nor "
+                              f"model.init_from; got after = {stage.after!r}, model.init_from = {own.model.init_from!r}")
+        planned[stage.name] = PlannedStage(stage.name, kind, with_model(own, after), after)
+    return list(planned.values())
+
+
+def default_stages(config: Config) -> tuple[StageConfig, ...]:
+    """R1-Zero: a base model, then pure RL; from a checkpoint, RL alone."""
+    grpo = StageConfig("grpo", "grpo")
+    return (grpo,) if config.model.init_from else (StageConfig("pretrain", "pretrain"), grpo)
+
+
+def with_model(config: Config, after: PlannedStage | None) -> Config:
+    """The shape of the weights that a stage starts from is their own, whatever [model] says."""
+    if after is not None:
+        return replace(config, model=after.config.model)
+    if not config.model.init_from:
+        return config
+    shape, _ = read_model_config(Path(config.model.init_from))
+    return replace(config, model=replace(shape, init_from=config.model.init_from))
+
+
+def key_of(stage: PlannedStage, dtype: str, problems: str, after_key: str) -> str:
+    """"<name>-<digest>": the folder of the stage's output."""
+    config, sections = stage.config, table_of(stage.config)
+    told = {
+        "kind": stage.kind.kind, "sections": {name: sections[name] for name in stage.kind.sections}, "seed": config.run.seed,
+        "exact": config.run.exact, "dtype": dtype, "problems": problems,
+        "start": after_key or (folder_digest(Path(config.model.init_from)) if config.model.init_from else ""),
+        "files": {str(path): file_digest(path) for path in users_files(config)},
+        "code": {room: folder_digest(folder_of(room), "*.py") for room in stage.kind.rooms}}
+    text = json.dumps(told, sort_keys=True)
+    return f"{stage.name}-{hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]}"
+
+
+def folder_of(room: str) -> Path:
+    return PACKAGE / room if (PACKAGE / room).is_dir() else PACKAGE.parent / room
+
+
+def users_files(config: Config) -> Iterator[Path]:
+    """The files that a stage's config names: data, a template, and the source of a task, reward or judge."""
+    tables = table_of(config)
+    for dotted in (*FILE_KEYS, *MODULE_KEYS):
+        section, key = dotted.split(".")
+        value = str(tables[section][key])
+        if dotted in FILE_KEYS and Path(value).is_file():
+            yield Path(value)
+        elif dotted in MODULE_KEYS and ":" in value:
+            module = importlib.util.find_spec(value.partition(":")[0])
+            if module is not None and module.origin:
+                yield Path(module.origin)
+
+
+def folder_digest(folder: Path, pattern: str = "*") -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob(pattern) if path.is_file()):
+        digest.update(f"{path.relative_to(folder)}:{file_digest(path)}\n".encode())
+    return digest.hexdigest()[:DIGEST_LENGTH]
+
+
+def file_digest(path: Path) -> str:
+    """Of the size and of evenly spaced blocks: a checkpoint of gigabytes is told from another in milliseconds."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    digest.update(str(size).encode())
+    with path.open("rb") as file:
+        if size <= SAMPLED_BLOCKS * BLOCK_BYTES:
+            digest.update(file.read())
+        else:
+            for number in range(SAMPLED_BLOCKS):
+                file.seek((size - BLOCK_BYTES) * number // (SAMPLED_BLOCKS - 1))
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()[:DIGEST_LENGTH]

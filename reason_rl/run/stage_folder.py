@@ -1,0 +1,95 @@
+"""The folder of one stage's output, runs/stages/<name>-<digest>: step checkpoints, `final` once it is finished, and a lock.
+
+Runs whose stage has the same key share the folder. Of two that want it at once, the second waits for the first and then reuses
+what it made; where the first was interrupted, the second goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from reason_rl.parallel.world import World
+from reason_rl.report.log import METRICS, ROLLOUTS, TIMINGS, read_jsonl
+from reason_rl.report.terminal import View
+from reason_rl.trainer.checkpoint import Progress, newest_checkpoint, read_progress, step_folder
+
+FINAL = "final"
+LOCK_POLL_S = 1.0
+History = dict[str, list[dict[str, Any]]]
+"""The stage's lines of metrics.jsonl and timings.jsonl, by file name."""
+
+
+class Interrupted(Exception):
+    """Asked to stop (Ctrl-C, SIGTERM): what was done is saved."""
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    path: Path
+
+    @property
+    def final(self) -> Path:
+        """The finished output: a Hugging Face folder, with the stage's history and seconds."""
+        return self.path / FINAL
+
+    @property
+    def rollouts(self) -> Path:
+        """The stage's sampled rollouts, for the report of a run that reuses it."""
+        return self.path / ROLLOUTS
+
+    def is_finished(self, world: World) -> bool:
+        return world.gather(self.final.is_dir())[0]
+
+    def newest_checkpoint(self, world: World) -> Path | None:
+        """As rank 0 sees it."""
+        return world.gather(newest_checkpoint(self.path))[0]
+
+    def step_folder(self, num_done: int) -> Path:
+        return step_folder(self.path, num_done)
+
+    def progress(self) -> Progress:
+        return read_progress(self.final)
+
+    @contextmanager
+    def lock(self, world: World, view: View, should_stop: Callable[[], bool]) -> Iterator[None]:
+        """Rank 0 holds a lock, which the system releases however the process ends; the other ranks wait for rank 0."""
+        lock = self.path.with_name(f"{self.path.name}.lock")
+        file = _try_lock(lock) if world.is_main else None
+        is_ours = world.gather(file is not None)[0]
+        if not is_ours:
+            view.message(f"Another run is making this stage ({lock}): waiting for it.")
+        while not is_ours:
+            if any(world.gather(should_stop())):
+                raise Interrupted("stopped while waiting for another run's stage")
+            time.sleep(LOCK_POLL_S)
+            file = _try_lock(lock) if world.is_main else None
+            is_ours = world.gather(file is not None)[0]
+        try:
+            yield
+        finally:
+            if file is not None:
+                lock.unlink(missing_ok=True)
+                file.close()
+
+
+def read_history(checkpoint: Path) -> History:
+    return {name: read_jsonl(checkpoint / name) for name in (METRICS, TIMINGS)}
+
+
+def _try_lock(path: Path) -> TextIO | None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a", encoding="utf-8")
+    with suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The holder removes the file as it releases it: a lock on a removed file would exclude no one.
+        if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+            return file
+    file.close()
+    return None

@@ -1,0 +1,120 @@
+"""Reinforcement learning with verifiable rewards (GRPO, arXiv:2402.03300, and its family): the page to read first.
+
+`step` is the algorithm: problems -> rollouts, graded as they end -> advantages -> packed microbatches -> updates. The family's
+choices (DAPO, Dr. GRPO, GSPO, CISPO, RLOO) are keys of [rl] and [loss]; configs/algorithms has a preset of each.
+
+Left out: a value model (the group is the baseline), and sampling ahead of the update (every step is on policy).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+from reason_rl.config import Config
+from reason_rl.data import Problems, Tokenizer
+from reason_rl.engine import Engine, check_fits
+from reason_rl.records import Group, Microbatch, Problem, SamplingParams, StepStats
+from reason_rl.report.clock import Clock
+from reason_rl.reward import Grader, check_rewards
+from reason_rl.rl.advantages import compute_advantages
+from reason_rl.rl.packing import pack
+from reason_rl.rollout.collect import collect, refill
+from reason_rl.rollout.metrics import step_stats
+from reason_rl.stages.base import Metrics, StageStart
+from reason_rl.stages.heldout import evaluate_heldout
+from reason_rl.trainer.policy import frozen_copy
+from reason_rl.trainer.update import fill_logprobs, policy_update
+
+
+class Grpo:
+    kind: ClassVar[str] = "grpo"
+    sections: ClassVar[tuple[str, ...]] = ("task", "rl", "loss", "optim", "sampling", "reward", "eval")
+    rooms: ClassVar[tuple[str, ...]] = (
+        "model", "data", "answers", "reward", "engine", "rl", "rollout", "trainer", "stages", "kernels")
+    starts_from_weights: ClassVar[bool] = True
+    log_every: ClassVar[int] = 1
+
+    def __init__(self, start: StageStart) -> None:
+        config = start.config
+        self.config, self.world, self.tokenizer, self.problems = config, start.world, start.tokenizer, start.problems
+        self.num_steps, self.checkpoint_every = config.rl.steps, config.run.checkpoint_every
+        self.sampling = replace(config.sampling, stop_ids=start.tokenizer.stop_ids)
+        self.loss = replace(config.loss, constant_length=config.loss.constant_length or config.sampling.max_tokens)
+        model = start.load()
+        self.reference = frozen_copy(model, start.world, start.is_exact) if config.loss.kl_coef > 0 else None
+        self.policy = start.policy(model, config.optim, self.num_steps)
+        self.engine = Engine(self.policy.sampling_model, config.engine, config.run.seed)
+        self.grader = Grader(config, start.tokenizer)  # its workers start with the first completion
+
+    def step(self, index: int) -> StepStats:
+        """Sample a group of completions for each problem, grade them, compare within each group, update the policy."""
+        rl, clock, updates = self.config.rl, Clock(), []
+        with clock("step"):
+            # Problems -> rollouts and rewards: a completion is graded as it ends, while others are still sampled.
+            problems = self.problems.train(index, rl.prompts_per_step)  # the same on every rank
+            sampled = self.collect(problems, rl.group_size, self.sampling, index, clock, rl.routing_replay)
+            groups = self.refill(sampled, index, clock) if rl.dynamic_sampling else sampled
+
+            # Rewards -> advantages f32[B, G]: how much better a completion did than the rest of its group.
+            advantages = compute_advantages(groups, rl, self.world.device)
+
+            with clock("train"):
+                # Packing: each group's prompt once, its completions after it; one list of microbatches an update.
+                minibatches = pack(groups, advantages, rl.num_minibatches, self.config.optim.microbatch_tokens)
+                minibatches = [self.with_logprobs(microbatches) for microbatches in minibatches]
+
+                # Update: forward, loss, backward, clip, optimizer step. Only the first one of a step is on policy.
+                for number, microbatches in enumerate(minibatches):
+                    updates.append(policy_update(
+                        self.policy, microbatches, self.loss, self.sampling.temperature, lr_factor=self.policy.lr_factor(index),
+                        max_gap=math.inf if number else self.max_gap))
+        return step_stats(index, groups, sampled, advantages, minibatches, updates, self.tokenizer, clock,
+                          lr=self.policy.lr_factor(index) * self.config.optim.lr, verifiers=self.grader.service.take_metrics())
+
+    def collect(self, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, key: int, clock: Clock,
+                with_routed_experts: bool = False) -> list[Group]:
+        """Groups sampled with the current weights, and graded. `key` is the step in the sampler's noise key."""
+        return collect(self.engine, self.grader, problems, group_size, sampling, world=self.world, step=key, clock=clock,
+                       policy_version=self.policy.version, with_routed_experts=with_routed_experts and self.policy.model.config.num_experts > 1)
+
+    def refill(self, sampled: list[Group], index: int, clock: Clock) -> list[Group]:
+        """DAPO's dynamic sampling: groups of fresh problems, which `sampled` gains, replace groups without signal."""
+        rl = self.config.rl
+        return refill(
+            sampled, rl.dynamic_sampling, draw=lambda count, round, exclude: self.problems.train(index, count, round, exclude),
+            sample=lambda problems: self.collect(problems, rl.group_size, self.sampling, index, clock, rl.routing_replay))
+
+    def with_logprobs(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
+        """With the logprobs that the loss compares to: of the policy before the step's first update, and of the reference."""
+        temperature, filled = self.sampling.temperature, list(microbatches)
+        if self.config.rl.old_logprobs == "recompute":
+            filled = fill_logprobs(self.policy.model, filled, self.world, temperature=temperature, name="old_logprobs")
+        if self.reference is not None:
+            filled = fill_logprobs(self.reference, filled, self.world, temperature=temperature, name="ref_logprobs")
+        return filled
+
+    def evaluate(self, num_done: int) -> Metrics | None:
+        metrics = evaluate_heldout(
+            self.config.eval, self.problems, self.sampling, self.tokenizer, self.collect, num_done, self.num_steps)
+        self.grader.service.take_metrics()  # the verifiers' times of an evaluation are no step's
+        return metrics
+
+    @property
+    def max_gap(self) -> float:
+        """How far the engine's logprobs may be from the trainer's on policy, in nats."""
+        return 0.0 if self.config.run.exact == "on" else self.config.rl.max_logprob_gap or math.inf
+
+    def close(self) -> None:
+        self.grader.close()
+
+    @staticmethod
+    def check(config: Config, tokenizer: Tokenizer, problems: Problems) -> list[str]:
+        """Problems that are too few, prompts that do not fit, a reward that is missing, a sandbox that does not hold."""
+        settings = config.eval
+        known = problems.to_check(config.rl.prompts_per_step, max(settings.final_problems, settings.problems))
+        problems.check(known, config)
+        check_fits(known, config.sampling.max_tokens, config.model.max_position_embeddings, config.engine.num_blocks)
+        return [*problems.describe(), *check_rewards(config, known[0])]
