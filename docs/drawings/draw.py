@@ -185,8 +185,9 @@ def frame(
     owner = {block: COLOURS[1 + s.sample_index] for s in sequences for block in s.blocks} | dict.fromkeys(prompt.blocks, "a")
     for block in range(pool.num_blocks):
         users = prompt.num_running if block in prompt.blocks else int(block in owner)
-        drawing.box(14 + cell * block, top + 42, cell - 4, 26, owner.get(block, "empty" if block else "off"), str(block) if block else "null")
-        drawing.text(14 + cell * block + (cell - 4) / 2, top + 84, f"x{users}" if users else "-", "quiet code", "middle")
+        left, colour = 14 + cell * block, owner.get(block, "empty" if block else "off")
+        drawing.box(left, top + 42, cell - 4, 26, colour, str(block) if block else "null")
+        drawing.text(left + (cell - 4) / 2, top + 84, f"x{users}" if users else "-", "quiet code", "middle")
 
     # The block tables.
     for row, sequence in enumerate(sequences):

@@ -17,7 +17,8 @@ STYLE = """
     .a { fill: #0c2d6b; stroke: #4493f8 } .b { fill: #033a16; stroke: #3fb950 } .c { fill: #5a1e02; stroke: #db6d28 }
     .d { fill: #3c1e70; stroke: #ab7df8 } .empty { fill: #0d1117; stroke: #9198a1 } .off { fill: #212830; stroke: #656c76 }
   }
-  text { font: 13px ui-sans-serif, system-ui, sans-serif } .code { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 12px }
+  text { font: 13px ui-sans-serif, system-ui, sans-serif }
+  .code { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 12px }
   .title { font-weight: 600 }
 """
 
@@ -29,7 +30,8 @@ class Drawing:
 
     def text(self, x: float, y: float, words: str, style: str = "text", anchor: str = "start") -> None:
         """`style`: CSS classes, "text" or "quiet", with "code" or "title"; `anchor`: start, middle or end."""
-        self._parts.append(f'<text x="{x:g}" y="{y:g}" class="{style}" text-anchor="{anchor}" xml:space="preserve">{escape(words)}</text>')
+        place = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}" xml:space="preserve"'
+        self._parts.append(f'<text {place} class="{style}">{escape(words)}</text>')
 
     def box(self, x: float, y: float, width: float, height: float, style: str, words: str = "") -> None:
         """A rectangle of colour `style` ("a" to "d", "empty" or "off") with a short text in its middle."""
@@ -48,4 +50,5 @@ class Drawing:
         return "\n".join([
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" width="440" '
             f'height="{self.height * 440 // WIDTH}" role="img" aria-label="{escape(self.title)}">',
-            f"<style>{STYLE}</style>", head, f'<rect width="{WIDTH}" height="{self.height}" rx="8" class="paper"/>', *self._parts, "</svg>", ""])
+            f"<style>{STYLE}</style>", head, f'<rect width="{WIDTH}" height="{self.height}" rx="8" class="paper"/>',
+            *self._parts, "</svg>", ""])
