@@ -135,7 +135,8 @@ def test_the_drawn_mask_lets_a_completion_see_its_prompt_and_its_own_past_alone(
 RECORD: dict[str, Any] = {
     "setting": {"device_name": "A CPU", "threads": 2, "torch": "2.13.0", "commit": "0123456789abcdef"},
     "rows": [
-        {"op": "rms_norm", "shape": "8x4", "dtype": "float32", "side": side, "direction": direction, "median_s": seconds, "error": 1e-8}
+        {"op": "rms_norm", "shape": "8x4", "dtype": "float32", "side": side, "direction": direction,
+         "median_s": seconds, "error": 1e-8}
         for side, seconds in (("reference", 3e-5), ("native", 1e-5), ("F.rms_norm", 2e-5)) for direction in ("forward", "full")]}
 
 

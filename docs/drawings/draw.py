@@ -42,24 +42,20 @@ def step() -> Drawing:
     ((microbatch,),) = pack(groups, advantages, rl.num_minibatches, microbatch_tokens=64)
 
     drawing = Drawing("One GRPO step: problems, completions, rewards, advantages, a packed microbatch, the update", 604)
-    def head(y: int, name: str, shape: str, words: str) -> None:
-        drawing.text(14, y, name, "text title")
-        drawing.text(346, y, shape, "text code", "end")
-        drawing.text(14, y + 17, words, "quiet")
 
     # Problems and completions: a prompt, then a bar for each completion.
-    head(24, "1  problems", "B = 2", "the same list on every rank")
+    head(drawing, 24, "1  problems", "B = 2", "the same list on every rank")
     for row in (0, 1):
         drawing.box(14, 50 + 24 * row, 12 * (2 + row), 18, COLOURS[row])
         drawing.text(60, 63 + 24 * row, "a prompt of " + ("two tokens", "three tokens")[row], "quiet")
-    head(120, "2  rollouts", "B x G = 2 x 4", "the engine samples a group per problem")
+    head(drawing, 120, "2  rollouts", "B x G = 2 x 4", "the engine samples a group per problem")
     for row in (0, 1):
         for column, length in enumerate(LENGTHS[row]):
             drawing.box(14 + 84 * column, 146 + 24 * row, 12 * length, 18, COLOURS[row])
 
     # Rewards and advantages, as tables.
-    head(216, "3  rewards", "f32[B, G]", "graded as each completion ends")
-    head(310, "4  advantages", "f32[B, G]", "reward minus the mean of its group")
+    head(drawing, 216, "3  rewards", "f32[B, G]", "graded as each completion ends")
+    head(drawing, 310, "4  advantages", "f32[B, G]", "reward minus the mean of its group")
     for row in (0, 1):
         for column in range(4):
             drawing.box(14 + 84 * column, 242 + 24 * row, 76, 18, COLOURS[row], f"{REWARDS[row][column]:g}")
@@ -67,14 +63,27 @@ def step() -> Drawing:
             drawing.box(14 + 84 * column, 336 + 24 * row, 76, 18, COLOURS[row], f"{value:+g}")
 
     # The microbatch, to scale.
-    head(404, "5  packing", f"T = {microbatch.num_tokens}, N = {microbatch.num_loss_tokens}", "P: each prompt, once for its group")
-    scale = 332 / microbatch.num_tokens
+    head(drawing, 404, "5  packing", f"T = {microbatch.num_tokens}, N = {microbatch.num_loss_tokens}",
+         "P: each prompt, once for its group")
+    scale, first_group = 332 / microbatch.num_tokens, 2 + sum(length - 1 for length in LENGTHS[0])
     for start, length, _, prefix in microbatch.segments.tolist():
-        row = 0 if start < sum(LENGTHS[0]) - 2 else 1
+        row = int(start >= first_group)
         drawing.box(14 + scale * start, 430, scale * length - 1, 22, COLOURS[row], "" if prefix else "P")
 
-    # The update.
-    head(484, "6  update", "logits_index i64[N]", "the rows that predict sampled tokens")
+    update(drawing)
+    return drawing
+
+
+def head(drawing: Drawing, y: int, name: str, shape: str, words: str) -> None:
+    """The title of one stage of the step, its shape on the right, and a sentence."""
+    drawing.text(14, y, name, "text title")
+    drawing.text(346, y, shape, "text code", "end")
+    drawing.text(14, y + 17, words, "quiet")
+
+
+def update(drawing: Drawing) -> None:
+    """From hidden states to the optimizer step."""
+    head(drawing, 484, "6  update", "logits_index i64[N]", "the rows that predict sampled tokens")
     for index, (words, x, width) in enumerate((("hidden [T,D]", 14, 98), ("[N,D]", 136, 54), ("logprobs f32[N]", 214, 132))):
         drawing.box(x, 510, width, 22, "empty", words)
         if index:
@@ -84,7 +93,6 @@ def step() -> Drawing:
     drawing.arrow((214, 561), (191, 561))
     drawing.box(14, 550, 176, 22, "c", "backward, clip, step")
     drawing.text(14, 592, "the next step samples with the new weights", "quiet")
-    return drawing
 
 
 def example_microbatch() -> Microbatch:
@@ -131,7 +139,13 @@ def microbatch() -> Drawing:
         for key, is_seen in enumerate(seen):
             drawing.box(left + cell * key, y, cell - 3, 22, COLOURS[segment_of[key]] if is_seen else "off", "1" if is_seen else "")
 
-    # The loss tokens: each is predicted by the hidden state at logits_index.
+    loss_tokens(drawing, batch, tokens)
+    return drawing
+
+
+def loss_tokens(drawing: Drawing, batch: Microbatch, tokens: SequenceOf[str]) -> None:
+    """Each loss token is predicted by the hidden state at its logits_index."""
+    cell, left = 40, 146
     drawing.text(14, 318, "the loss tokens, N = 4", "text title")
     index, targets = batch.logits_index.tolist(), [chr(target) for target in batch.target_ids.tolist()]
     lines = (("logits_index", index), ("its token", [tokens[i] for i in index]), ("target_ids", targets),
@@ -143,7 +157,6 @@ def microbatch() -> Drawing:
             sequence = batch.sequence_index.tolist()[column]
             drawing.box(left + cell * column, y, cell - 3, 22, "cd"[sequence], str(value))
     drawing.text(14, 450, "c predicts the first token of both: x and z", "quiet")
-    return drawing
 
 
 def blocks() -> Drawing:
@@ -178,7 +191,7 @@ def frame(
     """The pool's blocks with their ref_count, then the block table of each sequence."""
     top, cell = 14 + 194 * number, 41
     drawing.text(14, top + 12, title, "text title")
-    drawing.text(346, top + 12, "x3: ref_count is 3", "quiet", "end")
+    drawing.text(346, top + 12, "x: ref_count", "quiet", "end")
     drawing.text(14, top + 30, words, "quiet")
 
     # The pool.
