@@ -1,9 +1,10 @@
 """Builds and installs the packages, with the native kernels of csrc/.
 
-`pip install -e . --no-build-isolation` (what `make` runs) builds the kernels into kernels/; a plain install builds them into the
-installed package. CMakeLists.txt lists the sources; CMAKE_ARGS is passed on to it. If a tool is missing, one line names it and the
-install continues, because the reference ops work without the kernels. Sources that the compiler rejects fail the install.
-Name, version and requirements are in pyproject.toml. train.py, bench/ and tests/ run from the checkout and are not installed.
+`pip install -e . --no-build-isolation` (what `make` runs) builds the kernels into kernels/; a plain install
+builds them into the installed package. CMakeLists.txt lists the sources; CMAKE_ARGS is passed on to it. If a
+tool is missing, one line names it and the install continues, because the reference ops work without the
+kernels. Sources that the compiler rejects fail the install. Name, version and requirements are in
+pyproject.toml. train.py, bench/ and tests/ run from the checkout and are not installed.
 """
 
 import importlib.util
@@ -26,13 +27,13 @@ READ_BY_CMAKE = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDA_HOME")
 
 
 def find(program: str) -> str | None:
-    """The path of a program: first in this Python's scripts folder, where pip installs cmake and ninja, then on the PATH."""
+    """A program's path: in this Python's scripts folder, where pip installs cmake and ninja, or on the PATH."""
     return shutil.which(program, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]))
 
 
 def missing_requirement(find: Callable[[str], str | None] = find, compiler: str = "", has_torch: bool = True,
                         platform: str = sys.platform) -> str:
-    """The first missing requirement of the build, with the command that installs it, or "". `compiler` is the value of CXX."""
+    """The first missing requirement and the command that installs it, or "". `compiler` is the value of CXX."""
     if platform != "linux":
         return f"csrc/ is built on Linux only, got {platform}"
     if compiler and not find(shlex.split(compiler)[0]):
@@ -91,7 +92,7 @@ class BuildNative(build_ext):
 
 
 def reset_if_changed(tree: Path, configuration: str) -> None:
-    """Empties the build tree if it was made with another configuration: CMake keeps generator, compiler and paths."""
+    """Empties a build tree of another configuration, since CMake keeps generator, compiler and paths."""
     record = tree / "configuration.txt"
     if not record.is_file() or record.read_text() != configuration:
         shutil.rmtree(tree, ignore_errors=True)

@@ -1,11 +1,12 @@
-"""Gradings a second through the verifier service, the workers' round trip included; and beside math-verify, where that is
+"""Gradings a second through the verifier service, with the workers' round trip; and math-verify's, if it is
 installed.
 
     .venv/bin/python -m bench.grading [--json bench/results/grading_cpu.json]
 
-A request is a completion of some 100 words and its right answer, as the trainer sends it; workers are warm. The best of
-several rounds is given, for what else runs on the machine only takes away. math-verify is called in this process, without the
-service, on the same forms; and where its verdicts differ from ours on a few answers that matter is listed.
+A request is a completion of about 100 words and its right answer, as the trainer sends it; workers are warm.
+The result is the best of several rounds, since other programs on the machine can only slow a round down.
+math-verify runs in this process, without the service, on the same answers; and the command lists answers on
+which the two differ.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from reason_rl.config import RewardConfig
 from reason_rl.reward.grade import reward_kinds
 from reason_rl.reward.pool.service import VerifierService
 
+# (right answer, completion's answer); the last pair of each list is wrong, all others are right.
 COMMON = [("18", "18"), ("1080", "1,080"), ("-7", "-7"), ("2.50", "2.5"), (r"\frac{3}{4}", r"\frac{3}{4}"), ("3/4", "0.75"),
           ("18", r"\$18"), ("5", "x = 5"), ("25", r"25\%"), ("17", "18")]
 SYMBOLIC = [(r"\frac{\sqrt3}{3}", r"\frac{1}{\sqrt{3}}"), ("x^2+2x+1", "(x+1)^2"),
@@ -31,12 +33,13 @@ SYMBOLIC = [(r"\frac{\sqrt3}{3}", r"\frac{1}{\sqrt{3}}"), ("x^2+2x+1", "(x+1)^2"
             ("2x-y+3=0", "4x - 2y = -6"),
             (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"), (r"2\pi", "6.28")]
 DISPUTED = [("72", "48+24"), ("1/3", "0.333333"), ("3:1", "3"), ("5", "6 = 5"), (r"5 \text{ cm}", r"5 \text{ m}"), ("4t", "4")]
+"""Wrong by our rules, right by math-verify 0.9."""
 THOUGHT = "<think>" + "so we take the first and the second and see that it goes on " * 8 + "</think>"
 
 
-def requests(forms: list[tuple[str, str]], count: int) -> list[dict[str, Any]]:
-    texts = [{"text": f"{THOUGHT}It is $\\boxed{{{given}}}$.", "answer": answer, "prompt": "How many?", "facts": {},
-              "finish_reason": "stop", "verifier": "text"} for answer, given in forms]
+def requests(pairs: list[tuple[str, str]], count: int) -> list[dict[str, Any]]:
+    texts = [{"text": f"{THOUGHT}It is $\\boxed{{{given}}}$.", "answer": answer, "facts": {}, "finish_reason": "stop",
+              "verifier": "text"} for answer, given in pairs]
     return (texts * (count // len(texts) + 1))[:count]
 
 
@@ -53,8 +56,8 @@ def rate(grade: Callable[[], object], count: int, rounds: int) -> float:
 def our_rates(count: int, rounds: int) -> dict[str, float]:
     rates = {}
     with VerifierService(reward_kinds(RewardConfig()), num_workers=2) as service:
-        for name, kind, forms in (("common", "math", COMMON), ("symbolic", "math", SYMBOLIC), ("text and format", "text", COMMON)):
-            batch = requests(forms, count)
+        for name, kind, pairs in (("common", "math", COMMON), ("symbolic", "math", SYMBOLIC), ("text and format", "text", COMMON)):
+            batch = requests(pairs, count)
             rates[name] = rate(lambda kind=kind, batch=batch: service.grade(kind, batch), count, rounds)
     return rates
 
@@ -70,8 +73,8 @@ def peer() -> dict[str, Any] | None:
     def theirs(answer: str, given: str) -> bool:
         return bool(verify(parse(f"${answer}$"), parse(f"\\boxed{{{given}}}")))
 
-    rates = {name: rate(lambda forms=forms: [theirs(*form) for form in forms], len(forms), 20)
-             for name, forms in (("common", COMMON), ("symbolic", SYMBOLIC))}
+    rates = {name: rate(lambda pairs=pairs: [theirs(*pair) for pair in pairs], len(pairs), 20)
+             for name, pairs in (("common", COMMON), ("symbolic", SYMBOLIC))}
     disputed = [{"answer": a, "given": g, "reason_rl": grade_math({"text": f"\\boxed{{{g}}}", "answer": a}).status,
                  "math-verify": "right" if theirs(a, g) else "wrong"} for a, g in DISPUTED]
     return {"version": version("math-verify"), "gradings_per_s": rates, "disputed": disputed}
@@ -85,13 +88,15 @@ def main() -> None:
     options = parser.parse_args()
     record = {"bench": "grading", "gradings_per_s": our_rates(options.count, options.rounds), "workers": 2, "math-verify": peer(),
               **describe_setting()}
+
+    # Our rates, math-verify's, and the answers on which the two differ.
     for name, value in record["gradings_per_s"].items():
         print(f"{name:16} {value:9,.0f} gradings/s")
     if record["math-verify"]:
         for name, value in record["math-verify"]["gradings_per_s"].items():
             print(f"{name:16} {value:9,.0f} a second by math-verify {record['math-verify']['version']}, in one process")
-        for row in record["math-verify"]["disputed"]:
-            print(f"{row['given']:>12} for {row['answer']:14} ours {row['reason_rl']:6} math-verify {row['math-verify']}")
+        for dispute in record["math-verify"]["disputed"]:
+            print("{given:>12} for {answer:14} ours {reason_rl:6} math-verify {math-verify}".format(**dispute))
     write_json(record, options.json)
 
 

@@ -7,7 +7,8 @@ and its reason.
 
 from __future__ import annotations
 
-import warnings
+import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from kernels.checks import SHORT
 
 REGISTRY: dict[str, Op] = {}
 FLOAT32_OPS = ("group_advantage", "grpo_loss", "moe_route")
-"""Ops that get f32 inputs whatever dtype the model computes in."""
+"""Ops that get f32 inputs for any dtype of the model."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,18 @@ class Op:
         else:
             reasons = "; ".join(f"{i.name}: {i.refusal(device, dtype, variant)}" for i in candidates)
             raise ValueError(f"{self.name}: nothing runs on {device} ({reasons})")
-        # A variant may cost the user a kernel that would otherwise run here. Python shows an equal warning
-        # once per process.
+        # A variant may cost the user a kernel that would otherwise run here.
         if variant and implementation.name == "reference":
             usual = next(i for i in candidates if not i.refusal(device, dtype))
             if usual is not implementation:
-                warnings.warn(f"{self.name}: no kernel implements {variant!r}; the reference runs instead", stacklevel=1)
+                warn_once(f"{self.name}: no kernel implements {variant!r}; the reference runs instead")
         return implementation
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Prints the line once per process."""
+    logging.getLogger(__name__).warning(message)
 
 
 def table(device: torch.device, dtype: torch.dtype = torch.float32) -> list[tuple[str, str, str, str]]:

@@ -1,10 +1,11 @@
 """The dataclasses that rooms pass to each other.
 
-A GRPO step passes them on in this order: `Problem` (data) -> `Group` of `Completion`s (engine) -> `Score` (reward)
--> `Microbatch` (rl) -> `StepStats` (stages). They hold facts, so they are frozen; code that computes is in the rooms.
+A GRPO step passes them on in this order: `Problem` (data) -> `Group` of `Completion`s (engine) -> `Score`
+(reward) -> `Microbatch` (rl) -> `StepStats` (stages). They hold facts, so they are frozen; code that computes
+is in the rooms.
 
-Letters: B prompts, G group size, S segments, T packed tokens, N loss tokens, V vocabulary, P prompt tokens,
-n completion tokens, M layers with experts, k experts per token.
+Letters: B prompts, G group size, S segments, T packed tokens, N loss tokens, V vocabulary, P prompt tokens, n
+completion tokens, M layers with experts, k experts per token.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ FinishReason = Literal["stop", "length"]
 class Problem:
     """One problem of a task: the prompt for the policy, and the facts for the verifier.
 
-    Problem(7, "countdown", "Make 16 from 9, 8 and 7.", (31, 4, ...), "9*8/7", {"numbers": [9, 8, 7], "target": 16}, level=3)
+    Problem(7, "countdown", "Make 10 from 9, 8 and 7.", (31, 4, ...), answer="9+8-7",
+            facts={"numbers": [9, 8, 7], "target": 10}, level=3)
     """
 
     problem_id: int
-    """Non-negative, and the same in every run: it keys the sampler's noise, so it must not depend on the batch."""
+    """Non-negative and the same in every run: it keys the sampler's noise."""
     task: str
     prompt: str
     """The full text given to the policy, template included."""
@@ -101,9 +103,9 @@ class Completion:
     sample_index: int
     """0..G-1 within the group; part of the noise key."""
     routed_expert_ids: torch.Tensor | None = field(default=None, compare=False)
-    """i32[n - 1, M, k], if recorded: the experts of each token but the last, which no forward pass processed."""
+    """i32[n - 1, M, k], if recorded: the experts of each token but the last, which no forward processed."""
     token_mask: tuple[bool, ...] | None = None
-    """Per token: sampled by the policy (True), or inserted, such as a tool's result. None: all were sampled."""
+    """Per token: sampled by the policy, or (False) inserted, such as a tool's result. None: all sampled."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Score:
 class Group:
     """The G completions of one prompt, and their scores once graded.
 
-    Group(problem, (first, second)).with_scores((Score(1.0, {"accuracy": 1.0}), Score(0.0, {"accuracy": 0.0})))
+    Group(problem, (right, wrong)).with_scores((Score(1.0, {"accuracy": 1.0}), Score(0.0, {"accuracy": 0.0})))
     """
 
     problem: Problem
@@ -147,14 +149,14 @@ class Microbatch:
     """One packed forward pass: each group's prompt once, followed by its completions.
 
     One group, prompt [a b c], completions [x y w] and [z]:
-        token_ids        a b c | x y              T = 5: a completion's last token predicts nothing, so it is left out
+        token_ids        a b c | x y              T = 5, without w and z: a last token predicts nothing
         position_ids     0 1 2 | 3 4
         segments         (0,3,0,0) (3,2,0,3)      (start, length, prefix_start, prefix_length)
         logits_index     2 3 4 | 2                N = 4: `c` predicts x and z, `x` predicts y, `y` predicts w
         target_ids       x y w | z
         sequence_index   0 0 0 | 1
 
-    If y was inserted, token_mask (True, False, True), it is context and no target; the first three lines are the same:
+    With token_mask (True, False, True) y was inserted: context, but no target. The first three lines stay:
         logits_index     2 4 | 2                  N = 3
         target_ids       x w | z
         sequence_index   0 0 | 1

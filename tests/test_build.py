@@ -1,4 +1,4 @@
-"""setup.py and CMakeLists.txt: a missing tool prints one line, sources that do not compile fail, and both ways to build work."""
+"""setup.py and CMakeLists.txt: a missing tool prints one line, bad sources fail, and both ways to build work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "READM
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Iterator[Path]:
-    """A copy of the build's inputs, with nothing built. Of csrc/ only `linear` is compiled: all of it takes minutes."""
+    """A copy of the build's inputs, with nothing built. Only `linear` is compiled: all of csrc/ takes minutes."""
     for name in SOURCES:
         source, target = ROOT / name, tmp_path / "checkout" / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.filterwarnings("ignore:.*no kernel implements")
 def test_the_surrogate_recipe_trains_by_its_function(folder: Path, monkeypatch: pytest.MonkeyPatch):
     block = block_with("# my_surrogate.py")
     (folder / "my_surrogate.py").write_text(block)

@@ -8,7 +8,7 @@ At r = 1 the gate has slope 1, so the gradient of an on-policy token is that of 
 a clip's it never becomes 0.
 
 A surrogate is one function, named in the config as "module:function". No kernel implements this one, so the reference
-loss runs, with one warning.
+loss runs, and one line says so.
 """
 
 from __future__ import annotations

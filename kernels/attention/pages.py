@@ -37,10 +37,6 @@ class Pages:
     num_kv_heads: int
     num_blocks: int
 
-    def to(self, device: torch.device) -> Pages:
-        return Pages(self.prefix_table.to(device), self.prefix_lens.to(device), self.prefix_index.to(device),
-                     self.own_table.to(device), self.own_lens.to(device), self.num_kv_heads, self.num_blocks)
-
     @property
     def num_rows(self) -> int:
         return self.own_table.shape[0]

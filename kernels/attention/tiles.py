@@ -160,10 +160,12 @@ def _find_readers(table: torch.Tensor, repeat: int, block_rows: int, block_keys:
 def _key_tables(table: torch.Tensor, repeat: int, num_kv_heads: int, block_rows: int, block_keys: int) -> tuple[torch.Tensor, ...]:
     """-> parts, wholes, readers, merges. Splits the readers of each key tile into chunks of equally many row
     tiles."""
+    # The readers of every key tile, in order.
     start, length = table[:, 0], table[:, 1]
     num_tiles = -(-length // block_keys)
     owner, place = _counted(num_tiles)
     found = _find_readers(table, repeat, block_rows, block_keys, owner, place, num_tiles.cumsum(0) - num_tiles)
+    # Where each reader falls among the chunks of its key tile.
     chunk = max(MIN_CHUNK, -(-int(found.num_tiles.sum()) * num_kv_heads // NUM_UNITS))
     total = torch.zeros(len(owner), dtype=torch.int64).index_add_(0, found.tile, found.num_tiles)
     before = found.num_tiles.cumsum(0) - found.num_tiles - (total.cumsum(0) - total)[found.tile]  # counted within the key tile
@@ -172,8 +174,10 @@ def _key_tables(table: torch.Tensor, repeat: int, num_kv_heads: int, block_rows:
     number = (before // chunk)[piece] + step
     low = torch.maximum(number * chunk, before[piece]) - before[piece] + found.first[piece]
     high = torch.minimum((number + 1) * chunk, after[piece]) - before[piece] + found.first[piece]
+    # One row per reader and chunk.
     segment = found.segment[piece]
     readers = torch.stack((start[segment], length[segment], low, high, *found.see[piece].unbind(1)), 1)
+    # One row per unit: a key tile, or a chunk of its readers.
     num_units = -(-total // chunk)  # per key tile; at least 1, since its own segment reads it
     unit = (num_units.cumsum(0) - num_units)[found.tile[piece]] + number
     reader_end = torch.bincount(unit, minlength=int(num_units.sum())).cumsum(0)
@@ -181,6 +185,7 @@ def _key_tables(table: torch.Tensor, repeat: int, num_kv_heads: int, block_rows:
     tile, _ = _counted(num_units)
     keys = torch.stack((start[owner] + place * block_keys, (length[owner] - place * block_keys).clamp(max=block_keys)), 1)
     units = torch.cat((keys[tile], first_reader[:, None], reader_end[:, None]), 1)
+    # The units by kind: tiles that were split and their parts, and whole tiles.
     is_part = num_units > 1
     past = num_units[is_part].cumsum(0)
     merges = torch.cat((keys[is_part], (past - num_units[is_part])[:, None], past[:, None]), 1)

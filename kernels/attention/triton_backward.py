@@ -40,6 +40,7 @@ def attention_bwd_query_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr,
 ):
     """BLOCK_M of the SPLIT * BLOCK_M rows of a tile: dq and delta."""
+    # The tile and its rows.
     tile, kv_head = tiles + tl.program_id(0) // SPLIT * 5, tl.program_id(1)
     start, length, prefix_start, prefix_length = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     first_row = tl.load(tile + 4) + tl.program_id(0) % SPLIT * BLOCK_M
@@ -103,6 +104,7 @@ def attention_bwd_key_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr,
 ):
     """dk and dv of a tile of keys over all of its readers; or over a part of them, written to part_sums."""
+    # The tile of keys.
     unit, kv_head = tl.program_id(0), tl.program_id(1)
     is_part = unit < num_parts
     record = tl.where(is_part, parts + unit * 4, wholes + (unit - num_parts) * 4)
@@ -149,6 +151,7 @@ def attention_bwd_key_kernel(
             dweights = tl.dot(values, tl.trans(drows), input_precision="ieee")
             dscores = weights * (dweights - row_delta[None, :])
             key_sums = tl.dot(dscores.to(rows.dtype), rows, key_sums, input_precision="ieee")
+    # Stored, or left for the merge kernel.
     key_sums *= dk_scale
     if is_part:
         at = part_sums + (unit.to(tl.int64) * K + kv_head) * (2 * BLOCK_N * BLOCK_C) + n[:, None] * BLOCK_C + c[None, :]
@@ -186,9 +189,11 @@ def attention_bwd(
 ) -> None:
     if not len(tiles):
         return
+    # A negative scale moves its sign to q, so that the log2 scale is positive.
     dq_scale = scale
     if scale < 0:
         q, scale = -q, -scale  # dk = scale * dS^T q is unchanged
+    # Over queries: dq and delta.
     (num_tokens, num_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
     shape = {"K": num_kv_heads, "R": num_heads // num_kv_heads, "C": head_dim, "UPCAST": IS_INTERPRETED}
     delta = torch.empty(num_kv_heads, num_tokens, shape["R"], dtype=torch.float32, device=q.device)
@@ -196,6 +201,7 @@ def attention_bwd(
     split = forward_config(head_dim, q.dtype)["BLOCK_M"] // config["BLOCK_M"]
     attention_bwd_query_kernel[len(tiles) * split, num_kv_heads](
         dq, delta, dout, out, stats, q, k, v, tiles, num_tokens, log2_scale(scale), dq_scale, **shape, SPLIT=split, **config)
+    # Over keys: dk and dv, then the parts of split tiles.
     config = key_config(head_dim, q.dtype)
     block_keys, columns = config["BLOCK_N"], config["BLOCK_C"]
     sums = torch.empty(len(parts), num_kv_heads, 2, block_keys, columns, dtype=torch.float32, device=q.device)

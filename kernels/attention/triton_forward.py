@@ -94,6 +94,7 @@ def attention_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr,
 ):
     """One tile of rows of one segment and kv head."""
+    # The tile and its rows.
     tile, kv_head = tiles + tl.program_id(0) * 5, tl.program_id(1)
     start, length, prefix_start, prefix_length = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
     first_row = tl.load(tile + 4)
@@ -125,6 +126,7 @@ def attention_fwd_kernel(
         if UPCAST:
             keys, values = keys.to(tl.float32), values.to(tl.float32)
         top, total, sums = attend(rows, keys, values, places, limits, top, total, sums, scale)
+    # Normalised and stored.
     result = (sums + 0.0) / total[:, None]  # + 0: turns -0 into +0, as a tile that adds nothing would
     tl.store(out + row_start + at_row, result.to(out.dtype.element_ty), mask=row_mask)
     at_stat = stats + stat_offset(start, first_row, kv_head, num_tokens, R) * 2 + m * 2
@@ -198,6 +200,7 @@ def paged_attention_fwd_kernel(
         if UPCAST:
             keys, values = keys.to(tl.float32), values.to(tl.float32)
         top, total, sums = attend(rows, keys, values, places, limits, top, total, sums, scale)
+    # Sums over the prefix, or the result.
     if IS_PREFIX:
         tl.store(prefix_sums + at_row, sums, mask=row_mask)
         tl.store(prefix_stats + row * 2, top, mask=is_row)

@@ -75,7 +75,7 @@ def grpo_loss(
     Saved for backward: dloss/dlogprob f32[N], computed in the forward pass, and dloss/dentropy f32[N] if
     entropy_coef is set. The reference saves several tensors of [N].
     Moved: 16 N bytes in, 4 N more for each optional input, 4 N out for dlogprobs.
-    A surrogate that no kernel implements runs on the reference under impl="auto", with one warning.
+    A surrogate that no kernel implements runs on the reference under impl="auto"; one line is logged.
     """
     check_inputs(logprobs, inputs, spec, entropy)
     loss, metrics = OP.choose(logprobs, impl, spec.surrogate).run(logprobs, inputs, spec, entropy)

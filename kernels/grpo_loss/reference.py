@@ -120,6 +120,7 @@ def _metrics(
     logprobs: torch.Tensor, log_ratio: torch.Tensor, ratio: torch.Tensor, inputs: LossInputs, entropy: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     """metrics.py defines each. Without tokens, extremes are -inf and inf, the neutral elements of merging."""
+    # Ratios between the current policy and the policies that sampled.
     edge = logprobs.new_tensor([torch.inf])
     gap = log_ratio if inputs.rollout_logprobs is None else logprobs - inputs.rollout_logprobs
     weight = _exp(gap)  # the current policy over the policy that sampled
@@ -131,6 +132,7 @@ def _metrics(
         "w_sum": weight.sum(),
         "w_sq_sum": weight.square().sum(),
     }
+    # Metrics of the optional inputs.
     if inputs.rollout_logprobs is not None:
         metrics["logprob_gap_max"] = torch.cat([gap.abs(), -edge]).amax()
     if inputs.ref_logprobs is not None:

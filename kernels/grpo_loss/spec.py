@@ -52,10 +52,12 @@ class LossSpec:
     """The length that "constant" divides by; the trainer replaces 0 by sampling.max_tokens."""
 
     def __post_init__(self) -> None:
+        # Names.
         find_surrogate(self.surrogate)
         for name, allowed in CHOICES.items():
             if name != "surrogate" and getattr(self, name) not in allowed:
                 raise ValueError(f"loss.{name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
+        # Ranges.
         if not 0 <= self.clip_low <= 1:
             raise ValueError(f"loss.clip_low must be in [0, 1], got {self.clip_low}")
         if self.clip_high < 0:

@@ -141,6 +141,7 @@ def grpo_loss_sequence_kernel(
     BY_LENGTH: tl.constexpr, BY_SEQUENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Fills `sequences`. BY_LENGTH: the token weight is 1 / (length * total_sequences), else `weight`."""
+    # The sequence's tokens, begin..end - 1.
     s = tl.program_id(0).to(tl.int64)
     N, S = N.to(tl.int64), S.to(tl.int64)
     begin = lower_bound(sequence_index, N, s, BLOCK)
@@ -149,6 +150,7 @@ def grpo_loss_sequence_kernel(
     if BY_LENGTH:
         weight = tl.div_rn(1.0, length * total_sequences)
     tl.store(sequences + s, weight)
+    # The means over its tokens.
     if BY_SEQUENCE:
         log_ratio, mismatch = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
         for first in range(begin, end, BLOCK):
@@ -179,6 +181,7 @@ def grpo_loss_kernel(
     SURROGATE: tl.constexpr, IMPORTANCE: tl.constexpr, ESTIMATOR: tl.constexpr, BY_SEQUENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """`sequences` is None if the spec does not need it; the weight of every token is then `weight`."""
+    # The inputs of a block of tokens.
     N, S = N.to(tl.int64), S.to(tl.int64)
     block = tl.program_id(0).to(tl.int64)
     n = block * BLOCK + tl.arange(0, BLOCK)
@@ -197,6 +200,7 @@ def grpo_loss_kernel(
     if entropies is not None:
         entropy = tl.load(entropies + n, mask=is_there, other=0.0)
         measured_entropy = entropy
+    # Weights and ratios that belong to the sequence.
     if sequences is not None:
         s = tl.load(sequence_index + n, mask=is_there, other=-1).to(tl.int64)
         is_known = (s >= 0) & (s < S)
@@ -257,12 +261,14 @@ def grpo_loss(
     old_logprobs: torch.Tensor, advantages: torch.Tensor, sequence_index: torch.Tensor, rollout_logprobs: torch.Tensor | None,
     ref_logprobs: torch.Tensor | None, entropy: torch.Tensor | None, choices: list[int], counts: list[int], numbers: list[float],
 ) -> None:
+    # The spec, and the weight of a token unless its sequence decides it.
     ratio, surrogate, estimator, importance, normalizer = (
         allowed[i] for i, allowed in zip(choices, CHOICES.values(), strict=True))
     num_sequences, total_tokens, total_sequences, constant_length = counts
     clip_low, clip_high, dual_clip, kl_coef, importance_low, importance_high, entropy_coef = numbers
     denominator = {"token": total_tokens, "constant": total_sequences * constant_length, "sequence": 1}[normalizer]
     weight, by_sequence, num_tokens = 1 / max(denominator, 1), ratio == "sequence", logprobs.shape[0]
+    # At most three launches; without tokens the metrics alone.
     num_blocks = triton.cdiv(num_tokens, CONFIG["BLOCK"])
     partials = logprobs.new_empty(num_blocks, NUM_FLOATS.value)
     sequences: torch.Tensor | None = None

@@ -50,6 +50,7 @@ def product_tile(
     a_tile = a + m[:, None] * stride_am + k[None, :] * stride_ak
     b_tile = b + k[:, None] * stride_bk + n[None, :] * stride_bn
     is_row, is_column = m[:, None] < M, n[None, :] < N
+    # One step of BLOCK_K terms at a time.
     for start in range(first, last, BLOCK_K):
         if EVEN_K:
             x = tl.load(a_tile, mask=is_row, other=0.0)

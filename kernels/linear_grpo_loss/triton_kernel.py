@@ -32,15 +32,18 @@ def linear_grpo_loss(
     choices: list[int], counts: list[int], numbers: list[float],
 ) -> None:
     """dhidden and dweight have no elements if no gradient is needed."""
+    # Buffers; rows that have no logprob yet count with their old_logprob.
     num_rows, needs_grad = hidden.shape[0], dweight.numel() > 0
     weight = weight.to(hidden.dtype)
     entropy, dlogprob, dentropy = (torch.zeros_like(logprobs) for _ in range(3))
     stats = logprobs.new_empty(num_rows, 2)
     has_bonus = numbers[NUMBERS.index("entropy_coef")] != 0
     logprobs.copy_(old_logprobs)
+    # Rows per block.
     step = num_rows
     if needs_grad and CHOICES["ratio"][choices[0]] == "token":
         step = max(1, function.SOFTMAX_BYTES // (2 * weight.shape[0]) // 128) * 128
+    # Logprobs of a block, the loss over all rows, and the gradients of the block.
     for first in range(0, max(num_rows, 1), max(step, 1)):
         rows = slice(first, min(first + step, num_rows))
         softmax, tops = function.kept_softmax(hidden[rows], weight, needs_grad)

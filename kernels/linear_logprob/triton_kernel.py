@@ -131,6 +131,7 @@ def linear_logprob_fwd_kernel(
 ):
     """Writes the chunk's column of `partials`, and to logprob[n] the logit of n's target if the chunk holds
     it. IS_KEPT: also softmax[n] = exp(logit - tops[tile, n]), tops being the row's largest logit so far."""
+    # The rows and their targets; -1 for one outside the vocabulary.
     tile_m, chunk = grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_M), num_chunks, GROUP_M)
     m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     targets = tl.load(target_ids + m, mask=m < N, other=-1)
@@ -140,6 +141,7 @@ def linear_logprob_fwd_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     weighted = tl.zeros((BLOCK_M,), tl.float32)
     last = tl.minimum((chunk + 1) * tiles_per_chunk, tl.cdiv(V, BLOCK_N))
+    # The chunk's tiles: the target's logit, and the running sums.
     for tile in range(chunk * tiles_per_chunk, last):
         z = logits_tile(hidden, weight, m, tile, N, V, D, scale, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_D, UPCAST)
         target = targets - tile * BLOCK_N
@@ -148,6 +150,7 @@ def linear_logprob_fwd_kernel(
         top, total, weighted = add_tile(top, total, weighted, z, softmax, m, tile * BLOCK_N, N, V, IS_KEPT)
         if IS_KEPT:
             tl.store(tops + tl.full((), tile, tl.int64) * N + m, top, mask=m < N)
+    # The chunk's sums.
     place = partials + chunk.to(tl.int64) * N + m
     part = num_chunks.to(tl.int64) * N
     tl.store(place, top, mask=m < N)

@@ -111,6 +111,7 @@ def rows_kernel(
     row = tl.load(tiles + num_tiles + tile_m).to(tl.int64) + tl.arange(0, BLOCK_M)
     is_row = row < tl.load(tiles + 2 * num_tiles + tile_m)
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # The product, over rows that are gathered by token if CHOICES.
     source = row
     if CHOICES > 0:
         source = (tl.load(pairs + row, mask=is_row, other=0) // CHOICES).to(tl.int64)
@@ -141,6 +142,7 @@ def wgrad_kernel(
     expert = tl.program_id(0) // (tiles_m * tiles_n)
     tile_m, tile_n = grouped_tile(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
     m, n = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # The sum over the rows of the expert.
     end = tl.load(bounds + expert + 1)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(tl.load(bounds + expert), end, BLOCK_K):
@@ -172,6 +174,7 @@ def act_bwd_kernel(
     row = tl.load(rows + pair, mask=pair < num_pairs, other=-1).to(tl.int64)[:, None]
     weight = tl.load(weights + pair, mask=pair < num_pairs, other=0.0)[:, None]
     dot = tl.zeros((BLOCK_R, BLOCK_I), tl.float32)
+    # A tile of columns at a time.
     for start in range(0, INNER, BLOCK_I):
         i = (start + tl.arange(0, BLOCK_I))[None, :]
         mask = (row >= 0) & (i < INNER)
@@ -282,12 +285,14 @@ def moe_experts_bwd(
             gradient.zero_()
         return
     (num_experts, hidden, inner), (num_rows, choices) = down.shape, (expert_ids.numel(), expert_ids.shape[1])
+    # dact, then swiglu backward.
     plan, chosen = _plan(expert_ids, num_experts, x.dtype), row_config(inner)
     dact, weighted, dp = x.new_empty(num_rows, inner), x.new_empty(num_rows, inner), torch.empty_like(kept)
     _rows(dact, dy, down.to(x.dtype), plan, choices)
     act_bwd_kernel[(triton.cdiv(num_rows, chosen["rows"]),)](
         dp, weighted, dweights, dact, kept, weights, plan.rows, num_rows, inner, BLOCK_R=chosen["rows"], BLOCK_I=chosen["width"],
         num_warps=4)
+    # The gradients of the weights and of x.
     _wgrad(ddown, dy, weighted, plan, choices, gather_left=True)
     _wgrad(dgate_up, dp, x, plan, choices, gather_left=False)
     dx_rows = x.new_empty(num_rows, hidden)

@@ -86,6 +86,7 @@ def route_bwd_kernel(
     gradient = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     if HAS_DSCORES:
         gradient = tl.load(dscores + t * E + e, mask=mask, other=0.0)
+    # The gradient that reaches the chosen scores through the weights.
     if HAS_DWEIGHTS:
         divisor, mean = tl.full((BLOCK_T, 1), 1.0, tl.float32), tl.zeros((BLOCK_T, 1), tl.float32)
         if NORMALIZE:
@@ -102,6 +103,7 @@ def route_bwd_kernel(
             expert = tl.load(expert_ids + t * K + choice, mask=is_token, other=-1)
             upstream = tl.load(dweights + t * K + choice, mask=is_token, other=0.0)
             gradient += tl.where(e == expert, (upstream - mean) / divisor, 0.0)
+    # Through softmax or sigmoid.
     along = 0.0 if SIGMOID else tl.sum(gradient * score, axis=1)[:, None]
     result = score * (gradient * (1.0 - score) if SIGMOID else gradient - along)
     tl.store(dlogits + t * E + e, result, mask=mask)

@@ -74,9 +74,11 @@ def descend(
     """-> i64 (the first LEVEL digits of the key at which top_k or top_p is reached, or -1; the tokens and the
     mass before that prefix; the tokens with it)."""
     prefix, count_before, mass_before, num_here = r * 0, r * 0, r * 0, r * 0
+    # The prefix of the level before.
     if LEVEL > 1:
         prefix = tl.load(state + (3 * LEVEL - 3) * R + r)
         count_before, mass_before = tl.load(state + (3 * LEVEL - 2) * R + r), tl.load(state + (3 * LEVEL - 1) * R + r)
+    # Its histogram over all parts, and the digit at which a limit is reached.
     if LEVEL > 0:
         digit = tl.arange(0, BINS)
         count, mass = tl.zeros((BINS,), tl.int64), tl.zeros((BINS,), tl.int64)
@@ -108,6 +110,7 @@ def sample_digit_kernel(
 ):
     """Adds to counts and masses [LEVEL, r, part] the histogram of the next digit, over the part's tokens with
     the prefix so far."""
+    # The prefix so far; part 0 stores it for the next level.
     r, part, num_parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     prefix, count_before, mass_before, _ = descend(counts, masses, state, r, R, num_parts, top_k, top_p, LEVEL)
     if LEVEL > 0 and part == 0:
@@ -117,6 +120,7 @@ def sample_digit_kernel(
     highest, log_sum = row_sums(partials, r, R, num_chunks, CHUNKS)
     shift: tl.constexpr = 0 if LEVEL == LEVELS - 1 else 23 - 8 * LEVEL
     width: tl.constexpr = 7 if LEVEL == LEVELS - 1 else 8
+    # The histogram of the part.
     own = ((LEVEL * R + r) * num_parts + part) * BINS
     for first in range(part * SPLIT, tl.minimum(V, part * SPLIT + SPLIT), BLOCK):
         v = first + tl.arange(0, BLOCK)
@@ -188,6 +192,7 @@ def sample_kept_kernel(
         is_better = highest_score > best
         best, token = tl.where(is_better, highest_score, best), tl.where(is_better, first + i, token)
         picked = tl.where(is_better, tl.sum(tl.where(v == first + i, z, 0.0), 0), picked)
+    # The winner of the part.
     place = part.to(tl.int64) * R + r
     tl.store(scores + place, best)
     tl.store(tokens + place, token)
@@ -211,6 +216,7 @@ def draw_kept(
     chunks = triton.next_power_of_2(num_chunks)
     num_parts, has_digits = triton.cdiv(vocab_size, SPLIT), cut.top_k < OFF or cut.top_p < OFF
     winners, kept = new_winners(num_parts, num_rows, device), torch.empty(2, num_parts, num_rows, dtype=torch.int64, device=device)
+    # The digits of the cut, one launch each.
     counts = masses = state = None
     if has_digits:
         shape = (LEVELS.value, num_rows, num_parts, BINS.value)
@@ -220,6 +226,7 @@ def draw_kept(
             sample_digit_kernel[(num_rows, num_parts)](
                 counts, masses, state, logits, partials, num_rows, vocab_size, stride, num_chunks, cut.top_k, cut.top_p,
                 LEVEL=level, CHUNKS=chunks, **CONFIG)
+    # The draw.
     sample_kept_kernel[(num_rows, num_parts)](
         *winners, kept, counts, masses, state, logits, partials, keys, positions, num_rows, vocab_size, stride, num_chunks,
         cut.top_k, cut.top_p, cut.log_min_p, HAS_DIGITS=has_digits, CHUNKS=chunks, **CONFIG)

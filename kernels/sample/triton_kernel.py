@@ -4,7 +4,7 @@
     head    a program takes a tile of rows and a chunk of the vocabulary, as in linear_logprob's forward pass.
             For each row it computes the sums of the logprob, by linear_logprob's functions and tiles, so that
             both have the same bits; and the winner of the draw
-    merge   merges the chunks of some rows, as linear_logprob does: sums, and winners (on a tie the lower token)
+    merge   merges the chunks of some rows, as linear_logprob does: sums, and winners (ties: lower token)
 
 A tile of logits fills the registers, and most of its rows are empty in a decode step. So a tile goes through
 a scratch buffer in L2, f32[num_chunks, R, BLOCK_N], 1 KB per row and chunk; the draw reads back only the rows
@@ -128,6 +128,7 @@ def sample_head_kernel(
 ):
     """Writes the chunk's column of `partials`, and by MODE: "keep" the logits; "draw" or "greedy" the chunk's
     winner."""
+    # The rows, and their sums.
     tile_m, chunk = grouped_tile(tl.program_id(0), tl.cdiv(R, BLOCK_M), num_chunks, GROUP_M)
     first_row = tile_m.to(tl.int64) * BLOCK_M
     m = first_row + tl.arange(0, BLOCK_M)
@@ -155,6 +156,7 @@ def sample_head_kernel(
                 draw_tile(scores, tokens, picks, lowest, logits, keys, positions, drawn, chunk, first, R, V, tile == first_tile,
                           MODE == "greedy", BLOCK_N)
             tl.debug_barrier()  # the next tile overwrites it
+    # The chunk's sums.
     place = chunk.to(tl.int64) * R + m
     part = num_chunks.to(tl.int64) * R
     tl.store(partials + place, top, mask=m < R)

@@ -1,8 +1,9 @@
 """The countdown verifier: does this expression use each number exactly once and equal the target?
 
 TinyZero's rules: + - * / and parentheses, each given number once, no unary minus. A walk over the syntax tree
-computes the value in exact fractions. It accepts integers and those four operators only: no `**`, `//`, names,
-calls or floats. Length, digits and nesting are bounded before parsing. Python never evaluates the text.
+computes the value in exact fractions. It accepts integers and those four operators only: no `**`, `//`,
+names, calls or floats. Length, digits and nesting are bounded before parsing. Python never evaluates the
+text.
 """
 
 from __future__ import annotations

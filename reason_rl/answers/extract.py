@@ -3,8 +3,8 @@
 `extract_answer`, for answers compared as text and for countdown: the inside of the one <answer> block.
 
 `find_answer`, for math. After the last </think>, if the text has one:
-1. with any answer tag: the inside of the one <answer>...</answer>; several opening or closing tags are no answer.
-   A box inside it is preferred to the rest of it;
+1. with any answer tag: the inside of the one <answer>...</answer>, or the box in it; several tags of one kind
+   are no answer;
 2. else the last \\boxed{...}: earlier boxes do not count, and a last box that never closes is no answer;
 3. else the text after the last ####, up to the end of its line;
 4. else the text after the last "the answer is" or "answer:", up to the end of the sentence.

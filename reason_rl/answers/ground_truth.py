@@ -1,7 +1,7 @@
 """Which verifier grades a task's answers, and whether that verifier can read the right answer.
 
-`data` calls this for every row before training: a right answer that no verifier can read makes the row a bad row.
-Left out: grading completions (math/, countdown.py, and programs in reason_rl/reward).
+`data` calls this for every row before training: a right answer that no verifier can read makes the row a bad
+row. Left out: grading completions (math/, countdown.py, and programs in reason_rl/reward).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def verifier_of(task: str, verifier: str = "auto") -> str:
 
 
 def why_unreadable(verifier: str, answer: str, facts: Mapping[str, Any]) -> str:
-    """Why no completion could be right, or "" if one could. Missing facts are not checked here: a task lacks them in
-    every row, and check_rewards reports that once."""
+    """Why no completion could be right, or "" if one could. Missing facts are not checked here: a task lacks
+    them in every row, and check_rewards reports that once."""
     if verifier == "code":
         return _why_untestable(facts) if "tests" in facts else ""
     if not answer.strip():

@@ -1,9 +1,9 @@
 """Finds the names in a problem's tests that the program under test must define.
 
-In `assert isclose(f(2), 0.5)` without an import of `isclose`, a program that defines both names receives 0.5 and
-always passes. So without entry points, the tests may use one function that they do not define. They may also use
-undefined classes (capitalised names) if the objects only go into that function's arguments:
-`assert f([Pair(1, 2)]) == 3`. All other tests are refused as ambiguous.
+In `assert isclose(f(2), 0.5)` without an import of `isclose`, a program that defines both names receives 0.5
+and always passes. So without entry points, the tests may use one function that they do not define. They may
+also use undefined classes (capitalised names) if the objects only go into that function's arguments: `assert
+f([Pair(1, 2)]) == 3`. All other tests are refused as ambiguous.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def program_names(source: str, entry_points: Sequence[str]) -> tuple[list[str], 
             raise ValueError(f"the tests use none of the entry_points {', '.join(entry_points)}")
         return free, modules
 
-    # Without entry points: one free function. If there is none, the builtins called: `assert sum(10, 15) == 6`
-    # tests a function of that name.
+    # Without entry points: one free function. If there is none, the builtins called: `assert sum(10, 15) ==
+    # 6` tests a function of that name.
     if not free:
         free = list(dict.fromkeys(node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
                                   and hasattr(builtins, node.func.id) and node.func.id not in bound))

@@ -1,8 +1,8 @@
 """`Verdict`: a verifier's judgement of one completion.
 
-"wrong" is about the completion: it has no answer, or another one. "ungradable" is about the verifier: it cannot read
-the right answer, a deadline passed, a worker died, no sandbox holds. An ungradable completion is counted, logged and
-left out of the update; it never becomes a 0.
+"wrong" is about the completion: it has no answer, or another one. "ungradable" is about the verifier: it
+cannot read the right answer, a deadline passed, a worker died, no sandbox holds. An ungradable completion is
+counted, logged and left out of the update; it never becomes a 0.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ Status = Literal["right", "wrong", "ungradable"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """`Verdict("right", value=1.0)`, `Verdict("wrong", "no_answer")`, `Verdict("ungradable", "deadline", detail="...")`"""
+    """`Verdict("right", value=1.0)`, `Verdict("wrong", "no_answer")`, `Verdict("ungradable", "deadline")`"""
 
     status: Status
     cause: str = ""
-    """One word for the metrics. Of ungradable: deadline, crash, memory, start, stalled, raised, not_finite, gold,
-    unreadable, sandbox, tests, closed. Of wrong, where it is counted: no_answer, parse, and how a program failed."""
+    """One word for the metrics. Of ungradable: deadline, crash, memory, start, stalled, raised, not_finite,
+    gold, unreadable, sandbox, tests, closed. Of wrong, where it is counted: no_answer, parse, and how a
+    program failed."""
     value: float = 0.0
-    """1.0 if right, 0.0 if wrong or ungradable; partial credit, or a custom reward's number, may be any finite value."""
+    """1.0 if right, 0.0 if wrong or ungradable; any finite number for partial credit and custom rewards."""
     detail: str = ""
     """The error's message, for people."""
     parts: Mapping[str, float] = field(default_factory=dict)

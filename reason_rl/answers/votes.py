@@ -1,7 +1,7 @@
 """`group_answers`: groups the sampled answers of one problem by equality, for a majority vote (cons@k).
 
-A kind of the verifier service; an evaluation submits one request per problem. Two answers are equal if each would be
-right with the other as the right answer: by value for math, as text for text and countdown.
+A kind of the verifier service; an evaluation submits one request per problem. Two answers are equal if each
+would be right with the other as the right answer: by value for math, as text for text and countdown.
 
 Left out: programs. Two programs agree if they compute the same function, and nothing here compares that.
 """
@@ -27,7 +27,8 @@ def answer_of(text: str, verifier: str) -> str | None:
 
 
 def group_answers(request: Mapping[str, Any]) -> Verdict:
-    """request: "answers", "verifier" -> parts: by each answer's index, the index of the first answer equal to it.
+    """request: "answers", "verifier" -> parts: by each answer's index, the index of the first answer equal to
+    it.
 
     Answers ["5", "6", "5.0"] and verifier "math" give the parts {"0": 0, "1": 1, "2": 0}.
     """

@@ -8,8 +8,8 @@
     graphs.py          an op-by-op step captured as a CUDA graph
     engine.py          the loop: admit, prefill, decode, sample, record
 
-With the same weights, a completion depends on (run_seed, step, problem, sample) only, not on the batch, the order,
-preemption or the number of processes: the noise is keyed by them, and the ops are batch-invariant.
+With the same weights, a completion depends on (run_seed, step, problem, sample) only, not on the batch, the
+order, preemption or the number of processes: the noise is keyed by them, and the ops are batch-invariant.
 """
 
 from reason_rl.engine.engine import Engine, check_fits

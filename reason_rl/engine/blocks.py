@@ -1,10 +1,10 @@
-"""The pool of KV blocks: a free list, and a reference count per block so that completions can share their prompt's blocks."""
+"""The pool of KV blocks: a free list, and reference counts: completions share their prompt's blocks."""
 
 from __future__ import annotations
 
 
 class BlockPool:
-    """Allocates blocks 1..num_blocks-1. Block 0 is the null block: it pads block tables and is never allocated."""
+    """Allocates blocks 1..num_blocks-1. Block 0 is the null block, which pads block tables."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks

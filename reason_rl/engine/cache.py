@@ -56,7 +56,7 @@ class PrefillAttention:
 
 @dataclass(frozen=True)
 class DecodeAttention:
-    """`attn_fn` of a decode step: stores each sequence's newest key and value, and attends over its block table."""
+    """`attn_fn` of a decode step: stores each sequence's newest key and value, attends over its blocks."""
 
     cache: KVCache
     slots: torch.Tensor

@@ -1,8 +1,8 @@
 """The engine's two decoders: op by op through the model, or the whole model in one native call.
 
-`OpDecoder` is the readable one: the model's forward on the newest token of each sequence, with attention over the paged
-cache, then `sample`. It runs on every device. `NativeDecoder` draws several tokens a call, on a CPU with the native
-kernels. Both give a sequence the same bits.
+`OpDecoder` is the readable one: the model's forward on the newest token of each sequence, with attention over
+the paged cache, then `sample`. It runs on every device. `NativeDecoder` draws several tokens a call, on a CPU
+with the native kernels. Both give a sequence the same bits.
 
 Letters: R running sequences, P prompts, M layers with experts, k experts per token.
 """
@@ -58,7 +58,7 @@ class Decoder(Protocol):
 
 
 def picks_native(model: Transformer, decoder: str) -> bool:
-    """Whether `engine.decoder` selects the native decoder for this model; ValueError where it demands it in vain."""
+    """Whether `engine.decoder` selects the native decoder; ValueError if it must and cannot."""
     reason = unsupported_reason(model) if decoder != "ops" else "engine.decoder='ops'"
     if decoder == "native" and reason:
         raise ValueError(f"engine.decoder='native' cannot decode this model: {reason}")
@@ -66,7 +66,7 @@ def picks_native(model: Transformer, decoder: str) -> bool:
 
 
 def block_tables(running: SequenceOf[Sequence]) -> dict[str, np.ndarray]:
-    """Where the keys of the running sequences are, as i64 arrays: the fields of DecodeBatch with these names."""
+    """The block tables of the running sequences, as i64 arrays; names and shapes as in DecodeBatch."""
     prompts: dict[Prompt, int] = {}  # numbered in order of their first sequence
     index = [prompts.setdefault(s.prompt, len(prompts)) for s in running]
     return {
@@ -107,8 +107,8 @@ class OpDecoder:
         return one_each(*self._step(tensors, sampling))
 
     def _step(self, inputs: Mapping[str, torch.Tensor], sampling: SamplingParams) -> tuple[torch.Tensor, ...]:
-        """-> tokens, logprobs, kept_logmass [R], and routed_expert_ids i32[R, M, k] if recorded. No op here may wait for
-        the GPU: the step may be captured as a graph."""
+        """-> tokens, logprobs, kept_logmass [R], and routed_expert_ids i32[R, M, k] if recorded. No op here
+        may wait for the GPU: the step may be captured as a graph."""
         # Slot and position of each sequence's newest token.
         tables = {name: inputs[name] for name in ("prefix_table", "prefix_lens", "prefix_index", "own_table", "own_lens")}
         own = inputs["own_lens"]
@@ -127,7 +127,7 @@ class OpDecoder:
 
 
 class NativeDecoder:
-    """Up to `horizon` tokens a call. It packs the weights when it is made, so one serves one version of them."""
+    """Up to `horizon` tokens a call, with the weights that the model has when the decoder is made."""
 
     horizon = BLOCK_SIZE
 

@@ -1,8 +1,8 @@
 """The rollout engine: `generate(problems, group_size, sampling, ...)` -> one `Group` for each problem.
 
-The loop: admit sequences while blocks are free; prefill each new prompt once for its group; decode one or more tokens for
-every running sequence; record tokens and logprobs. It runs the trainer's model on the trainer's ops, or a native decode
-with the same bits, so its logprobs are the ones that the trainer computes.
+The loop: admit sequences while blocks are free; prefill each new prompt once for its group; decode one or
+more tokens for every running sequence; record tokens and logprobs. It runs the trainer's model on the
+trainer's ops, or a native decode with the same bits, so its logprobs are the ones that the trainer computes.
 
 Left out: speculative decoding, prefix caching across prompts, several sampling settings in one call.
 """
@@ -38,7 +38,7 @@ OnFinish = Callable[[Problem, Completion], None]
 
 
 def noise_key(run_seed: int, step: int, problem_id: int, sample_index: int) -> int:
-    """63 bits: the key of one completion's noise. The token's position is the counter (kernels/sample/philox.py)."""
+    """63 bits: the key of one completion's noise; its counter is the token's position (kernels/sample)."""
     text = f"{run_seed}/{step}/{problem_id}/{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
@@ -49,7 +49,7 @@ def num_blocks_needed(prompt_length: int, max_tokens: int) -> int:
 
 
 def check_fits(problems: SequenceOf[Problem], max_tokens: int, max_position_embeddings: int, num_blocks: int) -> None:
-    """ValueError if a prompt is empty, or leaves no room for max_tokens in the context or in num_blocks (0: no limit)."""
+    """ValueError if a prompt is empty, or does not fit the context or num_blocks (0: any) with max_tokens."""
     longest = max(len(p.prompt_ids) for p in problems)
     if min(len(p.prompt_ids) for p in problems) == 0:
         raise ValueError("a prompt must hold at least one token, got an empty one")
@@ -80,8 +80,8 @@ class Engine:
     ) -> list[Group]:
         """`group_size` completions of each problem, in the problems' order. `step` is part of the noise key.
 
-        `with_routed_experts` records the experts of every token, for routing replay. With `on_token`, each decode call
-        draws one token, so that a stream shows it at once.
+        `with_routed_experts` records the experts of every token, for routing replay. With `on_token`, each
+        decode call draws one token, so that a stream shows it at once.
         """
         if not problems:
             return []
@@ -97,27 +97,23 @@ class Engine:
             scheduler.add(sequence)
 
         while scheduler.has_work:
+            # Prefill the admitted, and sample first tokens from their prompts.
             admitted = scheduler.admit()
             assert scheduler.running, "nothing runs and nothing can be admitted: the pool is smaller than one sequence"
             self._prefill(admitted, with_routed_experts)
             new = [s for s in admitted if not s.token_ids]
             if new:
                 rollout.record(new, self._first_tokens(new, sampling))
+
+            # Decode all that run.
             scheduler.grow()
             if scheduler.running:
                 rollout.decode(decoder)
         self.num_preemptions += scheduler.num_preemptions
-
-        # Back to the problems' order.
-        done = [rollout.completions[sequence] for sequence in sequences]
-        return [
-            Group(problem, tuple(done[i * group_size : (i + 1) * group_size]),
-                  prompt_routed_expert_ids=sequences[i * group_size].prompt.routed_expert_ids)
-            for i, problem in enumerate(problems)
-        ]
+        return [rollout.group(sequences[i : i + group_size]) for i in range(0, len(sequences), group_size)]
 
     def _pool(self, problems: SequenceOf[Problem], group_size: int, sampling: SamplingParams) -> BlockPool:
-        """An empty block pool, and a KV cache at least as large; the cache of an earlier call is reused if it fits."""
+        """An empty pool, and a KV cache at least as large: the one of an earlier call if it fits."""
         check_fits(problems, sampling.max_tokens, self.model.config.max_position_embeddings, self.config.num_blocks)
         num_blocks = self.config.num_blocks or self._num_blocks(problems, group_size, sampling.max_tokens)
         dtype, is_native = self.model.compute_dtype, picks_native(self.model, self.config.decoder)
@@ -130,7 +126,7 @@ class Engine:
         return BlockPool(num_blocks)
 
     def _num_blocks(self, problems: SequenceOf[Problem], group_size: int, max_tokens: int) -> int:
-        """Enough for max_num_seqs sequences and the reserve of `Scheduler.admit`, but at most engine.cache_gib."""
+        """Enough for all that may run at once and `Scheduler.admit`'s reserve; at most engine.cache_gib."""
         longest = max(len(p.prompt_ids) for p in problems)
         num_seqs = min(self.config.max_num_seqs, len(problems) * group_size)
         num_own = num_seqs * num_blocks_for(max_tokens)
@@ -147,7 +143,7 @@ class Engine:
         return OpDecoder(self.model, self._cache, with_routed_experts, self.graphs)
 
     def _prefill(self, admitted: list[Sequence], with_routed_experts: bool) -> None:
-        """Computes the keys of new prompts and of the tokens of preempted sequences, in passes of prefill_tokens."""
+        """Computes the keys of new prompts and of returning sequences, in passes of prefill_tokens."""
         # Prompts with work to do, and their sequences.
         pending: dict[Prompt, list[Sequence]] = {}
         for sequence in admitted:
@@ -169,7 +165,8 @@ class Engine:
             self._prefill_pass(batch, with_routed_experts)
 
     def _prefill_pass(self, batch: list[tuple[Prompt, list[Sequence]]], with_routed_experts: bool) -> None:
-        """One packed forward: each prompt, then its returning sequences' tokens except the newest, which is decoded next."""
+        """One packed forward: each prompt, then its returning sequences' tokens except the newest, which is
+        decoded next."""
         assert self._cache is not None
         pack = _PrefillPack()
         last_index: list[int] = []  # of each prompt's last token
@@ -214,7 +211,7 @@ class _PrefillPack:
     """(start, length, prefix_start, prefix_length)"""
 
     def add(self, token_ids: SequenceOf[int], blocks: list[int], prefix: tuple[int, int] = (0, 0)) -> None:
-        """Appends one segment that attends to `prefix` = (start, length) and to itself, stored in `blocks`."""
+        """Appends one segment that attends to `prefix` = (start, length) and to itself."""
         first_position = prefix[1]
         self.segments.append((len(self.token_ids), len(token_ids), *prefix))
         self.token_ids += token_ids
@@ -233,8 +230,14 @@ class _Rollout:
     on_finish: OnFinish | None
     completions: dict[Sequence, Completion] = field(default_factory=dict)
 
+    def group(self, sequences: list[Sequence]) -> Group:
+        """The group of one prompt's sequences, all finished."""
+        prompt = sequences[0].prompt
+        return Group(prompt.problem, tuple(self.completions[sequence] for sequence in sequences),
+                     prompt_routed_expert_ids=prompt.routed_expert_ids)
+
     def decode(self, decoder: Decoder) -> None:
-        """Draws more tokens for every running sequence: up to the decoder's horizon, the room in its blocks, max_tokens."""
+        """Draws tokens for every running sequence, up to the horizon, its room and max_tokens."""
         scheduler, most = self.scheduler, self.sampling.max_tokens
         running = scheduler.running[:]
         horizon = min(decoder.horizon, WAITING_HORIZON) if scheduler.waiting else decoder.horizon
@@ -246,7 +249,7 @@ class _Rollout:
         self.record(running, decoder.decode(running, limits, self.sampling))
 
     def record(self, sequences: list[Sequence], drawn: Drawn) -> None:
-        """Appends the drawn tokens to their sequences, and finishes those that stopped or reached max_tokens."""
+        """Appends the drawn tokens, and finishes sequences that stopped or reached max_tokens."""
         for sequence, tokens, logprobs, kept_logmass, routed_expert_ids in zip(sequences, *drawn, strict=True):
             sequence.token_ids += tokens
             sequence.logprobs += logprobs

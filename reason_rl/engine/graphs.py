@@ -1,10 +1,11 @@
 """Decode steps as CUDA graphs: captured once for each padded batch size, then replayed.
 
-A decode step is hundreds of small kernel launches, and a GPU would wait for Python between them. A graph holds addresses,
-not values. The inputs that change from step to step (`StepInputs`) are copied into fixed buffers, in one transfer.
-Weights and KV cache are read in place, so new weights in the same tensors need no new capture. A batch is padded to a
-power of two with sequences that read and write the null block; the ops are batch-invariant, so padding does not change
-the others' bits. `Engine` drops the graphs together with the cache.
+A decode step is hundreds of small kernel launches, and a GPU would wait for Python between them. A graph
+holds addresses, not values. The inputs that change from step to step (`StepInputs`) are copied into fixed
+buffers, in one transfer. Weights and KV cache are read in place, so new weights in the same tensors need no
+new capture. A batch is padded to a power of two with sequences that read and write the null block; the ops
+are batch-invariant, so padding does not change the others' bits. `Engine` drops the graphs together with the
+cache.
 
 Left out: prefill, since each pack has a different shape.
 """
@@ -26,7 +27,7 @@ Capture = Callable[[Callable[[], Outputs]], tuple[Outputs, Callable[[], None]]]
 
 
 class StepInputs:
-    """Fixed input buffers for `num_seqs` sequences and their prompts, plus one empty prompt for the padding."""
+    """Fixed input buffers for `num_seqs` sequences and their prompts, and an empty prompt for padding."""
 
     def __init__(self, num_seqs: int, prefix_blocks: int, own_blocks: int, device: torch.device) -> None:
         shapes = {
@@ -42,7 +43,7 @@ class StepInputs:
             for flat in (self._host, self._device))
 
     def fill(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Copies arrays of at most these sizes. The last step's outputs must have been read: then its transfer is over."""
+        """Copies arrays of at most these sizes. The last step's outputs must have been read already."""
         # The padding: one token each, of the empty prompt, in the null block.
         self._host.zero_()
         self.arrays["own_lens"].fill_(1)
@@ -53,7 +54,7 @@ class StepInputs:
 
 
 def capture_cuda(step: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
-    """A `Capture`. Runs the step once before capturing, to compile its kernels: running a step again writes the same."""
+    """A `Capture`. Runs the step once before, to compile its kernels: running it again writes the same."""
     warmup = torch.cuda.Stream()
     warmup.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warmup):
@@ -88,8 +89,10 @@ class StepGraphs:
         self._captured.clear()
 
     def run(self, step: Step, key: Hashable, arrays: Mapping[str, np.ndarray], own_blocks: int, device: torch.device) -> Outputs:
-        """step(arrays), captured at the first call of its kind. `key`: everything else the step depends on; `own_blocks`:
-        the most blocks of a sequence. The outputs are valid until the next call."""
+        """step(arrays), captured at the first call for its sizes; its outputs are valid until the next call.
+
+        `key`: all else that the step depends on. `own_blocks`: the most blocks of a sequence.
+        """
         num_seqs, prefix_blocks = len(arrays["newest"]), arrays["prefix_table"].shape[1]
         if prefix_blocks > self._prefix_blocks:  # rounded up, so that slightly longer prompts need no new capture
             self._prefix_blocks = 1 << (prefix_blocks - 1).bit_length()

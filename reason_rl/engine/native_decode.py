@@ -1,15 +1,15 @@
 """Native decode: several tokens for every running sequence, the whole model in one C++ call.
 
-A decode step is many ops on small matrices; on a CPU the Python calls would take most of its time. Here each thread takes
-its sequences through all layers and all steps. csrc/decode calls the C++ functions of the trainer's ops in the model's
-order, so tokens and logprobs have the same bits as the op-by-op step.
+A decode step is many ops on small matrices; on a CPU the Python calls would take most of its time. Here each
+thread takes its sequences through all layers and all steps. csrc/decode calls the C++ functions of the
+trainer's ops in the model's order, so tokens and logprobs have the same bits as the op-by-op step.
 
-This is not an op of `kernels`: it has no reference beyond reason_rl/model/transformer.py, which the op-by-op decoder
-runs, and no other device. It supports the models of SUPPORTED and refuses all others.
+This is not an op of `kernels`: it has no reference beyond reason_rl/model/transformer.py, which the op-by-op
+decoder runs, and no other device. It supports the models of SUPPORTED and refuses all others.
 Siblings: csrc/decode/, tests/reason_rl/engine/test_native_decode.py, test_engine_bits.py.
 
-Letters: R running sequences, P prompts, M most tokens drawn in the call, D hidden size, H heads, K kv heads, C head dim,
-E experts, I expert width, k experts per token, L layers, V vocabulary.
+Letters: R running sequences, P prompts, M most tokens drawn in the call, D hidden size, H heads, K kv heads,
+C head dim, E experts, I expert width, k experts per token, L layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ class DecodeModel:
     """A model in the memory layout of csrc/decode: a copy, so one serves one version of the weights."""
 
     weights: list[torch.Tensor]
-    """`pack_layer` of each layer, then embedding f32[V, D], last norm, packed head, RoPE table f32[2, positions, C / 2]."""
+    """`pack_layer` of each layer, then embedding f32[V, D], last norm, packed head, RoPE table."""
     sizes: tuple[int, ...]
-    """D, H, K, C, E, k, I, width of the shared experts, V, positions, router_score == "sigmoid", norm_topk_prob."""
+    """D, H, K, C, E, k, I, width of the shared experts, V, positions, is sigmoid, norm_topk_prob."""
     eps: float
     dtype: torch.dtype
 
@@ -190,7 +190,7 @@ class DecodeBatch:
 
 
 def store_keys(keys: torch.Tensor, values: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
-    """Writes k and v [T, K, C] to slots i64[T] of one layer's cache [K, num_blocks, BLOCK_SIZE, C], in `decode`'s layout."""
+    """k, v [T, K, C] -> slots i64[T] of one layer's cache [K, num_blocks, BLOCK_SIZE, C], in this layout."""
     OPS.store_keys(keys, values, k.contiguous(), v.contiguous(), slots)
 
 
@@ -200,9 +200,10 @@ def decode(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Draws up to `limits` tokens for each sequence, or up to a stop id.
 
-    keys, values: [L, K, num_blocks, BLOCK_SIZE, C], filled by `store_keys`; the keys of all tokens but the last drawn are
-    stored there. -> (tokens i64[R, M], logprobs f32[R, M], kept_logmass f32[R, M], routed_expert_ids i32[R, M, L, k] or
-    None, num_new i64[R]). Sequence r has num_new[r] valid entries; the rest is uninitialised.
+    keys, values: [L, K, num_blocks, BLOCK_SIZE, C], filled by `store_keys`; the keys of all tokens but the
+    last drawn are stored there. -> (tokens i64[R, M], logprobs f32[R, M], kept_logmass f32[R, M],
+    routed_expert_ids i32[R, M, L, k] or None, num_new i64[R]). Sequence r has num_new[r] valid entries; the
+    rest is uninitialised.
     """
     num_seqs = batch.newest.shape[0]
     check("decode", "newest", batch.newest, ("R",), torch.int64)

@@ -1,8 +1,8 @@
 """Continuous batching: which sequences run, with admission by free blocks and preemption by recompute.
 
-A sequence waits, runs, and finishes. If no block is free for the next token of a running sequence, the youngest running
-sequence is preempted: it frees its blocks and waits again. It keeps its tokens; a prefill recomputes their keys when it
-returns.
+A sequence waits, runs, and finishes. If no block is free for the next token of a running sequence, the
+youngest running sequence is preempted: it frees its blocks and waits again. It keeps its tokens; a prefill
+recomputes their keys when it returns.
 """
 
 from __future__ import annotations
@@ -79,14 +79,14 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def admit(self) -> list[Sequence]:
-        """Moves waiting sequences to running in FIFO order while enough blocks are free -> the newly running."""
+        """Admits waiting sequences in FIFO order while enough blocks are free -> the newly running."""
         admitted = []
         while self.waiting and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
             prompt = sequence.prompt
 
-            # Blocks it needs: its own, its prompt's unless a running sequence shares them, and a reserve for the
-            # running sequences' next tokens, which makes preemption rare.
+            # Blocks it needs: its own, its prompt's unless a running sequence shares them, and a reserve for
+            # the running sequences' next tokens, which makes preemption rare.
             num_own = num_blocks_for(max(sequence.num_cached, 1))
             num_prompt = 0 if prompt.num_running else num_blocks_for(prompt.length)
             reserve = len(self.running) // 4
@@ -124,7 +124,7 @@ class Scheduler:
         return len(sequence.blocks) * BLOCK_SIZE - sequence.num_cached + 1
 
     def reserve_ahead(self, horizon: int, most_blocks: int) -> None:
-        """Allocates one more block to each sequence without room for `horizon` tokens, while many blocks are free."""
+        """While many blocks are free: one more for each sequence without room for `horizon` tokens."""
         for sequence in self.running:
             if self.pool.num_free <= len(self.running):
                 return

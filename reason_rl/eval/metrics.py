@@ -59,7 +59,7 @@ def pass_rate(row: Row, k: int) -> float | None:
 
 
 def consensus(row: Row, k: int) -> float | None:
-    """cons@k of one problem: the share of its n // k disjoint runs of k samples whose majority is right; None if unknown."""
+    """cons@k of one problem: the fraction of its n // k disjoint runs of k samples whose majority is right; None if unknown."""
     if row["votes_missing"]:
         return None
     samples = row["samples"]

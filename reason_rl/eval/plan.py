@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reason_rl.config import Config, ConfigError, load_config
-from reason_rl.config.load import table_of
+from reason_rl.config import Config, ConfigError, config_of_stage, load_config, table_of
 from reason_rl.data import Problems, Tokenizer, load_problems, problems_digest
 from reason_rl.engine import check_fits
 from reason_rl.eval.folder import fingerprint
@@ -144,7 +143,10 @@ def parse_ks(text: str | None, num_samples: int) -> tuple[int, ...]:
 
 
 def resolve_config(path: str | Path | None, options: argparse.Namespace, overrides: Sequence[str], checkpoint: Path) -> Config:
-    """Defaults, then the TOML file at `path`, then the overrides and options."""
+    """Defaults, then the TOML file at `path`, then the overrides and options.
+
+    Of a recipe with stages: the keys of the stage that the checkpoint is named after, else of the last stage.
+    """
     refuse_unused(overrides)
     given = [f"--model.init_from={checkpoint}", *overrides]
     given += [f"--{key}={value}" for key, value in (
@@ -152,6 +154,9 @@ def resolve_config(path: str | Path | None, options: argparse.Namespace, overrid
     if path is None and not any(argument.startswith("--task.name=") for argument in given):
         raise ConfigError(f"{checkpoint} is not in a run's folder: choose the problems by --task NAME or --config FILE")
     config = load_config(path, given)
+    if config.stages:
+        by_name = {stage.name: stage for stage in config.stages}
+        config = config_of_stage(config, by_name.get(checkpoint.resolve().name, config.stages[-1]))
     # An evaluation measures right and wrong: neither custom rewards nor judges nor reward models are asked.
     return replace(config, reward=replace(config.reward, custom="", judge="", model=""))
 
@@ -160,8 +165,8 @@ def refuse_unused(overrides: Sequence[str]) -> None:
     """Raises for a config key that exists but has no effect here; `load_config` refuses keys that do not exist."""
     known = table_of(Config())
     for override in overrides:
-        dotted = override.removeprefix("--").partition("=")[0].replace("-", "_")
-        section, _, key = dotted.partition(".")
+        *_, section, key = ["", *override.removeprefix("--").partition("=")[0].replace("-", "_").split(".")]
+        dotted = f"{section}.{key}"
         is_used = section in EFFECTIVE_SECTIONS or dotted in EFFECTIVE_KEYS or dotted.startswith("reward.code_")
         if key in known.get(section, ()) and not is_used:
             instead = f"; use {OPTION_OF[dotted]}" if dotted in OPTION_OF else ""

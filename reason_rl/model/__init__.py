@@ -1,1 +1,1 @@
-"""The policy network (transformer.py, rope.py), its logprobs (scoring.py), and its checkpoint folders (weights.py)."""
+"""The policy network (transformer.py), its logprobs (scoring.py), its checkpoint folders (weights.py)."""

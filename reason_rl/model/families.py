@@ -1,8 +1,8 @@
 """Hugging Face's model families as data: names of tensors, keys of config.json, and switches.
 
-hf_config.py reads and writes config.json by this table, weights.py the tensors. transformer.py does not import it: the
-network depends on ModelConfig alone. A new family is one entry of FAMILIES, plus a tiny model in
-tests/reason_rl/model/test_families.py that is compared with transformers'.
+hf_config.py reads and writes config.json by this table, weights.py the tensors. transformer.py does not
+import it: the network depends on ModelConfig alone. A new family is one entry of FAMILIES, plus a tiny model
+in tests/reason_rl/model/test_families.py that is compared with transformers'.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ DENSE = (*COMMON, "intermediate_size")
 EXPERTS = (*COMMON, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
 DEEPSEEK = (*EXPERTS, "norm_topk_prob", "num_shared_experts", "routed_scaling_factor", "intermediate_size")
 
-# The value of a key that is missing or null: a value, or a function of the other keys. Keys not listed are required.
+# Values of missing or null keys: constants, or functions of the other keys. All other keys are required.
 DEFAULTS: dict[str, Any] = {
     "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
     "num_key_value_heads": lambda values: values["num_attention_heads"],
     "head_dim": lambda values: values["hidden_size"] // values["num_attention_heads"]}
-# Keys with one supported meaning (a missing or null key has it too): any other value is maths that we do not have.
+# Keys with one supported meaning, which a missing or null key has too; any other value is refused.
 ONLY: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish"), "attention_dropout": (0.0,), "mlp_bias": (False,)}
 # Keys that every family refuses, with the reason.
 REFUSED = {

@@ -1,8 +1,9 @@
 """config.json <-> ModelConfig, by the table of families.py.
 
-Reading is strict: a key that could change the maths is either read, or refused by name and value. ModelConfig fields
-that the family has no key for (a from-scratch model with other switches) go into a table "reason_rl" of config.json, so
-that a config survives writing and reading. Left out: tensors (weights.py), tokenizers (reason_rl/data).
+Reading is strict: a key that could change the maths is either read, or refused by name and value. ModelConfig
+fields that the family has no key for (a from-scratch model with other switches) go into a table "reason_rl"
+of config.json, so that a config survives writing and reading. Left out: tensors (weights.py), tokenizers
+(reason_rl/data).
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def config_from_json(values: Mapping[str, Any]) -> tuple[ModelConfig, int]:
 
 
 def config_to_json(config: ModelConfig, vocab_size: int, eos_id: int, carried: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Everything but the files' dtype. `carried`: the config.json that the model was loaded from; its other keys are kept."""
+    """All but the files' dtype. `carried`: the config.json the model was loaded from; its other keys stay."""
     if config.num_experts == 1:  # a dense model does not use these
         config = replace(config, num_experts_per_tok=1, moe_intermediate_size=ModelConfig.moe_intermediate_size)
     default = "qwen3" if config.num_experts == 1 else "qwen3_moe"
@@ -135,7 +136,7 @@ def _check_keys(values: Mapping[str, Any], family: Family) -> None:
 
 
 def _check_windows(values: Mapping[str, Any], family: Family) -> None:
-    """Refuses sliding windows shorter than the context that a layer would use; other settings of them are allowed."""
+    """Refuses sliding windows that a layer would use, if they are shorter than the context."""
     def value_of(key: str, missing: Any) -> Any:
         value = values.get(key)
         default = family.default(key)
@@ -176,20 +177,20 @@ def _read_fields(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def _num_dense_layers(values: Mapping[str, Any], family: Family, num_hidden_layers: int) -> int:
-    """The number of leading layers without experts. The family's config.json holds the number, or a list of layers."""
+    """The number of leading layers without experts; config.json has the number, or a list of layers."""
     if family.dense_key != "mlp_only_layers":
         value: int | None = values.get(family.dense_key)
         return value if value is not None else family.default(family.dense_key) or 0
     listed, sparse_step = values.get("mlp_only_layers") or [], values.get("decoder_sparse_step") or 1
     dense = [i for i in range(num_hidden_layers) if i in listed or (i + 1) % sparse_step]
     if dense != list(range(len(dense))):
-        raise ValueError(f"config.json: dense layers must be the first ones, got mlp_only_layers = {listed} and decoder_sparse_step "
-                         f"= {sparse_step}, which make layers {dense} of {num_hidden_layers} dense")
+        raise ValueError(f"config.json: dense layers must be the first ones, got mlp_only_layers = {listed} and "
+                         f"decoder_sparse_step = {sparse_step}, which make layers {dense} of {num_hidden_layers} dense")
     return len(dense)
 
 
 def _read_rope(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """rope_theta, partial_rotary_factor and rope_scaling: one table in transformers 5, separate keys before."""
+    """rope_theta, partial_rotary_factor, rope_scaling: one table in transformers 5, separate keys before."""
     table = values.get("rope_scaling") or values.get("rope_parameters") or {}
     table = {key: value for key, value in table.items() if value is not None}
     given = {key: value for key, value in values.items() if value is not None}
@@ -226,7 +227,7 @@ def _own_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_value(name: str, value: object, hint: Any, example: object) -> None:
-    """ValueError unless `value` has the field's type and is above 0, or 0 where the field's default, `example`, is."""
+    """ValueError unless `value` has the field's type and is above 0, or 0 if its default `example` is."""
     if get_args(hint):
         if value not in get_args(hint):
             raise ValueError(f"config.json: {name} must be one of {', '.join(get_args(hint))}, got {value!r}")

@@ -1,10 +1,10 @@
-"""The cos and sin tables of rotary position embedding (RoPE), one entry per position; `kernels.rope` applies them.
+"""The cos and sin table of rotary position embedding (RoPE), by position; `kernels.rope` applies it.
 
-A scaling stretches the context beyond the one a model was trained on. The config holds it as JSON, in Hugging Face's
-`rope_scaling` format:
+A scaling stretches the context beyond the one a model was trained on. The config holds it as JSON, in Hugging
+Face's `rope_scaling` format:
     linear    every frequency is divided by the factor
     llama3    only low frequencies are divided, with a smooth transition
-    yarn      as llama3 by the number of turns within the original context, and cos and sin are scaled (arXiv:2309.00071)
+    yarn      likewise, by turns within the original context; cos and sin are scaled too (arXiv:2309.00071)
     dynamic   changes angles only beyond max_position_embeddings, which is our limit: no scaling here
 Left out, and refused: longrope and all others.
 """
@@ -50,7 +50,7 @@ def rope_table(max_position_embeddings: int, rotary_dim: int, theta: float, scal
 
 
 def parse_scaling(text: str) -> dict[str, Any]:
-    """rope_scaling as JSON -> the table; ValueError on unknown types, missing or unknown keys and wrong values."""
+    """rope_scaling as JSON -> the table; ValueError on an unknown type, wrong keys or values."""
     if not text:
         return {"rope_type": "default"}
     try:
@@ -82,8 +82,8 @@ def parse_scaling(text: str) -> dict[str, Any]:
 
 
 def _llama3(frequency: torch.Tensor, table: dict[str, Any]) -> torch.Tensor:
-    """f64[R / 2]: frequencies with fewer than low_freq_factor turns in the original context are divided by the factor,
-    those with more than high_freq_factor are kept; in between the weight is linear in the turns."""
+    """f64[R / 2]: frequencies with up to low_freq_factor turns in the original context are divided by the
+    factor, those with high_freq_factor or more are kept; in between, a mix linear in the turns."""
     turns = table[ORIGINAL] * frequency / (2 * math.pi)
     low, high = table["low_freq_factor"], table["high_freq_factor"]
     kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -91,8 +91,8 @@ def _llama3(frequency: torch.Tensor, table: dict[str, Any]) -> torch.Tensor:
 
 
 def _yarn(frequency: torch.Tensor, table: dict[str, Any], theta: float) -> torch.Tensor:
-    """f64[R / 2]: dimensions that turn more than beta_fast times in the original context keep their frequency, those
-    below beta_slow are divided by the factor; in between the weight is linear in the dimension."""
+    """f64[R / 2]: dimensions that turn beta_fast times or more in the original context are kept, those up to
+    beta_slow are divided by the factor; in between, a mix linear in the dimension."""
     half = frequency.shape[0]
 
     def dimension(turns: float) -> float:
@@ -109,8 +109,8 @@ def _yarn(frequency: torch.Tensor, table: dict[str, Any], theta: float) -> torch
 
 
 def _yarn_magnitude(table: dict[str, Any]) -> float:
-    """The factor on cos and sin: attention_factor if given, else the ratio of `scaled` at mscale and mscale_all_dim if both
-    are given, else 0.1 ln(factor) + 1."""
+    """The factor on cos and sin: attention_factor if given, else the ratio of `scaled` at mscale and
+    mscale_all_dim if both are given, else 0.1 ln(factor) + 1."""
     def scaled(scale: float) -> float:
         return 0.1 * scale * math.log(table["factor"]) + 1 if table["factor"] > 1 else 1.0
 

@@ -1,7 +1,8 @@
 """Scores packed tokens with a model: hidden states at the loss tokens, and their logprobs.
 
-The trainer's update, the reference policy and the reward model share this forward. Left out: packing (reason_rl/rl) and
-the policy-gradient loss, which `linear_grpo_loss` folds into the LM head (reason_rl/trainer).
+The trainer's update, the reference policy and the reward model share this forward. Left out: packing
+(reason_rl/rl) and the policy-gradient loss, which `linear_grpo_loss` folds into the LM head
+(reason_rl/trainer).
 """
 
 from __future__ import annotations

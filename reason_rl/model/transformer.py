@@ -2,16 +2,17 @@
 
     tokens -> embedding -> L x [x + attention(norm(x)); x + mlp(norm(x))] -> norm -> hidden states
 
-Training, prefill and op-by-op decode run this forward. They differ in `attn_fn` alone, which attends over the packed
-tokens or over the paged KV cache. The LM head is not applied here: `linear_logprob` (training) and `sample` (engine)
-take `model.head_weight`, so [T, V] logits are never stored.
+Training, prefill and op-by-op decode run this forward. They differ in `attn_fn` alone, which attends over the
+packed tokens or over the paged KV cache. The LM head is not applied here: `linear_logprob` (training) and
+`sample` (engine) take `model.head_weight`, so [T, V] logits are never stored.
 
-Numerics: parameters are float32 masters. The ops round matrices to the compute dtype on use and sum their gradients in
-float32. Norms, the router and softmaxes compute in float32. The residual stream is in the compute dtype.
+Numerics: parameters are float32 masters. The ops round matrices to the compute dtype on use and sum their
+gradients in float32. Norms, the router and softmaxes compute in float32. The residual stream is in the
+compute dtype.
 
 Left out: dropout, sliding windows, multi-head latent attention.
-Letters: T packed tokens, D hidden size, H heads, K kv heads, C head dim, R rotary dim, E experts, k experts per token,
-I expert width, V vocabulary, L layers, M of them with experts.
+Letters: T packed tokens, D hidden size, H heads, K kv heads, C head dim, R rotary dim, E experts, k experts
+per token, I expert width, V vocabulary, L layers, M of them with experts.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class ModelOutput(NamedTuple):
 
 
 class RoutedExperts:
-    """Records the experts that each MoE layer of a forward pass picks; with `replayed`, dictates them (routing replay)."""
+    """Records the experts that each MoE layer of a forward pass uses, or replays recorded ones."""
 
     def __init__(self, replayed: torch.Tensor | None = None) -> None:
         """replayed: i32[T, M, k] as the sampler recorded them, or None to record only."""
@@ -73,8 +74,8 @@ class RoutedExperts:
         self._recorded: list[torch.Tensor] = []  # i64[T, k] of each MoE layer so far
 
     def apply(self, routed: Route, normalize: bool) -> Route:
-        """The next MoE layer's route: `routed` itself, or the replayed experts weighted by its scores, so that the
-        router still gets gradients."""
+        """The next MoE layer's route: `routed` itself, or the replayed experts weighted by its scores, so
+        that the router still gets gradients."""
         if self._replayed is not None:
             expert_ids = self._replayed[:, len(self._recorded)].long()  # [T, k]
             weights = routed.scores.gather(1, expert_ids)
@@ -93,8 +94,8 @@ class RoutedExperts:
 
 
 def gemm_impl(batch_invariant: bool) -> str:
-    """The `impl` argument of every op with a matrix product. "torch": torch's own GEMMs, which may round a token
-    differently in another batch."""
+    """The `impl` argument of every op with a matrix product. "torch": torch's own GEMMs, which may round a
+    token differently in another batch."""
     return "auto" if batch_invariant else "torch"
 
 
@@ -113,7 +114,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A projection. The op rounds the master weight f32[out, in] to x's dtype; the bias f32[out] is added in float32."""
+    """A projection. The op rounds the weight f32[out, in] to x's dtype; the bias f32[out] is added in f32."""
 
     batch_invariant = True
 
@@ -154,7 +155,7 @@ class Attention(nn.Module):
 
 
 def norm_heads(heads: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
-    """heads [T, H, C]: each head is normalised alone, or all H * C values together, by the width of `norm`."""
+    """heads [T, H, C]: each head is normalised alone, or all H * C values together if `norm` is that wide."""
     if norm.weight.shape[0] == heads.shape[2]:
         return norm(heads)  # no reshape: at T = 1 it changes the strides, and a kernel is compiled for its strides
     return norm(heads.reshape(heads.shape[0], -1, norm.weight.shape[0])).view(heads.shape)  # [T, 1, H * C] -> [T, H, C]
@@ -233,7 +234,7 @@ class Block(nn.Module):
         self, x: torch.Tensor, added: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, layer: int, attn_fn: AttnFn,
         with_stats: bool, routed_experts: RoutedExperts | None,
     ) -> tuple[torch.Tensor, torch.Tensor, LayerStats | None]:
-        """The residual stream is passed as x [T, D] and the last layer's output `added`: the next norm adds them."""
+        """The residual stream is x + added, both [T, D]; the next norm adds them."""
         h, x = self.attention_norm.add(x, added)
         h, x = self.mlp_norm.add(x, self.attention(h, cos, sin, layer, attn_fn))
         if isinstance(self.mlp, MLP):
@@ -242,7 +243,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`Transformer(config, vocab_size)`: matrices are not filled until `initialise(seed)` or a checkpoint does."""
+    """`Transformer(config, vocab_size)`; `initialise(seed)` or a checkpoint fills its matrices."""
 
     rope: torch.Tensor
     batch_invariant = True
@@ -260,8 +261,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> Transformer:
-        """Normal draws with std 0.02, over sqrt(2L) for matrices that write to the residual stream. Each parameter
-        has its own generator, keyed by its index."""
+        """Normal draws with std 0.02, over sqrt(2L) for matrices that write to the residual stream. Each
+        parameter has its own generator, keyed by its index."""
         for index, (name, parameter) in enumerate(self.named_parameters()):
             if parameter.dim() < 2:
                 continue  # norm weights stay 1, biases 0
@@ -272,16 +273,16 @@ class Transformer(nn.Module):
         return self
 
     def hold_in(self, dtype: torch.dtype) -> Transformer:
-        """Replaces the matrices by empty ones in `dtype`, for a model that is not trained: those that the forward
-        rounds to `dtype` on each use, so not the router, norms and biases."""
+        """Replaces the matrices by empty ones in `dtype`, for a model that is not trained: those that the
+        forward rounds to `dtype` on each use, so not the router, norms and biases."""
         for name, parameter in self.named_parameters():
             if parameter.dim() >= 2 and not name.endswith("router"):
                 parameter.data = torch.empty_like(parameter, dtype=dtype)
         return self.requires_grad_(False)
 
     def set_batch_invariant(self, batch_invariant: bool) -> Transformer:
-        """True (the default): projections, experts and head give a token the same bits in any batch. False: they run
-        on torch's own GEMMs, where the ops allow it."""
+        """True (the default): projections, experts and head give a token the same bits in any batch. False:
+        they run on torch's own GEMMs, where the ops allow it."""
         for module in self.modules():
             if isinstance(module, (Linear, MoE, Transformer)):
                 module.batch_invariant = batch_invariant
@@ -297,7 +298,7 @@ class Transformer(nn.Module):
         self, token_ids: torch.Tensor, position_ids: torch.Tensor, attn_fn: AttnFn, with_stats: bool = False,
         routed_experts: RoutedExperts | None = None,
     ) -> ModelOutput:
-        """token_ids i64[T], position_ids i64|i32[T] -> hidden states, and router statistics if `with_stats`."""
+        """token_ids i64[T], position_ids i64|i32[T] -> hidden states; with_stats: router statistics too."""
         x = self.embedding(token_ids).to(self.compute_dtype)  # [T, D]
         cos, sin = self.rope[0].index_select(0, position_ids), self.rope[1].index_select(0, position_ids)  # [T, R/2]
         added, all_stats = None, []
@@ -313,8 +314,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def nudge_expert_bias(self, expert_counts: torch.Tensor, rate: float) -> None:
-        """Balances load without a loss (arXiv:2408.15664): bias += rate * sign(mean load - load), from a step's
-        counts i64[M, E] over all ranks."""
+        """Balances load without a loss (arXiv:2408.15664): bias += rate * sign(mean load - load), from a
+        step's counts i64[M, E] over all ranks."""
         load = expert_counts.float()
         moe_layers = [block.mlp for block in self.blocks if isinstance(block.mlp, MoE)]
         for moe, change in zip(moe_layers, rate * torch.sign(load.mean(1, keepdim=True) - load), strict=True):

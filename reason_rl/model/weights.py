@@ -1,8 +1,9 @@
-"""Reads and writes Hugging Face checkpoint folders: config.json (hf_config.py) and safetensors, in one file or in shards.
+"""Reads and writes Hugging Face checkpoint folders: config.json and safetensors, in one file or in shards.
 
-The network fuses q, k, v and the experts into larger matrices; the files store them separately. `file_views` maps one to
-the other: each tensor of the files is a view into our state dict. Loading copies into the views from memory-mapped files,
-in chunks of CHUNK_BYTES, so its peak memory is the weights plus one chunk. Saving writes the views out.
+The network fuses q, k, v and the experts into larger matrices; the files store them separately. `file_views`
+maps one to the other: each tensor of the files is a view into our state dict. Loading copies into the views
+from memory-mapped files, in chunks of CHUNK_BYTES, so its peak memory is the weights plus one chunk. Saving
+writes the views out.
 Left out: tokenizer.json (reason_rl/data), optimizer state (trainer/checkpoint.py), pickled weights.
 """
 
@@ -33,7 +34,7 @@ SIDE_FILES = (GENERATION_FILE, "tokenizer_config.json", "special_tokens_map.json
 """Further files of a model, copied from checkpoint to checkpoint."""
 SHARD_BYTES = 5_000_000_000
 CHUNK_BYTES = 64 << 20
-"""Bytes read from a file before it is mapped again: pages that were read count as the process's memory until unmapped."""
+"""Bytes read from a file before it is mapped again: pages that were read count as memory until unmapped."""
 FILE_DTYPES = ("F32", "BF16", "F16", "F64")
 
 
@@ -60,7 +61,7 @@ def file_views(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[s
 
 @dataclass(frozen=True)
 class Source:
-    """config.json and further files of the folder a model was loaded from, to be carried to the folders it is saved to."""
+    """What a saved folder takes over from the folder that the model was loaded from."""
 
     config: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -106,7 +107,7 @@ def save_weights(
 
 
 def _shards(views: Mapping[str, torch.Tensor], shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Splits `views`, in order, into shards of at most `shard_bytes`; a larger tensor is a shard by itself."""
+    """Splits `views`, in order, into shards of at most `shard_bytes`; a larger tensor has one to itself."""
     shard: dict[str, torch.Tensor] = {}
     used = 0
     for name, view in views.items():
@@ -138,8 +139,8 @@ def load_weights(folder: Path, model: Transformer) -> None:
 def load_model(
     folder: str | Path, compute_dtype: torch.dtype = torch.float32, weights_dtype: torch.dtype = torch.float32
 ) -> Transformer:
-    """The model of a checkpoint folder, on the CPU, with float32 masters. For evaluation alone, weights_dtype =
-    compute_dtype = bfloat16 stores the matrices in bfloat16: half the memory, the same bits."""
+    """The model of a checkpoint folder, on the CPU, with float32 masters. For evaluation alone, weights_dtype
+    = compute_dtype = bfloat16 stores the matrices in bfloat16: half the memory, the same bits."""
     folder = Path(folder)
     if weights_dtype not in (torch.float32, compute_dtype):
         raise ValueError(f"weights_dtype must be float32 or compute_dtype = {compute_dtype}, got {weights_dtype}")
@@ -152,7 +153,7 @@ def load_model(
 
 
 def _chunks(path: Path, names: list[str]) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """-> (name, start, tensor[start:stop]) in chunks along the first dimension, each valid until the next is requested."""
+    """-> (name, start, tensor[start:stop]), chunk by chunk; each is valid until the next is requested."""
     file, used = safe_open(path, framework="pt"), 0
     for name in names:
         num_rows, *rest = file.get_slice(name).get_shape()
@@ -175,7 +176,8 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{folder} is not a checkpoint: it has no {WEIGHTS_FILE} and no {INDEX_FILE}{pickled}")
     weight_map = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) and "/" not in name for name in weight_map.values()):
-        raise ValueError(f"{folder / INDEX_FILE} is damaged: weight_map must map each tensor to a file name, got {weight_map!r:.80}")
+        raise ValueError(f"{folder / INDEX_FILE} is damaged: weight_map must map each tensor to a file name, "
+                         f"got {weight_map!r:.80}")
     shards = sorted(set(weight_map.values()))
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:

@@ -9,8 +9,8 @@ Third stage of a step, in parallel with the second: a completion is graded as so
     model.py     a reward model
     pool/        the worker processes that all of these run in
 
-docs/rewards.md describes how each verdict is reached. Workers import this package and must start without torch, so
-the names below are imported on first use.
+docs/rewards.md describes how each verdict is reached. Workers import this package and must start without
+torch, so the names below are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The code reward: does the program in a completion pass the problem's tests?
 
-`grade_code` is a kind of the verifier service. It finds the program, runs it in reason_rl/sandbox and turns the outcome
-into a verdict. A failure that the program causes (a hang, a crash, too much memory or output) is wrong, with that word
-as its cause. Ungradable are a jail that could not be made, and tests that no program can pass: they do not compile,
-leave open which names the program defines (answers/program_names.py), or pass objects that cannot be sent.
+`grade_code` is a kind of the verifier service. It finds the program, runs it in reason_rl/sandbox and turns
+the outcome into a verdict. A failure that the program causes (a hang, a crash, too much memory or output) is
+wrong, with that word as its cause. Ungradable are a jail that could not be made, and tests that no program
+can pass: they do not compile, leave open which names the program defines (answers/program_names.py), or pass
+objects that cannot be sent.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ def code_options(config: RewardConfig) -> dict[str, Any]:
 
 def grade_code(request: Mapping[str, Any], sandbox: str = "any", mechanisms: Sequence[str] = (), is_partial: bool = False,
                **limits: Any) -> Verdict:
-    """request: "text", and "facts" with "tests" (Python statements) and perhaps "setup" (Python to run before them) and
-    "entry_points" (the names in them that the program defines).
+    """request: "text", and "facts" with "tests" (Python statements) and perhaps "setup" (Python to run before
+    them) and "entry_points" (the names in them that the program defines).
 
-    mechanisms: those that the trainer found to hold, so that a worker need not test them; (): they are tested here.
+    mechanisms: those that the trainer found to hold, so that a worker need not test them; (): they are tested
+    here.
     """
     try:
         use = tuple(mechanisms) or usable_mechanisms(sandbox)
@@ -74,10 +76,11 @@ def _verdict(source: str, exam: Exam, limits: Limits, mechanisms: tuple[str, ...
 
 
 def extract_code(text: str) -> str | None:
-    """The program in a completion: the last fenced block after the thought, inside the one <answer> block if there is one.
+    """The program in a completion: the last fenced block after the thought, inside the one <answer> block if
+    there is one.
 
-    An answer block without fences is a program as a whole. None: no program, several answer blocks, or a fence that
-    never closes.
+    An answer block without fences is a program as a whole. None: no program, several answer blocks, or a
+    fence that never closes.
     """
     # The text to search: after the thought, inside the answer block.
     answer = text.rpartition("</think>")[2]

@@ -3,10 +3,10 @@
     def brief(problem, text): ...                           # -> a number
     def short(text, num_tokens, max_tokens, finish_reason): ...
 
-A function takes any of the arguments in `ARGUMENTS`; each is passed by its name. It runs in a verifier worker: if it
-raises, returns no finite number, passes its deadline or crashes, its completion is ungraded and the run continues.
-A judge is the same with a longer deadline and more workers, for functions that ask another model and mostly wait.
-Modules are found as Python finds them, in the current folder too.
+A function takes any of the arguments in `ARGUMENTS`; each is passed by its name. It runs in a verifier
+worker: if it raises, returns no finite number, passes its deadline or crashes, its completion is ungraded and
+the run continues. A judge is the same with a longer deadline and more workers, for functions that ask another
+model and mostly wait. Modules are found as Python finds them, in the current folder too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def grade_custom(request: Mapping[str, Any], entry_point: str, key: str) -> Verd
 
 @lru_cache
 def load_reward(entry_point: str, key: str = "reward.custom") -> tuple[Callable[..., float], tuple[str, ...]]:
-    """(the function, the arguments it takes). Raises CustomRewardError; an error inside your module keeps its traceback."""
+    """(the function, the arguments it takes). Raises CustomRewardError, or an error of your module."""
     # Import the module. "" is the current folder: torchrun puts only the script's folder on the path.
     module_name, colon, function_name = entry_point.partition(":")
     if not (module_name and colon and function_name):
@@ -63,4 +63,5 @@ def load_reward(entry_point: str, key: str = "reward.custom") -> tuple[Callable[
     if unknown:
         raise CustomRewardError(f"{key} = {entry_point!r}: a reward takes any of {', '.join(ARGUMENTS)} by name, "
                                 f"got {', '.join(unknown)}")
-    return function, tuple(p.name for p in parameters if p.name in ARGUMENTS)
+    takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    return function, tuple(ARGUMENTS) if takes_all else tuple(p.name for p in parameters if p.name in ARGUMENTS)

@@ -1,8 +1,10 @@
-"""`Grader`: submits a completion to the verifiers that its problem and the config ask for, and returns a `Score`.
+"""`Grader`: submits a completion to the verifiers that its problem and the config ask for, and returns a
+`Score`.
 
-Third stage of a step, in the trainer's process. `submit` takes a completion as soon as it is sampled and returns at
-once; `Pending.score` waits for the verdicts and takes the weighted sum of all parts. If one verdict is ungradable, the
-completion is ungraded, with the cause, and takes no part in the update. No verifier can end the run.
+Third stage of a step, in the trainer's process. `submit` takes a completion as soon as it is sampled and
+returns at once; `Pending.score` waits for the verdicts and takes the weighted sum of all parts. If one
+verdict is ungradable, the completion is ungraded, with the cause, and takes no part in the update. No
+verifier can end the run.
 """
 
 from __future__ import annotations
@@ -39,10 +41,12 @@ GIB = 1 << 30
 
 
 def check_rewards(config: Config, problem: Problem) -> list[str]:
-    """Checks before any work that the functions, the model, the sandbox and the facts that the rewards need exist.
+    """Checks before any work that the functions, the model, the sandbox and the facts that the rewards need
+    exist.
 
     problem: any problem of the task. Returns lines for the run to print; raises ConfigError.
     """
+    # Facts and files.
     reward, verifier = config.reward, verifier_of(problem.task, config.reward.verifier)
     missing = [name for name in FACTS_OF_VERIFIER.get(verifier, ()) if problem.facts.get(name) in (None, "", [], ())]
     if missing:
@@ -51,6 +55,8 @@ def check_rewards(config: Config, problem: Problem) -> list[str]:
     for name in ("config.json", HEAD_FILE) if reward.model else ():
         if not (Path(reward.model) / name).is_file():
             raise ConfigError(f"reward.model must be a reward model's folder, but there is no {name} in {reward.model!r}")
+
+    # Functions and the sandbox.
     try:
         for key, entry_point in (("reward.custom", reward.custom), ("reward.judge", reward.judge)):
             if entry_point:
@@ -64,6 +70,7 @@ def check_rewards(config: Config, problem: Problem) -> list[str]:
 
 def reward_kinds(config: RewardConfig) -> list[Kind]:
     """All kinds that the service may be asked for; a kind's workers start at its first request."""
+    # Verifiers that any task may need.
     kinds = [
         Kind("text", grade_text, TEXT_DEADLINE_S, memory_bytes=GIB),
         Kind("math", grade_math, config.math_deadline_s, memory_bytes=GIB),
@@ -71,6 +78,8 @@ def reward_kinds(config: RewardConfig) -> list[Kind]:
         Kind("code", grade_code, config.code_deadline_s + CODE_KIND_GRACE_S, options=code_options(config), batch=1,
              num_workers=os.cpu_count() or 1),
     ]
+
+    # Rewards that the config names.
     if config.custom:
         kinds.append(Kind("custom", grade_custom, config.custom_deadline_s, prepare=load_reward,
                           options={"entry_point": config.custom, "key": "reward.custom"}))
@@ -89,8 +98,8 @@ class Pending:
 
     service: VerifierService
     verdicts: dict[str, tuple[str, Future[Verdict]]]
-    """By part: (kind, verdict). The text kind's verdict also contains the format; it is the accuracy if the answer is
-    compared as text, and listed as "text" otherwise."""
+    """By part: (kind, verdict). The text kind's verdict also contains the format; it is the accuracy if the
+    answer is compared as text, and listed as "text" otherwise."""
     num_tokens: int
     finish_reason: FinishReason
     config: Config

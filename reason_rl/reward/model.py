@@ -1,9 +1,11 @@
 """A reward model: our own transformer with a score head, as a kind of the verifier service.
 
-Reads a checkpoint folder (config.json, model.safetensors, tokenizer.json) that also has reward_head.safetensors:
-"weight" f32[D] and "bias" f32[1]. The score of prompt and completion, from 0 to 1, is
+Reads a checkpoint folder (config.json, model.safetensors, tokenizer.json) that also has
+reward_head.safetensors: "weight" f32[D] and "bias" f32[1]. The score of prompt and completion, from 0 to 1,
+is
     sigmoid(hidden of the last token . weight + bias)
-Runs in its own worker, on the CPU, in float32; the worker loads the weights at its start. Left out: training one.
+Runs in its own worker, on the CPU, in float32; the worker loads the weights at its start. Left out: training
+one.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class RewardModel:
     """f32[1]"""
 
     def encode(self, text: str) -> torch.Tensor:
-        """i64[T]. Raises ValueError for a character without a token, and for a text longer than the context."""
+        """i64[T]. Raises ValueError for a character without a token, and for too long a text."""
         token_ids = self.tokenizer.encode(text)
         if not 0 < len(token_ids) <= self.model.config.max_position_embeddings:
             raise ValueError(f"the reward model reads 1 to {self.model.config.max_position_embeddings} tokens, "

@@ -1,7 +1,8 @@
 """The quick parts of the reward: the format, the overlong penalty, and accuracy for answers compared as text.
 
-Format: does the completion keep R1-Zero's template and then stop? Each tag once, in this order, with nothing before,
-between or after, not even white space. The contents of the tags do not matter: an empty thought is well formed.
+Format: does the completion keep R1-Zero's template and then stop? Each tag once, in this order, with nothing
+before, between or after, not even white space. The contents of the tags do not matter: an empty thought is
+well formed.
     <think>...</think><answer>...</answer> end
 
 Overlong: DAPO's soft penalty on the length in tokens, end token included (arXiv:2503.14476, equation 13):
@@ -25,10 +26,11 @@ Request = Mapping[str, Any]
 
 
 def grade_text(request: Request) -> Verdict:
-    """Every part that the text alone decides, in one request to the verifier service; linear in the text's length.
+    """Every part that the text alone decides, in one request to the verifier service; linear in the text's
+    length.
 
-    request: "text", "answer", "facts", "finish_reason", "verifier". The verdict is the accuracy if the verifier is one
-    of `TEXT_VERIFIERS`; the format is a part of it.
+    request: "text", "answer", "facts", "finish_reason", "verifier". The verdict is the accuracy if the
+    verifier is one of `TEXT_VERIFIERS`; the format is a part of it.
     """
     text = request["text"]
     parts = {"format": format_reward(text, request["finish_reason"])}
@@ -55,7 +57,7 @@ TEXT_VERIFIERS: dict[str, Callable[[Request, str], bool]] = {"text": _is_same_te
 
 
 def format_reward(text: str, finish_reason: FinishReason) -> float:
-    """1.0 or 0.0. text: the completion without its end token; finish_reason "length": it was cut before one."""
+    """1.0 or 0.0. text: the completion without its end token; finish_reason "length": it was cut."""
     is_well_formed = (finish_reason == "stop"
                       and all(text.count(tag) == 1 for tag in TAGS)
                       and text.startswith("<think>")

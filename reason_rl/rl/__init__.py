@@ -1,1 +1,1 @@
-"""The algorithm, without I/O: advantages of graded groups (advantages.py), and microbatches for the update (packing.py)."""
+"""The algorithm, without I/O: advantages of graded groups, and their microbatches for the update."""

@@ -1,9 +1,9 @@
-"""Advantages of graded groups, and which completions take part in the update (step 4, between reward and packing).
+"""Advantages of graded groups, and which completions take part in the update (after reward, before packing).
 
-A completion that was not graded has no reward, so its group's statistics leave it out too. A completion that was cut at
-max_tokens has a reward: with rl.drop_truncated it counts in the statistics, but its tokens stay out of the update
-(DAPO's overlong filtering, arXiv:2503.14476 section 3.4). Left out: sampling further groups to replace those without
-signal (rollout), and the formulas (`kernels/group_advantage`).
+A completion that was not graded has no reward, so its group's statistics leave it out too. A completion that
+was cut at max_tokens has a reward: with rl.drop_truncated it counts in the statistics, but its tokens stay
+out of the update (DAPO's overlong filtering, arXiv:2503.14476 section 3.4). Left out: sampling further groups
+to replace those without signal (rollout), and the formulas (`kernels/group_advantage`).
 
 Letters: B prompts, G group size.
 """
@@ -47,8 +47,8 @@ def has_signal(group: Group) -> bool:
 def compute_advantages(groups: Sequence[Group], rl: RLConfig, device: torch.device) -> Advantages:
     """Advantages of a step's groups by rl.advantage, computed on `device`.
 
-    `groups` must be those of all ranks: "batch_std" reads the whole batch. On a GPU nothing here waits for the device:
-    the mask that packing needs on the host is computed from the rewards on the host.
+    `groups` must be those of all ranks: "batch_std" reads the whole batch. On a GPU nothing here waits for
+    the device: the mask that packing needs on the host is computed from the rewards on the host.
     """
     _check_groups(groups)
     rewards = torch.tensor([[score.value for score in group.scores] for group in groups], dtype=torch.float32)  # [B, G]

@@ -1,7 +1,8 @@
-"""Packs groups (RL) or documents (supervised) into `Microbatch`es, each group's prompt once before its completions.
+"""Packs groups (RL) or documents (supervised) into `Microbatch`es, a group's prompt once for its completions.
 
-Greedy and in order, within a token budget: no padding, no sequence is split, and a group that spans two microbatches has
-its prompt in both. The loss of every microbatch is divided by the same global count, so it does not depend on the split.
+Greedy and in order, within a token budget: no padding, no sequence is split, and a group that spans two
+microbatches has its prompt in both. The loss of every microbatch is divided by the same global count, so it
+does not depend on the split.
 
 Letters: B prompts, G group size, T packed tokens, N loss tokens.
 """
@@ -36,7 +37,7 @@ class Sample:
 def pack(
     groups: Sequence[Group], advantages: Advantages, num_minibatches: int, microbatch_tokens: int
 ) -> list[list[Microbatch]]:
-    """A step's groups -> the microbatches of each optimizer update; an update without completions is left out.
+    """A step's groups -> the microbatches of each optimizer update that has any.
 
     The microbatches are on the CPU, but for their advantages: these stay on the device that computed them.
     """
@@ -100,7 +101,7 @@ class _Builder:
     sequence_index: list[int] = field(default_factory=list)
 
     def add_segment(self, token_ids: Sequence[int], prefix: tuple[int, int] = (0, 0)) -> int:
-        """Appends tokens that continue `prefix` = (start, length) -> the index of the first; no segment for no tokens."""
+        """Appends tokens, if any, as a segment that continues `prefix` = (start, length) -> its start."""
         start = len(self.token_ids)
         if token_ids:
             first_position = prefix[1]
@@ -142,7 +143,7 @@ def _pack_completions(samples: Sequence[Sample], advantages: torch.Tensor) -> Mi
             if sample.group.prompt_routed_expert_ids is not None:
                 routed_expert_ids.append(sample.group.prompt_routed_expert_ids)
 
-        # The completion, without its last token: that predicts nothing, and the engine did not compute it either.
+        # The completion without its last token, which predicts nothing; the engine did not compute it either.
         own = completion.token_ids
         start = builder.add_segment(own[:-1], (prompt_start, len(prompt)))
         if completion.routed_expert_ids is not None:
@@ -167,8 +168,9 @@ def _pack_completions(samples: Sequence[Sample], advantages: torch.Tensor) -> Mi
 
 
 def pack_documents(documents: Sequence[tuple[Sequence[int], int]], max_tokens: int) -> list[Microbatch]:
-    """(token_ids, num_prompt_tokens) pairs -> supervised microbatches. The targets are the tokens after the prompt, from
-    the second token on: num_prompt_tokens is 0 in pretraining, the prompt's length in fine-tuning."""
+    """(token_ids, num_prompt_tokens) pairs -> supervised microbatches. The targets are the tokens after the
+    prompt, from the second token on: num_prompt_tokens is 0 in pretraining, the prompt's length in
+    fine-tuning."""
     microbatches: list[list[tuple[Sequence[int], int]]] = []
     used = 0
     for ids, num_prompt in documents:
@@ -192,8 +194,8 @@ def _pack_documents(documents: Sequence[tuple[Sequence[int], int]]) -> Microbatc
 
 
 def idle_microbatch(like: Microbatch) -> Microbatch:
-    """One token and no targets, with the optional fields of `like`: for a rank that has no microbatch left while others
-    still run collectives."""
+    """One token and no targets, with the optional fields of `like`: for a rank that has no microbatch left
+    while others still run collectives."""
     empty_i64, empty_f32 = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     is_rl = like.advantages is not None
     return Microbatch(

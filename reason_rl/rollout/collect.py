@@ -73,8 +73,8 @@ def collect(
 
     Each rank samples and grades its share of the problems. `step` is part of the noise key.
     on_completion: called on this rank as each completion ends.
-    on_group: called on this rank as soon as a group is graded, in the order in which groups finish sampling; the group has no
-        prompt_routes yet. After an exception in sampling (Ctrl-C too), fully sampled groups are still graded and passed on.
+    on_group: called on this rank as soon as a group is graded, in the order in which groups finish sampling; the group lacks
+        the routed experts of its prompt. If sampling is interrupted, fully sampled groups are still graded and passed on.
     clock: "reward" counts the wait for verdicts after the last completion, "rollout" the rest.
     """
     clock = clock or Clock()

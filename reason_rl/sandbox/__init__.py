@@ -8,5 +8,5 @@
     wire.py         the channel's format: plain values as JSON
     trial.py        a hostile program that a jail must withstand before anything else runs in it
 
-A product of its own: it imports nothing else of this repository, and takes and returns plain values.
+Independent of the trainer: it imports nothing else of this repository, and takes and returns plain values.
 """

@@ -1,4 +1,4 @@
-"""`python -m reason_rl.sandbox [any|namespaces|landlock|all]`: prints what holds here; exit status 1 if it is too little."""
+"""`python -m reason_rl.sandbox [any|namespaces|landlock|all]`: what holds here? Exit status 1: too little."""
 
 import sys
 

@@ -1,7 +1,8 @@
-"""The candidate's end of the channel, inside its jail: executes the program once, then serves the examiner's requests.
+"""The candidate's end of the channel, inside its jail: executes the program once, then serves the examiner's
+requests.
 
-Nothing here is trusted: the program shares this process and may rewrite all of it. It gains nothing but to send other
-values; the comparison happens in another process, which it cannot reach.
+Nothing here is trusted: the program shares this process and may rewrite all of it. It gains nothing but to
+send other values; the comparison happens in another process, which it cannot reach.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """The examiner: executes a problem's tests in its own jail, against a candidate in another process.
 
-The tests are ordinary Python (`assert f(2) == 4`). The names that the program must define are proxies: a call travels
-to the candidate's process as plain values, and a plain value returns (wire.py). So the candidate never sees the tests,
-cannot change `assert` or `==`, and cannot claim to have passed. A result that is not a plain value equals nothing:
-`Remote` refuses `==`, `!=`, order, truth and hashing.
+The tests are ordinary Python (`assert f(2) == 4`). The names that the program must define are proxies: a call
+travels to the candidate's process as plain values, and a plain value returns (wire.py). So the candidate
+never sees the tests, cannot change `assert` or `==`, and cannot claim to have passed. A result that is not a
+plain value equals nothing: `Remote` refuses `==`, `!=`, order, truth and hashing.
 
-Changes that a candidate makes to its arguments do not come back: a function is judged by its return value. If no
-program can pass (the tests pass a function as an argument, arguments larger than a message, or import a missing
-module), the result is "broken".
+Changes that a candidate makes to its arguments do not come back: a function is judged by its return value. If
+no program can pass (the tests pass a function as an argument, arguments larger than a message, or import a
+missing module), the result is "broken".
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .wire import MAX_MESSAGE_BYTES, decode, encode, pack, receive_bytes
 GONE, GARBAGE = "(gone)", "(garbage)"
 """Failures besides exceptions' names: the candidate closed its end; it sent a malformed message."""
 SMALL_BYTES = MAX_MESSAGE_BYTES // 16
-"""If every answer of the candidate was at most this long, it cannot be the reason for an argument that is too large."""
+"""If every answer of the candidate was at most this long, it did not cause an argument that is too large."""
 SHALLOW_BYTES = 500
 """The same for an argument that is nested too deeply."""
 
 
 class Gone(BaseException):
-    """The candidate is dead or sends malformed messages. A BaseException, so that no test's `except Exception` hides it."""
+    """The candidate is dead or sends malformed messages. No `except Exception` hides a BaseException."""
 
 
 class TestsError(BaseException):
@@ -50,7 +50,8 @@ class Candidate:
         self.is_used = False
         """Have the tests used anything of the candidate's?"""
         self.largest_answer = 0
-        """The longest answer in bytes, or a larger integer among the answers (the tests may have repeated something as often)."""
+        """The longest answer in bytes, or a larger integer among the answers (the tests may have repeated
+        something as often)."""
 
     def ask(self, operation: str, *arguments: Any) -> Any:
         """Performs an operation in the candidate's process; raises what it raises."""
@@ -67,12 +68,14 @@ class Candidate:
         return value
 
     def answer(self, request: bytes = b"") -> Any:
-        """The answer to a request; without one, the outcome of the program's own source, which it executes first."""
+        """The answer to a request; without one, the outcome of executing the program."""
         try:
             if request:
                 self.channel.sendall(request)
             data = receive_bytes(self.channel)
             kind, content = json.loads(data)
+
+            # A value, or the name of an exception; anything else is garbage.
             self.largest_answer = max(self.largest_answer, len(data), abs(content) if type(content) is int else 0)
             if kind == "value":
                 return decode(content, lambda number: Remote(self, number))
@@ -131,7 +134,8 @@ class Remote:
 
 
 def examine(channel: socket.socket, exam: Mapping[str, Any]) -> dict[str, Any]:
-    """{"passed": number of tests passed, "failure": of the first other test} or {"broken": why no program can pass}.
+    """{"passed": number of tests passed, "failure": of the first other test} or {"broken": why no program can
+    pass}.
 
     exam: the fields of run.py's `Exam`.
     """
@@ -188,7 +192,7 @@ def _run(code: Any, namespace: dict[str, Any], candidate: Candidate) -> str:
 
 
 def _reference(value: Any) -> int | str:
-    """How a message refers to an object that does not travel: the candidate's index of it, or a builtin's name."""
+    """A message's reference to an object that does not travel: the candidate's index, or a builtin's name."""
     if isinstance(value, Remote):
         number: int = object.__getattribute__(value, "_number")
         return number
@@ -200,7 +204,7 @@ def _reference(value: Any) -> int | str:
 
 
 def _raise(name: str) -> NoReturn:
-    """Raises the builtin exception of that name, so that a test may expect it; RuntimeError for any other name."""
+    """Raises the builtin exception of that name, which a test may expect; RuntimeError for other names."""
     kind = getattr(builtins, name, RuntimeError)
     if not (isinstance(kind, type) and issubclass(kind, Exception)):
         kind = RuntimeError

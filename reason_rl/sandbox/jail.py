@@ -1,12 +1,13 @@
-"""The jailed process: a fresh interpreter that locks itself in, then serves as candidate or examiner for one exam.
+"""The jailed process: a fresh interpreter that locks itself in, then serves as candidate or examiner for one
+exam.
 
     keeper      this process, trusted: makes the namespaces and their file system, waits, dies with its parent
       init      process 1 of the new namespace: when it ends, the kernel kills everything inside
         payload   under resource limits, Landlock and seccomp; untrusted code runs here and only here
 
-Without namespaces the keeper's child is the payload. Every requested mechanism is applied completely, or the jail
-fails and names the one that failed. Inside: an empty network, a read-only root with the Python library and /dev/null,
-and a scratch folder. There is no program to start, and no file of the trainer to read.
+Without namespaces the keeper's child is the payload. Every requested mechanism is applied completely, or the
+jail fails and names the one that failed. Inside: an empty network, a read-only root with the Python library
+and /dev/null, and a scratch folder. There is no program to start, and no file of the trainer to read.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def main() -> NoReturn:
 
 
 def _payload(spec: dict[str, Any], channel: socket.socket) -> Callable[[], None]:
-    """The candidate's or examiner's main function. Imported now: inside the jail our own files are out of reach."""
+    """The candidate's or examiner's main function. Imported now: the jail cannot read our files."""
     if spec["role"] == "examiner":
         from .examiner import examine
 
@@ -82,7 +83,7 @@ def _payload(spec: dict[str, Any], channel: socket.socket) -> Callable[[], None]
 
 @contextmanager
 def _named(mechanism: str, status: int) -> Iterator[None]:
-    """If the body raises, writes the mechanism's name and the error to the status pipe and ends this process."""
+    """If the body raises, writes the mechanism's name and the error to the status pipe and exits."""
     try:
         yield
     except BaseException as error:
@@ -181,7 +182,7 @@ def _enter_namespaces(spec: dict[str, Any]) -> None:
 
 
 def _build_root(root: str, scratch_bytes: int) -> None:
-    """Builds a new root in memory, mounted on `root`: the paths of `_readable`, devices, an empty /scratch. Changes to it."""
+    """Changes to a new root in memory, mounted on `root`: the paths of `_readable`, devices, /scratch."""
     # The mount, and symbolic links such as /lib -> usr/lib.
     syscalls.mount("none", "/", "", syscalls.MS_REC | syscalls.MS_PRIVATE)
     syscalls.mount("jail", root, "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, "size=1m,mode=0755")
@@ -211,16 +212,18 @@ def _build_root(root: str, scratch_bytes: int) -> None:
 
 
 def _readable() -> list[str]:
-    """The Python library and the libraries it links to. Shortest first, so that no path is inside a later one."""
+    """The Python library and the libraries it links to. Shortest first: no path is inside a later one."""
     library = {os.path.realpath(path) for path in sys.path if os.path.isdir(path)} | {f"{sys.base_prefix}/lib"}
     return sorted(library | set(SYSTEM_FILES), key=len)
 
 
 def _become_nobody(spec: dict[str, Any]) -> None:
-    """Drops privileges. Root has no process limit and may write its own files, so it becomes a user without a name.
+    """Drops privileges. Root has no process limit and may write its own files, so it becomes a user without a
+    name.
 
-    The Python library may be in root's home. Namespaces mount it where everyone can read it. With Landlock alone one
-    capability is kept, to read files that only root can read; Landlock restricts it to the allowed paths.
+    The Python library may be in root's home. Namespaces mount it where everyone can read it. With Landlock
+    alone one capability is kept, to read files that only root can read; Landlock restricts it to the allowed
+    paths.
     """
     may, kept = spec["capabilities"], 0
     needed = syscalls.CAP_CHOWN | syscalls.CAP_SETGID | syscalls.CAP_SETUID
@@ -228,6 +231,8 @@ def _become_nobody(spec: dict[str, Any]) -> None:
         if spec["use"] == ["landlock", "seccomp"]:
             kept = may & syscalls.CAP_DAC_READ_SEARCH or may & syscalls.CAP_DAC_OVERRIDE
             syscalls.prctl(syscalls.PR_SET_KEEPCAPS, 1)
+
+        # The groups first: a user without rights may not change them.
         os.chown(spec["scratch"], spec["user"], spec["user"])
         os.setgroups([])
         os.setresgid(*[spec["user"]] * 3)

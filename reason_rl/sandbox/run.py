@@ -1,14 +1,14 @@
 """Runs one program against its tests, in two jails, and returns an `Outcome`.
 
-The candidate's jail gets the program's source only. The examiner's jail gets the tests, calls the program over a
-channel of plain values (wire.py) and compares there. So a program cannot read its tests, change `assert` or `==`, or
-claim to have passed.
+The candidate's jail gets the program's source only. The examiner's jail gets the tests, calls the program
+over a channel of plain values (wire.py) and compares there. So a program cannot read its tests, change
+`assert` or `==`, or claim to have passed.
 
-Whatever a program does to its jails counts as its failure: a hang, a crash, too much memory or output. Only "tests"
-(no program can pass them) and "sandbox" (no jail could be made) are not its fault.
+Whatever a program does to its jails counts as its failure: a hang, a crash, too much memory or output. Only
+"tests" (no program can pass them) and "sandbox" (no jail could be made) are not its fault.
 
-Left out: programs judged by their output, functions judged by changes to their arguments, packages besides Python's
-standard library.
+Left out: programs judged by their output, functions judged by changes to their arguments, packages besides
+Python's standard library.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def _run_exam(source: str, exam: Exam, limits: Limits, mechanisms: tuple[str, ..
         exit_status = candidate.end()
         examiner.end()
 
-    # If the program never ran, a jail failed. Output or files are the candidate's doing, whatever the examiner's state.
+    # If the program never ran, a jail failed. Output or files are the candidate's doing, whatever the
+    # examiner's state.
     for jail in (candidate, examiner):
         counts = is_cut and (jail is candidate or stopped not in ("output", "files"))
         if counts and jail.final_status != "held":

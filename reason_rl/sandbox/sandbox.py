@@ -1,10 +1,12 @@
-"""The sandbox in the parent process: which mechanisms hold on this machine, and the start and end of one jail.
+"""The sandbox in the parent process: which mechanisms hold on this machine, and the start and end of one
+jail.
 
-jail.py applies the mechanisms in the child. They are tested, not looked up: `held_mechanisms` starts a jail with each.
-`require_sandbox` then runs a hostile program (trial.py) in a jail with all of them, and refuses if any attempt
-succeeded.
+jail.py applies the mechanisms in the child. They are tested, not looked up: `held_mechanisms` starts a jail
+with each. `require_sandbox` then runs a hostile program (trial.py) in a jail with all of them, and refuses if
+any attempt succeeded.
 
-Left out: control groups (they need a delegated subtree, which most machines lack); numpy and other packages inside.
+Left out: control groups (they need a delegated subtree, which most machines lack); numpy and other packages
+inside.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ class Jail:
     """One interpreter that locks itself in. `status()` is "held", or the mechanism that failed and why."""
 
     def __init__(self, role: str, task: dict[str, Any], limits: Limits, use: tuple[str, ...], channel: socket.socket) -> None:
-        """role: "candidate" or "examiner". use: the mechanisms. channel: this jail's end, which is closed here."""
+        """role: "candidate" or "examiner". use: the mechanisms. channel: the jail's end; closed here."""
         # The scratch folder, the pipes, and the task with the numbers of their descriptors.
         self.scratch, self._lock = ("", -1) if "namespaces" in use else make_scratch()
         self._is_ended, self.final_status = False, ""
@@ -108,10 +110,12 @@ class Jail:
         return text.decode() or "start: the jail ended without a status"
 
     def end(self) -> int:
-        """Kills everything left inside, waits for it, removes the scratch folder; returns the exit status modulo 256."""
+        """Kills all processes inside, waits, removes the scratch folder; returns the exit status % 256."""
         if self._is_ended:
             return int(self.process.returncode)
         self._is_ended = True
+
+        # Kill the process tree.
         if self.process.poll() is None:
             self.process.terminate()  # the keeper kills the payload and waits for it
             try:
@@ -119,6 +123,8 @@ class Jail:
             except subprocess.TimeoutExpired:
                 self.process.kill()  # the payload dies too, by its parent-death signal
                 self.process.wait()
+
+        # The status pipe is complete now; close and remove everything.
         assert self.process.stdout is not None
         self.process.stdout.close()
         self.final_status = self.status()
@@ -132,7 +138,7 @@ class Jail:
             remove_scratch(self.scratch, self._lock)
 
     def overflows(self, limits: Limits) -> bool:
-        """Does the scratch folder exceed its limit? For jails without namespaces, whose folder the kernel does not bound."""
+        """Does the scratch folder exceed its limit? Without namespaces the kernel does not bound it."""
         with contextlib.suppress(OSError), os.scandir(self.scratch) as entries:
             first = itertools.islice(entries, MAX_SCRATCH_FILES + 1)
             sizes = [entry.stat(follow_symlinks=False).st_blocks * 512 for entry in first]
@@ -148,7 +154,7 @@ def held_mechanisms() -> dict[str, str]:
 
 
 def make_scratch() -> tuple[str, int]:
-    """(a folder, a descriptor that holds a lock on it). The kernel frees the lock when this process ends, however it ends."""
+    """(a folder, a descriptor with a lock on it). The kernel frees the lock when this process ends."""
     for _ in range(10):
         folder = tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}_")
         if (lock := _lock(folder)) >= 0:
@@ -163,7 +169,7 @@ def remove_scratch(folder: str, lock: int) -> None:
 
 
 def _lock(folder: str | Path) -> int:
-    """A descriptor with the folder's lock; -1 if another process holds it, or the folder is gone or cannot be opened."""
+    """A descriptor with the folder's lock; -1 if another process holds it, or the folder cannot be opened."""
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
@@ -199,12 +205,12 @@ def _why_not(use: tuple[str, ...]) -> str:
 
 
 TRIED: dict[str, tuple[str, ...] | SandboxError] = {}
-"""The result of the trial in this process, by the required set. A second trial would take as long and end the same."""
+"""The result of the trial in this process, by the required set. A second one would end the same."""
 
 
 def usable_mechanisms(sandbox: str = "any") -> tuple[str, ...]:
-    """The mechanisms of every jail on this machine. Raises SandboxError if the required set does not hold, or if a trial
-    program succeeds in anything."""
+    """The mechanisms of every jail on this machine. Raises SandboxError if the required set does not hold, or
+    if a trial program succeeds in anything."""
     if sandbox not in TRIED:
         try:
             TRIED[sandbox] = _try_mechanisms(sandbox)
@@ -234,8 +240,8 @@ def _try_mechanisms(sandbox: str) -> tuple[str, ...]:
         raise SandboxError(f"untrusted code is not run here: {sandbox!r} requires {' and '.join(missing)}, which this machine "
                            f"lacks ({reasons})")
 
-    # All that hold together must withstand the trial. A root user with few capabilities stays root inside a user
-    # namespace, and then the jail without namespaces is the better one: try that second.
+    # All that hold together must withstand the trial. A root user with few capabilities stays root inside a
+    # user namespace, and then the jail without namespaces is the better one: try that second.
     leaks = ""
     for left_out in ("", "namespaces"):
         use = tuple(name for name in MECHANISMS if not why_not[name] and name != left_out)
@@ -246,7 +252,7 @@ def _try_mechanisms(sandbox: str) -> tuple[str, ...]:
 
 
 def require_sandbox(sandbox: str = "any") -> str:
-    """A line with the mechanisms that hold here, for a run to print. Raises SandboxError if they do not suffice."""
+    """A line with the mechanisms that hold here, for a run to print. Raises SandboxError if too few do."""
     use = usable_mechanisms(sandbox)
     words = {"namespaces": "namespaces", "landlock": "Landlock", "seccomp": "seccomp"}
     if "landlock" in use:
@@ -266,7 +272,8 @@ def _scratch() -> Iterator[str]:
 
 
 def run_trial(use: tuple[str, ...]) -> list[str]:
-    """The attempts of the trial program that succeeded in a jail of these mechanisms; [] if the jail holds."""
+    """The attempts of the trial program that succeeded in a jail of these mechanisms."""
+    # A secret file and a listening port outside of the jail.
     limits = Limits(memory_bytes=256 << 20, file_bytes=1 << 20, threads=8)
     ours, theirs = socket.socketpair()
     task = {"source": (HERE / "trial.py").read_text()}
@@ -275,6 +282,8 @@ def run_trial(use: tuple[str, ...]) -> list[str]:
         (Path(outside) / "secret").write_text("secret")
         for path, mode in ((outside, 0o777), (f"{outside}/secret", 0o666)):
             os.chmod(path, mode)  # so that nothing but the sandbox protects them
+
+        # Run the program, with the places that it should try.
         ours.settimeout(TRIAL_DEADLINE_S)
         parent = 0 if "namespaces" in use else os.getpid()  # in a namespace the id would name another process
         port = server.getsockname()[1]

@@ -1,7 +1,8 @@
 """System calls that Python does not wrap: namespaces and mounts, Landlock, seccomp, prctl.
 
-jail.py calls them in the child, before untrusted code runs. Each raises OSError with the call's name. Only x86-64 and
-aarch64 have a table of system call numbers; on other machines `set_seccomp_filter` raises, and jails lack seccomp.
+jail.py calls them in the child, before untrusted code runs. Each raises OSError with the call's name. Only
+x86-64 and aarch64 have a table of system call numbers; on other machines `set_seccomp_filter` raises, and
+jails lack seccomp.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 CLONE_THREAD = 0x10000
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 
-# Landlock's rights on files. A ruleset withholds every right that the kernel knows, then grants these on some paths.
+# Landlock's rights on files. A ruleset withholds every right that the kernel knows, then grants these on some
+# paths.
 READ = 1 << 2 | 1 << 3  # files, folders
 DEVICE = 1 << 1 | 1 << 2
 SCRATCH = READ | 1 << 1 | 1 << 5 | 1 << 8 | 1 << 14  # write, remove and make plain files, truncate
@@ -132,7 +134,7 @@ def landlock_abi() -> int:
 
 
 def restrict_by_landlock(readable: Iterable[str], devices: Iterable[str], scratch: str) -> None:
-    """Allows only these paths, and forbids TCP, signals to outside and abstract sockets if this kernel's Landlock can."""
+    """Allows only these paths; forbids TCP, outside signals and abstract sockets as far as the kernel can."""
     # A ruleset that withholds everything.
     abi = landlock_abi()
     files = ABI_FILE_RIGHTS[min(abi, max(ABI_FILE_RIGHTS))]
@@ -151,7 +153,7 @@ def restrict_by_landlock(readable: Iterable[str], devices: Iterable[str], scratc
 
 
 def set_seccomp_filter() -> None:
-    """From now on the calls in `DENIED` fail with EPERM in this process, and some others with certain arguments."""
+    """From now on the calls in `DENIED` fail with EPERM, and some others with certain arguments."""
     machine = platform.machine()
     if machine not in ARCHITECTURES:
         raise OSError(f"seccomp: no table of system calls for {machine}")
@@ -163,7 +165,7 @@ def set_seccomp_filter() -> None:
 
 
 def _none_of(*values: int) -> list[tuple[int, int, int, int]]:
-    """A test that the second argument is none of these: loads it, and jumps past the permission if it is equal to one."""
+    """Tests that the second argument is none of these: loads it, and skips the permission if it is one."""
     return [(LOAD, 0, 0, ARG1), *((JUMP_IF_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values))]
 
 

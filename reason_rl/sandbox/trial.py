@@ -1,4 +1,5 @@
-"""The trial program: attempts whatever a jail must prevent, and reports what succeeded. Every attempt is harmless.
+"""The trial program: attempts whatever a jail must prevent, and reports what succeeded. Every attempt is
+harmless.
 
 sandbox.py runs it inside a jail before any other program. Never imported.
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 
 def trial(outside: str, port: int, parent: int, memory_bytes: int, file_bytes: int, threads: int) -> list[str]:
-    """The names of the attempts that succeeded. parent: a process id, or 0 in a namespace, where it names another."""
+    """The names of the attempts that succeeded. parent: its process id, or 0 in a namespace."""
     # Files, the network, programs, limits.
     secret = Path(outside, "secret")
     tries: dict[str, Callable[[], Any]] = {

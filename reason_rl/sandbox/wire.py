@@ -1,8 +1,9 @@
 """The channel's format: plain values as JSON messages with a length prefix.
 
-Hostile code writes the messages that leave a jail, so they are never unpickled. They build values of exactly the types
-below and no subclass, so that no `__eq__` of the candidate's reaches a comparison. An object of any other type stays in
-its process, and the other side gets a `Remote`. Imported inside the jail: standard library only.
+Hostile code writes the messages that leave a jail, so they are never unpickled. They build values of exactly
+the types below and no subclass, so that no `__eq__` of the candidate's reaches a comparison. An object of any
+other type stays in its process, and the other side gets a `Remote`. Imported inside the jail: standard
+library only.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ Find = Callable[[Any], Any]
 
 
 def encode(value: Any, keep: Keep) -> Any:
-    """The value as JSON. keep: stores an object that does not travel and returns its index (or a builtin's name)."""
+    """The value as JSON. keep: stores an object that does not travel and returns its index or name."""
+    # JSON's types and containers of them.
     kind = type(value)
     if value is None or kind in (bool, float, str):
         return value
@@ -50,6 +52,8 @@ def encode(value: Any, keep: Keep) -> Any:
         return {"dict": [[encode(k, keep), encode(v, keep)] for k, v in value.items()]}
     if kind.__name__ in CONTAINERS and kind is CONTAINERS[kind.__name__]:
         return {kind.__name__: [encode(item, keep) for item in value]}
+
+    # Other plain types, subclasses of plain types, and objects that do not travel.
     name = f"{kind.__module__}.{kind.__qualname__}"
     if name in PARTS:
         return {name: [encode(part, keep) for part in PARTS[name](value)]}
@@ -65,6 +69,8 @@ def decode(data: Any, find: Find) -> Any:
         return [decode(item, find) for item in data]
     if not isinstance(data, dict):
         return data
+
+    # Any object is one pair: its type's name, and its content.
     ((name, content),) = data.items()
     if name == "int":
         return int(content, 16)

@@ -6,10 +6,14 @@ from bench import grading
 from reason_rl.answers.math import grade_math
 
 
-def test_the_forms_are_right_but_for_the_last_of_each() -> None:
-    for forms in (grading.COMMON, grading.SYMBOLIC):
-        statuses = [grade_math(request).status for request in grading.requests(forms, len(forms))]
-        assert statuses == ["right"] * (len(forms) - 1) + ["wrong"]
+def test_all_answers_are_right_but_the_last_of_each_list() -> None:
+    for pairs in (grading.COMMON, grading.SYMBOLIC):
+        statuses = [grade_math(request).status for request in grading.requests(pairs, len(pairs))]
+        assert statuses == ["right"] * (len(pairs) - 1) + ["wrong"]
+
+
+def test_the_disputed_answers_are_wrong_here() -> None:
+    assert {grade_math({"text": f"\\boxed{{{given}}}", "answer": answer}).status for answer, given in grading.DISPUTED} == {"wrong"}
 
 
 def test_rates_are_of_every_kind_that_is_named() -> None:

@@ -47,7 +47,6 @@ def test_a_file_opens_with_a_command_that_is_read_without_an_error(path: Path, m
     assert any(name in text or name.replace("/", ".") in text for text in arguments), "the command of another file"
 
 
-@pytest.mark.filterwarnings("ignore:.*no kernel implements")
 @pytest.mark.parametrize("path", [path for path in FILES if path.name.endswith(RUNNABLE)], ids=lambda path: path.name)
 def test_an_example_trains(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
@@ -76,7 +75,6 @@ def loss_of(logprobs: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-@pytest.mark.filterwarnings("ignore:.*no kernel implements")
 def test_sapos_gradient_is_the_plain_one_on_policy_and_fades_off_policy():
     advantages = torch.tensor([1.0, -2.0])
     found = []

@@ -9,13 +9,14 @@ With TRITON_INTERPRET=1 there is one in turn, Triton's interpreter (test_interpr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 
 from kernels.dispatch import Implementation, Op
+from kernels.grpo_loss import LossInputs
 from kernels.triton_ops import IS_INTERPRETED
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -59,7 +60,7 @@ def there_and_back(run: Callable[..., Any]) -> Callable[..., Any]:
             return value.to(device)
         if isinstance(value, dict):
             return {key: move(item, device) for key, item in value.items()}
-        if is_dataclass(value):
+        if isinstance(value, LossInputs):
             return replace(value, **{f.name: move(getattr(value, f.name), device) for f in fields(value)})
         if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named one
             return type(value)(*(move(item, device) for item in value))

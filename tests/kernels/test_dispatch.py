@@ -60,6 +60,24 @@ def test_an_explicit_choice_works_or_fails_loudly_with_the_reason():
         op.choose(X, "native")
 
 
+def test_an_implementation_declines_a_variant_that_it_does_not_implement(caplog: pytest.LogCaptureFixture):
+    dispatch.warn_once.cache_clear()
+    op = Op("loss", (
+        Implementation("triton", lambda x: x, needs_cuda, variants=("clip",)),
+        Implementation("native", lambda x: x, variants=("clip",)), Implementation("reference", lambda x: x)))
+    assert op.choose(X).name == op.choose(X, variant="clip").name == "native" and not caplog.messages
+    assert op.choose(X, variant="mine").name == op.choose(X.double(), variant="mine").name == "reference"
+    assert caplog.messages == ["loss: no kernel implements 'mine'; the reference runs instead"]
+    with pytest.raises(ValueError, match="loss: impl='native' cannot run on cpu: does not implement 'mine'"):
+        op.choose(X, "native", "mine")
+
+
+def test_a_variant_is_no_news_where_the_reference_runs_anyway(caplog: pytest.LogCaptureFixture):
+    op = Op("loss", (
+        Implementation("triton", lambda x: x, needs_cuda, variants=("clip",)), Implementation("reference", lambda x: x)))
+    assert op.choose(X, variant="mine").name == "reference" and not caplog.messages
+
+
 def test_nothing_able_is_a_clear_error_and_a_line_in_the_table():
     op = Op("gpu_only", (Implementation("triton", lambda x: x, needs_cuda),))
     with pytest.raises(ValueError, match=r"gpu_only: nothing runs on cpu \(triton: needs CUDA\)"):

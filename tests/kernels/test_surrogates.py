@@ -1,14 +1,13 @@
-"""A surrogate of the user's: one function, named in the config or registered. The reference runs it, with one warning."""
+"""A surrogate of the user's: one function, named in the config or registered. The reference runs it, and one line says so."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from kernels.dispatch import warn_once
 from kernels.grpo_loss import OP, SURROGATES, LossInputs, LossSpec, grpo_loss
 from kernels.grpo_loss.surrogates import TokenLoss, reinforce
 from kernels.linear_grpo_loss import OP as LINEAR_OP
@@ -32,13 +31,12 @@ def squared(logprobs: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tenso
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`squared` registered, and no choice or warning remembered from another test."""
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registers `squared`, and forgets the choices and messages of earlier tests."""
     monkeypatch.setitem(SURROGATES, "squared", squared)
     for op in (OP, LINEAR_OP):
         op._chosen.clear()
-    with warnings.catch_warnings():
-        yield
+    warn_once.cache_clear()
 
 
 def inputs_of(logprobs: list[float], advantages: list[float]) -> tuple[torch.Tensor, LossInputs]:
@@ -49,7 +47,6 @@ def inputs_of(logprobs: list[float], advantages: list[float]) -> tuple[torch.Ten
         num_sequences=1, total_loss_tokens=n, total_sequences=1)
 
 
-@pytest.mark.filterwarnings("ignore:.*no kernel implements")
 def test_a_registered_surrogates_value_gradient_and_clip_count_are_the_functions() -> None:
     logprobs, inputs = inputs_of([0.1, 0.0, -0.2, 0.5], [1.0, -2.0, 0.5, 1.0])
     loss, metrics = grpo_loss(logprobs, inputs, LossSpec(surrogate="squared"))
@@ -64,7 +61,6 @@ def test_a_registered_surrogates_value_gradient_and_clip_count_are_the_functions
     assert int(metrics["clip_high_sum"]) == 1 and int(metrics["clip_low_sum"]) == 0
 
 
-@pytest.mark.filterwarnings("ignore:.*no kernel implements")
 def test_through_linear_grpo_loss_a_copy_of_a_built_in_gives_its_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SURROGATES, "copy", reinforce)
     columns = linear_inputs([5, 1, 3], 16, 33, torch.float32)
@@ -79,24 +75,21 @@ def test_through_linear_grpo_loss_a_copy_of_a_built_in_gives_its_loss_and_gradie
 
 
 @pytest.mark.skipif(not ISA, reason="needs a kernel that declines")
-def test_one_warning_names_the_surrogate_whatever_ops_and_calls() -> None:
+def test_one_line_names_the_surrogate_for_any_number_of_ops_calls_and_specs(caplog: pytest.LogCaptureFixture) -> None:
     columns = linear_inputs([4], 16, 33, torch.float32)
     head = [columns.pop(name) for name in ("hidden", "weight", "target_ids")]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        for _ in range(2):
-            linear_grpo_loss(*head, LossInputs(**columns), LossSpec(surrogate="squared"))
-            grpo_loss(*inputs_of([0.1], [1.0]), LossSpec(surrogate="squared", clip_high=0.3))
-    messages = [str(warning.message) for warning in caught]
-    assert messages == ["grpo_loss: no kernel implements 'squared'; the reference runs instead"]
+    for clip_high in (0.2, 0.3):
+        linear_grpo_loss(*head, LossInputs(**columns), LossSpec(surrogate="squared", clip_high=clip_high))
+        grpo_loss(*inputs_of([0.1], [1.0]), LossSpec(surrogate="squared", clip_high=clip_high))
+    OP._chosen.clear()
+    grpo_loss(*inputs_of([0.1], [1.0]), LossSpec(surrogate="squared"))
+    assert caplog.messages == ["grpo_loss: no kernel implements 'squared'; the reference runs instead"]
 
 
-def test_a_built_in_surrogate_gives_no_warning() -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for name in ("clip", "cispo", "reinforce"):
-            grpo_loss(*inputs_of([0.1], [1.0]), LossSpec(surrogate=name))
-    assert not caught
+def test_a_built_in_surrogate_prints_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("clip", "cispo", "reinforce"):
+        grpo_loss(*inputs_of([0.1], [1.0]), LossSpec(surrogate=name))
+    assert not caplog.messages
 
 
 @pytest.mark.skipif(not ISA, reason="needs a kernel that declines")
@@ -115,7 +108,6 @@ def test_an_explicit_kernel_fails_loudly() -> None:
         linear_grpo_loss(*head, LossInputs(**columns), spec, impl="native")
 
 
-@pytest.mark.filterwarnings("ignore:.*no kernel implements")
 def test_module_and_function_name_a_surrogate_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_unclipped_loss.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)

@@ -20,8 +20,9 @@ from reason_rl.rl.packing import Sample, pack_samples
 VOCAB_SIZE = 40
 CPU = torch.device("cpu")
 WORLD = World(0, 1, CPU, torch.float32)
-MOE = ModelConfig(family="qwen3_moe", num_hidden_layers=2, hidden_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-                  num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40, expert_bias=True, max_position_embeddings=512)
+MOE = ModelConfig(family="qwen3_moe", num_hidden_layers=2, hidden_size=48, num_attention_heads=4, num_key_value_heads=2,
+                  head_dim=16, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40, expert_bias=True,
+                  max_position_embeddings=512)
 DENSE = replace(MOE, num_experts=1, num_experts_per_tok=1, intermediate_size=80, tie_word_embeddings=False, qk_norm="none",
                 family="qwen3")
 
@@ -60,10 +61,9 @@ def graded(group: Group, values: Sequence[float] | None = None) -> Group:
     return group.with_scores(tuple(Score(value, {"accuracy": value}) for value in rewards))
 
 
-def grade_group(group: Group, texts: Sequence[str], grader: Grader) -> Group:
-    """The group with the `Score` of each text, once all are graded."""
-    pending = [grader.submit(group.problem, text, len(completion.token_ids), completion.finish_reason)
-               for text, completion in zip(texts, group.completions, strict=True)]
+def grade_group(group: Group, grader: Grader) -> Group:
+    """The group with the `Score` of each completion, once all are graded."""
+    pending = [grader.submit(group.problem, completion) for completion in group.completions]
     return group.with_scores(tuple(one.score() for one in pending))
 
 

@@ -1,13 +1,14 @@
 """`grade_math`: does a completion's answer equal the right answer by value?
 
-A kind of the verifier service. extract.py finds the answer; tokens.py, parse.py and units.py read it; compare.py and
-evaluate.py decide. Two plain numbers, the common case, are compared here by one pattern. Answers that are words are
-compared as text. Every bound (characters, digits, tokens, nesting, bits, exponents) is checked before the work it
-bounds, so that no text takes long; the service's deadline is the second line of defence. A right answer that cannot
-be read is an error in the data: ungradable, unless the completion has the same text.
+A kind of the verifier service. extract.py finds the answer; tokens.py, parse.py and units.py turn it into a
+tree (tree.py); compare.py and evaluate.py decide. Two plain numbers, the common case, are compared here by
+one pattern. Answers that are words are compared as text. Every bound (characters, digits, tokens, nesting,
+bits, exponents) is checked before the work it bounds, so that no text takes long; the service's deadline is
+the second line of defence. A right answer that cannot be read is an error in the data: ungradable, unless the
+completion has the same text.
 
-Left out: sympy and math-verify. Answers need a small grammar and their values, and code that reads hostile texts
-should be small enough to review.
+Left out: sympy and math-verify. Answers need a small grammar and their values, and code that reads hostile
+texts should be small enough to review.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from typing import Any
 
 from reason_rl.answers.extract import find_answer
 from reason_rl.answers.math.compare import Comparison
-from reason_rl.answers.math.parse import Node, parse
+from reason_rl.answers.math.parse import parse
 from reason_rl.answers.math.tokens import MAX_CHARACTERS, Unreadable
+from reason_rl.answers.math.tree import Node
 from reason_rl.answers.verdict import RIGHT, WRONG, Verdict, ungradable, wrong
 
 NUMBER = re.compile(r"([-+]?)(?:\\?\$)?(\d{1,100}|[1-9]\d{0,2}(?:,\d{3}){1,30})(\.\d{1,100})?", re.ASCII)
@@ -55,7 +57,8 @@ def grade_answer(gold: str, given: str) -> Verdict:
     if WORDS.fullmatch(gold):
         return WRONG
 
-    # The long way: read both, compare the values. An answer to a list may use commas as separators or for thousands.
+    # The long way: read both, compare the values. An answer to a list may use commas as separators or for
+    # thousands.
     try:
         tree = read_gold(gold)
     except Unreadable as error:
@@ -103,8 +106,7 @@ def is_same_text(gold: str, given: str) -> bool:
 
 
 def spelled(text: str) -> str:
-    """The text without wrappers, without white space around signs, and without the brackets around a choice's letter.
-    Lower case if it contains a word."""
+    """Drops wrappers, white space around signs and a choice's brackets; words become lower case."""
     text = LOOSE_SPACE.sub("", SPACE.sub(" ", WRAPPED.sub(r" \1 ", text).strip(" $"))).rstrip(".")
     if re.fullmatch(r"\([A-Za-z]\)", text):
         return text[1]

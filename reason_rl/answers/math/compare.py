@@ -1,9 +1,9 @@
 """Compares two answers' trees by value, with one rule for each kind of answer.
 
-If the right answer is a plain number, the completion must give a number with no arithmetic left to do: 48+24, 2^3 and
-48/2 are not 72, 8 and 24. Otherwise a policy could learn to repeat the question as its answer. All other answers are
-compared by value: two fractions exactly, other numbers to 20 digits, expressions with names at random points (seeded
-by the right answer's text).
+If the right answer is a plain number, the completion must give a number with no arithmetic left to do: 48+24,
+2^3 and 48/2 are not 72, 8 and 24. Otherwise a policy could learn to repeat the question as its answer. All
+other answers are compared by value: two fractions exactly, other numbers to 20 digits, expressions with names
+at random points (seeded by the right answer's text).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 from reason_rl.answers.math.evaluate import Value, are_equal, evaluate, is_real
-from reason_rl.answers.math.parse import Node, number
 from reason_rl.answers.math.tokens import Unreadable
+from reason_rl.answers.math.tree import Node, number
 from reason_rl.answers.math.units import may_be_same
 
 NUM_POINTS = 4
 SIGNS = ((1, 1, 1), (1, -1, 1), (-1, 1, 1), (-1, -1, -1))
-"""Signs of the first three names at each point. Each name and each product of them is positive at one point and
-negative at another, so that the root of a square differs from its base."""
+"""Signs of the first three names at each point. Each name and each product of them is positive at one point
+and negative at another, so that the root of a square differs from its base."""
 MIN_POINTS = 2
 """Fewest points at which both must have a value for a comparison to count."""
 STRUCTURED = {"list", "set", "bracket", "union", "matrix", "row", "relation", "word"}
@@ -93,7 +93,7 @@ class Comparison:
         return node
 
     def same_chain(self, gold: Node, given: Node) -> bool:
-        """48 + 24 = 72: every value equals the right one, and the first or the last is an answer without the others."""
+        """48 + 24 = 72: every value equals the right one, and the first or the last alone is an answer."""
         ends, equal = (given.args[-1], given.args[0]), self.same if gold.op in STRUCTURED else self.equal_values
         return any(self.same(gold, end) for end in ends) and all(equal(gold, part) for part in given.args)
 
@@ -155,9 +155,11 @@ class Comparison:
             raise Unreadable(f"{node.op} has no value")
 
     def at_points(self, gold: Node, given: Node, value: At) -> list[tuple[Value, Value]]:
-        """The pairs of values at the points where both have one; [] if only the right answer has one at some point.
+        """The pairs of values at the points where both have one; [] if only the right answer has one at some
+        point.
 
-        If the right answer is real at enough points, only those count: sqrt(x) is compared where x is not negative.
+        If the right answer is real at enough points, only those count: sqrt(x) is compared where x is not
+        negative.
         """
         names = sorted(names_in(gold) | names_in(given))
         pairs: list[tuple[Value, Value]] = []
@@ -197,7 +199,7 @@ def is_named(name: Node, values: Sequence[Node]) -> bool:
 
 
 def solved(node: Node) -> tuple[Node, str, Node] | None:
-    """(x, ">", 5) for x > 5 and for 5 < x: a name, the sign, a value without names. None for other relations."""
+    """(x, ">", 5) for x > 5 and for 5 < x: a name, a sign, a value without names. None for the rest."""
     if node.op != "relation" or len(node.args) != 2:
         return None
     (left, right), sign = node.args, str(node.value)
@@ -213,7 +215,7 @@ def names_in(node: Node) -> frozenset[str]:
 
 
 def is_plain(node: Node) -> bool:
-    """Is this a number without arithmetic: whole, decimal, fraction, mixed or scientific, possibly negative?"""
+    """Is this a number without arithmetic: whole, decimal, fraction, mixed, scientific; maybe negative?"""
     match node.op, node.args:
         case ("number", _):
             return True
@@ -297,7 +299,7 @@ def turned(node: Node) -> tuple[Node, list[str]]:
 
 
 def as_region(node: Node, wanted: str) -> Node:
-    """Turns x > 5 into (5, infinity) if a "bracket" is wanted, and "x < 1 or x > 3" into a union; else the node itself."""
+    """Turns x > 5 into (5, infinity) if a "bracket" is wanted, "x < 1 or x > 3" into a union."""
     if node.op == "list" and wanted == "union":
         parts = tuple(as_region(part, "bracket") for part in node.args)
         return Node("union", parts) if all(part.op == "bracket" for part in parts) else node

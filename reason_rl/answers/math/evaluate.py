@@ -1,8 +1,8 @@
 """Computes the value of a tree: an exact fraction if possible, else a complex number of 40 digits.
 
-The caller assigns values to names, so that two expressions can be compared at points. Every operation that could grow
-without bound (powers, factorials, functions of huge arguments) is bounded before it is computed. A tree beyond a bound
-or without a value (1/0) raises `Unreadable`. Nothing here calls Python's eval.
+The caller assigns values to names, so that two expressions can be compared at points. Every operation that
+could grow without bound (powers, factorials, functions of huge arguments) is bounded before it is computed. A
+tree beyond a bound or without a value (1/0) raises `Unreadable`. Nothing here calls Python's eval.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import mpmath
 
-from reason_rl.answers.math.parse import Node
 from reason_rl.answers.math.tokens import Unreadable
+from reason_rl.answers.math.tree import Node
 
 Value = Any
 """Fraction or mpmath.mpc."""
@@ -26,7 +26,7 @@ MAX_EXPONENT = 10_000
 MAX_ARGUMENT = 10**6
 MAX_FACTORIAL = 2500
 RELATIVE_ERROR = mp.mpf(10) ** -20
-"""Above the rounding of some hundred operations on 40 digits, and far below any difference between answers."""
+"""Above the rounding of some hundred operations on 40 digits, far below any difference of two answers."""
 ZERO = mp.mpf(10) ** -30
 CONSTANTS = {"pi": mp.mpc(mp.pi), "e": mp.mpc(mp.e), "i": mp.mpc(0, 1)}
 

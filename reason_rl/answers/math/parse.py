@@ -1,21 +1,22 @@
-"""Parses an answer's tokens into a tree: numbers, expressions, tuples, intervals, sets, matrices, (in)equalities.
+"""Parses an answer's tokens into a tree: numbers, expressions, tuples, intervals, sets, matrices,
+(in)equalities.
 
-Second half of reading an answer, by recursive descent. At the outermost level a comma, "and" and "or" separate
-several values; they are right only if the right answer has as many. Nesting is bounded.
+Second half of reading an answer, by recursive descent. At the outermost level a comma, "and" and "or"
+separate several values; they are right only if the right answer has as many. Nesting is bounded.
 
-    answer    relation (, relation)*        sum      term (+- term)*
-    relation  union (= union)*              term     power ((* | / | nothing) power)*
-    union     ratio (\\cup ratio)*          power    primary (! | % | degree)* [^ power]
-    ratio     quantity (: quantity)*        primary  number, name, \\frac, \\sqrt, function, brackets, |...|, matrix
+    answer    relation (, relation)*     sum      term (+- term)*
+    relation  union (= union)*           term     power ((* | / | nothing) power)*
+    union     ratio (\\cup ratio)*       power    primary (! | % | degree)* [^ power]
+    ratio     quantity (: quantity)*     primary  number, name, \\frac, \\sqrt, call, brackets, |...|, matrix
     quantity  [currency] sum [unit]
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from fractions import Fraction
 
 from reason_rl.answers.math.tokens import Token, Unreadable, clean, tokenize
+from reason_rl.answers.math.tree import Node, negative, number, spelled
 from reason_rl.answers.math.units import changes_the_value, unit_words
 
 MAX_DEPTH = 60
@@ -27,19 +28,6 @@ CURRENCIES = {"¤": "$", "€": "€", "£": "£"}
 CLOSING = {"(": (")", "]"), "[": ("]", ")"), "\\{": ("\\}",), "{": ("}",)}
 
 
-@dataclass(frozen=True)
-class Node:
-    """One operation. `x > \\frac{1}{2}` is relation(name, div(number, number)) with the value ">"."""
-
-    op: str
-    """number name const neg add mul div pow pm call factorial percent degree mixed abs root based binom · word quantity ·
-    list set bracket union matrix row relation"""
-    args: tuple[Node, ...] = ()
-    value: Fraction | str | None = None
-    """number: its value; name, const, call, word: its text; quantity: its unit; bracket: its pair, such as "(]" or ":";
-    relation: its signs, such as "= <"; based: its digits."""
-
-
 def parse(text: str, with_thousands: bool = True) -> Node:
     """The tree of an answer's text; raises `Unreadable`."""
     reader = _Reader(tokenize(clean(text), with_thousands))
@@ -49,32 +37,6 @@ def parse(text: str, with_thousands: bool = True) -> Node:
     if reader.peek() is not None:
         raise Unreadable(f"expected the end, got {reader.peek()!r}")
     return node
-
-
-def number(text: str) -> Fraction:
-    """The exact value of digits with a decimal point, an exponent, or a repeating part."""
-    head, bar, repeating = text.partition(r"\overline{")
-    if bar:
-        digits, places = repeating.rstrip("}"), len(head.partition(".")[2])
-        tail = Fraction(int(digits), (10 ** len(digits) - 1) * 10**places)
-        return Fraction(head.rstrip(".") or 0) + tail
-    mantissa, _, exponent = text.lower().partition("e")
-    if len(exponent) > 4:
-        raise Unreadable(f"an exponent has at most 4 characters, got {exponent[:20]}")
-    return Fraction(mantissa) * Fraction(10) ** int(exponent or 0)
-
-
-def negative(node: Node) -> Node:
-    """The negated node. The percent sign, degree or base stays outermost: -5% is the percentage of -5."""
-    if node.op in ("percent", "degree"):
-        return Node(node.op, (negative(node.args[0]),))
-    return Node("based", node.args, f"-{node.value}") if node.op == "based" else Node("neg", (node,))
-
-
-def spelled(node: Node) -> str:
-    """A tree as text, injective: used for subscripts, which are part of a name."""
-    inside = f"({','.join(map(spelled, node.args))})" if node.args else ""
-    return f"{'' if node.op in ('number', 'name') else node.op}{'' if node.value is None else node.value}{inside}"
 
 
 class _Reader:
@@ -259,6 +221,7 @@ class _Reader:
         return self.power()
 
     def power(self) -> Node:
+        # Postfix signs, then an exponent.
         node = self.primary()
         while True:
             if self.at("!"):
@@ -318,7 +281,7 @@ class _Reader:
         return Node("const", (), text) if text in ("e", "i") else Node("name", (), text)
 
     def argument(self) -> Node:
-        """The argument of \\frac, \\sqrt and _: a group in braces, else one token; one digit of a number (\\frac12)."""
+        """The argument of \\frac, \\sqrt and _: a group in braces, else one token (one digit: \\frac12)."""
         if self.at("{"):
             self.take()
             node = self.several("}")
@@ -352,7 +315,7 @@ class _Reader:
         raise Unreadable(f"the command \\{text}")
 
     def function(self, text: str) -> Node:
-        """\\sin^2 x, \\log_2 8, \\cos(x), \\sin 2x: without brackets the argument is the following product."""
+        """\\sin^2 x, \\log_2 8, \\cos(x), \\sin 2x: without brackets the next product."""
         # The base and the exponent between the function's name and its argument.
         base, exponent = None, None
         if self.at("_"):
@@ -379,7 +342,8 @@ class _Reader:
         node = self.several(CLOSING[opening][0])
         closing = self.take(*CLOSING[opening]).kind
 
-        # Braces make a set (of one value only with a backslash); brackets make a tuple or interval of several values.
+        # Braces make a set (of one value only with a backslash); brackets make a tuple or interval of several
+        # values.
         if opening in ("\\{", "{"):
             values = node.args if node.op == "list" else (node,)
             return Node("set", values) if opening == "\\{" or node.op == "list" else node
@@ -392,9 +356,11 @@ class _Reader:
     def matrix(self, environment: str) -> Node:
         if environment not in ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix"):
             raise Unreadable(f"the environment {environment}")
-        if environment == "array" and self.at("{"):  # the columns' alignment
+        if environment == "array" and self.at("{"):  # skip the columns' alignment
             while self.take().kind != "}":
                 pass
+
+        # Values separated by &, rows by \\\\; a last \\\\ starts no row.
         rows: list[list[Node]] = [[]]
         while not self.at("end"):
             rows[-1].append(self.relation())

@@ -1,8 +1,8 @@
 """Splits an answer's text into tokens: LaTeX and plain spellings become the same few kinds.
 
-First half of reading an answer (parse.py is the second). Of the characters outside ASCII only those in SYMBOLS are
-read; any other (digits of other scripts, look-alike letters, direction marks, control characters) makes the answer
-unreadable. Length and digits are bounded here, which bounds all later work.
+First half of reading an answer (parse.py is the second). Of the characters outside ASCII only those in
+SYMBOLS are read; any other (digits of other scripts, look-alike letters, direction marks, control characters)
+makes the answer unreadable. Length and digits are bounded here, which bounds all later work.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ TOKEN = re.compile(r"""
 
 
 def clean(text: str) -> str:
-    """Reduces LaTeX's synonyms to one spelling; raises `Unreadable` for a long text and for foreign characters."""
+    """Reduces LaTeX's synonyms to one spelling; raises `Unreadable` for long texts and foreign characters."""
     if len(text) > MAX_CHARACTERS:
         raise Unreadable(f"an answer has at most {MAX_CHARACTERS} characters, got {len(text)}")
 

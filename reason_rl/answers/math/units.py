@@ -1,8 +1,8 @@
 """Units after a value: compares two units, and refuses words that are not units.
 
-A unit has a name, a power and a "per": cm^2, km/h, square units. Two names are compared if both are known: 5 apples
-may be 5 fruits, but 5 cm differ from 5 m. Powers and "per" are always compared, since they make another quantity.
-Nothing is converted.
+A unit has a name, a power and a "per": cm^2, km/h, square units. Two names are compared if both are known: 5
+apples may be 5 fruits, but 5 cm differ from 5 m. Powers and "per" are always compared, since they make
+another quantity. Nothing is converted.
 """
 
 from __future__ import annotations

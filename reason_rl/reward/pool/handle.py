@@ -1,8 +1,9 @@
 """One worker process, as the trainer handles it: start it, send requests, notice a hang or a death, end it.
 
-Owned by one thread of service.py. The worker (worker.py) is a fresh interpreter in its own session. A socket pair
-carries requests and replies. In a page of shared memory the worker notes its current request and the time it began, so
-that a deadline applies to one request and not to a batch. Replies are JSON: the trainer never unpickles a reply.
+Owned by one thread of service.py. The worker (worker.py) is a fresh interpreter in its own session. A socket
+pair carries requests and replies. In a page of shared memory the worker notes its current request and the
+time it began, so that a deadline applies to one request and not to a batch. Replies are JSON: the trainer
+never unpickles a reply.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ GRACE_S = 1.0
 """From the deadline, at which the worker interrupts itself, to the kill."""
 MAX_REPLY_BYTES = 1 << 26
 START_DEADLINE_S = 120.0
-"""For a worker's imports and its kind's `prepare` (a reward model loads torch and weights), on a machine that may be busy."""
+"""For imports and the kind's `prepare` (a reward model loads torch and weights), on a busy machine."""
 ENTRY = ("import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
          f"from {worker.__name__} import main; main(*map(int, sys.argv[2:]))")
 
@@ -100,6 +101,7 @@ class WorkerProcess:
                     verdicts = self._receive(at_most=len(requests) - num_done)
                     num_done += len(verdicts)
                     yield from verdicts
+                # No reply in time, unless the worker has begun a later request with its own deadline.
                 elif self._patience_s() <= 0:
                     index, _ = PROGRESS.unpack(self._progress)
                     self.kill()

@@ -1,10 +1,11 @@
 """The verifier service: runs every reward in worker processes, so that a hang or crash cannot stop training.
 
-Third stage of a step, in parallel with the second: completions are submitted as they finish, graded while others are
-sampled, and collected at the end. A *kind* is a function with a deadline and a memory limit. Each kind has its own
-workers: fresh interpreters (worker.py) that import only what its function needs. One thread owns one worker, so
-grading works off the main thread, in every torchrun rank and under pytest. A worker that dies or passes a deadline is
-killed with its process group and replaced; only its current request becomes ungradable.
+Third stage of a step, in parallel with the second: completions are submitted as they finish, graded while
+others are sampled, and collected at the end. A *kind* is a function with a deadline and a memory limit. Each
+kind has its own workers: fresh interpreters (worker.py) that import only what its function needs. One thread
+owns one worker, so grading works off the main thread, in every torchrun rank and under pytest. A worker that
+dies or passes a deadline is killed with its process group and replaced; only its current request becomes
+ungradable.
 
 Left out: grading on other machines; retries of ungradable requests (a verdict must not depend on luck).
 """
@@ -37,15 +38,15 @@ class Kind:
 
     name: str
     function: Verify
-    """Called in a worker's main thread as function(request, **options) -> Verdict. A function of a module: it travels
-    by its name, so the worker imports that module and no other."""
+    """Called in a worker's main thread as function(request, **options) -> Verdict. A function of a module: it
+    travels by its name, so the worker imports that module and no other."""
     deadline_s: float
     """Of one request. Python code is interrupted at the deadline; other code is killed GRACE_S later."""
     memory_bytes: int = 0
     """Limit of a worker's address space; 0: none."""
     options: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[..., Any] | None = None
-    """Called with the options at a worker's start, for loading that should not count against a request's deadline."""
+    """Called with the options at a worker's start, for loading outside of any request's deadline."""
     batch: int = 64
     """Most requests sent to a worker at once: 1 for slow kinds."""
     num_workers: int = 0
@@ -66,8 +67,8 @@ class _Task:
 
 @dataclass
 class _State:
-    """The threads' shared state, guarded by `changed`. They refer to it and not to the service, so that the service is
-    closed when the last reference to it goes."""
+    """The threads' shared state, guarded by `changed`. They refer to it and not to the service, so that the
+    service is closed when the last reference to it goes."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
     queues: dict[str, deque[_Task]] = field(default_factory=dict)
@@ -132,8 +133,8 @@ class VerifierService:
     def result(self, kind: str, future: Future[Verdict]) -> Verdict:
         """Waits as long as verdicts of this kind keep coming.
 
-        Each worker gives one within the deadlines of its start and of a request. If none comes in that time plus
-        SLACK_S, the service is broken and the request ungradable.
+        Each worker gives one within the deadlines of its start and of a request. If none comes in that time
+        plus SLACK_S, the service is broken and the request ungradable.
         """
         patience_s = START_DEADLINE_S + self.kinds[kind].deadline_s + GRACE_S + SLACK_S
         while True:
@@ -149,7 +150,7 @@ class VerifierService:
         return [self.result(kind, future) for future in [self.submit(kind, request) for request in requests]]
 
     def take_metrics(self) -> dict[str, float]:
-        """Counts since the last call. gradings_per_s counts only the time in which some request was pending."""
+        """Counts since the last call. gradings_per_s excludes the time without pending requests."""
         state = self._state
         with state.changed:
             now = time.monotonic()
@@ -248,7 +249,7 @@ def _put_back(state: _State, name: str, tasks: Sequence[_Task]) -> None:
 
 
 def _take(state: _State, kind: Kind, num_workers: int) -> list[_Task]:
-    """Takes the next batch: this worker's fraction of the queue, at most kind.batch. [] once the service is closed."""
+    """Takes the next batch: this worker's fraction of the queue, at most kind.batch; [] once closed."""
     queue = state.queues[kind.name]
     with state.changed:
         state.idle[kind.name] += 1
@@ -277,6 +278,7 @@ def _start(state: _State, kind: Kind, is_restart: bool) -> WorkerProcess:
         worker = WorkerProcess(kind.function, kind.options, kind.deadline_s, kind.memory_bytes, kind.prepare)
     except OSError as error:  # the machine is out of processes, memory or descriptors
         raise WorkerStartError(f"{type(error).__name__}: {error}") from error
+    # Register it, so that close() kills it; the service may have been closed while it started.
     with state.changed:
         state.processes.add(worker)
         state.counts["restarts"] += is_restart

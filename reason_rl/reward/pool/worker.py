@@ -1,9 +1,9 @@
 """The main loop of a verifier worker: receives requests, calls its kind's function, sends verdicts.
 
-Started by handle.py in a fresh interpreter. It dies with the trainer (the kernel sends SIGKILL, and its socket closes)
-and limits its own memory. At a request's deadline a timer interrupts the function; only a main thread can have such a
-timer. Anything that a function raises, SystemExit included, becomes a verdict. Imports the standard library and
-`Verdict` only; unpickling the function imports its module.
+Started by handle.py in a fresh interpreter. It dies with the trainer (the kernel sends SIGKILL, and its
+socket closes) and limits its own memory. At a request's deadline a timer interrupts the function; only a main
+thread can have such a timer. Anything that a function raises, SystemExit included, becomes a verdict. Imports
+the standard library and `Verdict` only; unpickling the function imports its module.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 from reason_rl.answers.verdict import Verdict, ungradable
 
 PROGRESS = struct.Struct("qd")
-"""The page shared with the trainer: (index in the batch of the current request, monotonic seconds at its start); index -1
-before the first."""
+"""The page shared with the trainer: (index in the batch of the current request, monotonic seconds at its
+start); index -1 before the first."""
 PR_SET_PDEATHSIG = 1
 FLUSH_S = 0.005
 """Verdicts are sent together, but none waits longer than this before the next request begins."""
@@ -34,7 +34,7 @@ Verify = Callable[..., Verdict]
 
 
 class Deadline(BaseException):
-    """Raised in the function at its deadline. A BaseException, so that no `except Exception` in it hides it."""
+    """Raised in the function at its deadline. A BaseException, so that no `except Exception` hides it."""
 
 
 def main(parent_pid: int, connection_fd: int, progress_fd: int) -> None:
@@ -95,6 +95,7 @@ def _grade_batch(
 
 def grade_one(verify: Verify, request: bytes, options: Mapping[str, Any], deadline_s: float) -> Verdict:
     """The function's verdict on a pickled request; ungradable if it raises. Raises nothing itself."""
+    # The timer covers unpickling too, and is off before anything else runs.
     try:
         signal.setitimer(signal.ITIMER_REAL, deadline_s)
         try:

@@ -233,8 +233,8 @@ def test_what_cannot_run_is_refused_before_work_starts(overrides: str, words: st
     "sampling.top_p=0.9 loss.importance=tis",
     "sampling.max_tokens=8 reward.overlong_buffer=16",
     "pretrain.direct_share=0.7 pretrain.worked_share=0.3",
-    "model.num_experts=1 model.num_experts_per_tok=1",
-    "model.num_experts=1",
+    "model.num_experts=1 model.intermediate_size=64",
+    "model.intermediate_size=64",
     "run.device=cuda:1",
 ])  # fmt: skip
 def test_what_can_run_passes(overrides: str):

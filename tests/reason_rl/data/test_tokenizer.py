@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

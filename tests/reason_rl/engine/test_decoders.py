@@ -1,13 +1,14 @@
-"""The native decoder beside the op-by-op one: same tokens, same logprobs, same routes, bit for bit; and routing replay on them."""
+"""The native decoder equals the op-by-op one, bit for bit: tokens, logprobs, routed experts. And routing replay on these."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
 
 from reason_rl.config import ModelConfig
+from reason_rl.engine import native_decode
 from reason_rl.engine.native_decode import unsupported_reason
 from reason_rl.model.scoring import token_logprobs
 from reason_rl.model.transformer import Transformer
@@ -26,8 +27,9 @@ from tests.reason_rl.tiny import (
     trainer_logprobs,
 )
 
-ODD = ModelConfig(num_hidden_layers=2, hidden_size=42, num_attention_heads=3, num_key_value_heads=1, head_dim=10, num_experts=5, num_experts_per_tok=3,
-                  moe_intermediate_size=21, num_shared_experts=2, router_score="sigmoid", norm_topk_prob=False, max_position_embeddings=512)
+ODD = ModelConfig(num_hidden_layers=2, hidden_size=42, num_attention_heads=3, num_key_value_heads=1, head_dim=10,
+                  num_experts=5, num_experts_per_tok=3, moe_intermediate_size=21, num_shared_experts=2,
+                  router_score="sigmoid", norm_topk_prob=False, max_position_embeddings=512)
 MODELS = {"moe": MOE, "dense": DENSE, "default": ModelConfig(), "odd sizes, shared experts": ODD}
 DTYPES = [torch.float32, torch.bfloat16]
 REASON = unsupported_reason(tiny_model())
@@ -92,7 +94,7 @@ def test_new_weights_are_sampled_from_at_once():
     assert after != before and num_different(model, after) == 0
 
 
-def test_an_explicit_wish_works_or_fails_with_the_reason():
+def test_an_explicit_decoder_works_or_fails_with_the_reason():
     model = tiny_model(MOE).set_batch_invariant(False)
     with pytest.raises(ValueError, match="cannot decode this model: batch_invariant is off: projections by torch's own GEMMs"):
         rollout(model, "native")
@@ -101,10 +103,11 @@ def test_an_explicit_wish_works_or_fails_with_the_reason():
 
 @pytest.mark.parametrize(("changes", "reason"), [
     ({"attention_bias": "qkv"}, "attention_bias = 'qkv'"), ({"qk_norm": "full"}, "qk_norm = 'full'"),
-    ({"num_dense_layers": 1, "intermediate_size": 50}, "num_dense_layers = 1"), ({"routed_scaling_factor": 2.0}, "routed_scaling_factor = 2.0"),
+    ({"num_dense_layers": 1, "intermediate_size": 50}, "num_dense_layers = 1"),
+    ({"routed_scaling_factor": 2.0}, "routed_scaling_factor = 2.0"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
-def test_what_the_native_decoder_does_not_know_is_decoded_op_by_op(changes: dict[str, object], reason: str):
+def test_a_model_that_the_native_decoder_does_not_support_is_decoded_op_by_op(changes: dict[str, object], reason: str):
     model = tiny_model(replace(MOE, **changes))  # type: ignore[arg-type]
     assert unsupported_reason(model) == f"not for {reason}"
     with pytest.raises(ValueError, match=f"cannot decode this model: not for {reason}"):
@@ -112,8 +115,28 @@ def test_what_the_native_decoder_does_not_know_is_decoded_op_by_op(changes: dict
     assert rollout(model, "auto", count=2) == rollout(model, "ops", count=2)
 
 
+@dataclass(frozen=True)
+class NewConfig(ModelConfig):
+    """ModelConfig with a switch that the native decode was never extended for."""
+
+    new_switch: bool = False
+
+
+def test_a_new_config_field_is_refused_until_the_native_decoder_lists_it(monkeypatch: pytest.MonkeyPatch):
+    model = tiny_model(MOE)
+    before = unsupported_reason(model)
+    model.config = NewConfig(**vars(MOE))
+    assert unsupported_reason(model) == "not for new_switch = False"
+    monkeypatch.setattr(native_decode, "SUPPORTED", {**native_decode.SUPPORTED, "new_switch": (False,)})
+    assert unsupported_reason(model) == before
+
+
+def test_the_native_decoders_list_has_every_config_field_and_no_other():
+    assert set(native_decode.SUPPORTED) == {field.name for field in fields(ModelConfig)}
+
+
 @needs_native
-def test_both_decoders_turn_by_scaled_angles():
+def test_both_decoders_rotate_by_scaled_angles():
     model = tiny_model(replace(MOE, rope_scaling='{"rope_type": "linear", "factor": 4.0}'))
     native = rollout(model, "native")
     assert native == rollout(model, "ops") != rollout(tiny_model(MOE), "native")
@@ -132,16 +155,19 @@ def test_torchs_own_gemms_stay_close_to_the_exact_ones():
 
 
 @pytest.mark.parametrize("decoder", ["ops", pytest.param("native", marks=needs_native)])
-def test_recorded_routes_are_the_trainers_and_replaying_them_changes_no_bit(decoder: str):
+def test_recorded_experts_are_the_trainers_and_replaying_them_changes_no_bit(decoder: str):
     model = tiny_model(MOE)
     engine = make_engine(model, decoder=decoder, num_blocks=14)
-    groups = engine.generate([problem(i, (3, 16, 17, 40)[i % 4]) for i in range(6)], 3, sampling(40), step=0, with_routed_experts=True)
-    assert engine.num_preemptions > 0  # keys are computed anew, routes are not
+    problems = [problem(i, (3, 16, 17, 40)[i % 4]) for i in range(6)]
+    groups = engine.generate(problems, 3, sampling(40), step=0, with_routed_experts=True)
+    assert engine.num_preemptions > 0  # keys are recomputed, expert ids are not
     for group in groups:
-        assert group.prompt_routed_expert_ids is not None and group.prompt_routed_expert_ids.shape == (len(group.problem.prompt_ids), 2, 2)
+        expert_ids = group.prompt_routed_expert_ids
+        assert expert_ids is not None and expert_ids.shape == (len(group.problem.prompt_ids), 2, 2)
         for completion in group.completions:
             if len(completion.token_ids) > 1:
-                assert completion.routed_expert_ids is not None and completion.routed_expert_ids.shape == (len(completion.token_ids) - 1, 2, 2)
+                expert_ids = completion.routed_expert_ids
+                assert expert_ids is not None and expert_ids.shape == (len(completion.token_ids) - 1, 2, 2)
     for pack in packed(groups, 200):
         assert pack.routed_expert_ids is not None and pack.routed_expert_ids.shape == (pack.num_tokens, 2, 2)
         fresh = token_logprobs(model, replace(pack, routed_expert_ids=None))[0]
@@ -151,7 +177,8 @@ def test_recorded_routes_are_the_trainers_and_replaying_them_changes_no_bit(deco
 def test_replay_where_the_first_layer_is_dense_changes_no_bit():
     model = tiny_model(replace(MOE, num_hidden_layers=3, num_dense_layers=1, intermediate_size=50, routed_scaling_factor=2.5))
     for pack in packed(rollout(model, "ops", with_routed_experts=True, count=3)):
-        assert pack.routed_expert_ids is not None and pack.routed_expert_ids.shape == (pack.num_tokens, 2, 2)  # of the two layers with experts
+        # [T, M, k]: of the two layers with experts
+        assert pack.routed_expert_ids is not None and pack.routed_expert_ids.shape == (pack.num_tokens, 2, 2)
         fresh = token_logprobs(model, replace(pack, routed_expert_ids=None))[0]
         assert different_bits(token_logprobs(model, pack)[0].detach(), fresh.detach()) == 0
 
@@ -178,7 +205,7 @@ def test_replay_follows_the_given_experts_and_the_router_still_learns():
     assert idle.routed_expert_ids is not None and token_logprobs(model, idle)[0].numel() == 0
 
 
-def test_without_being_asked_no_routes_are_kept():
+def test_routed_experts_are_recorded_on_request_only():
     group = rollout(tiny_model(MOE), "auto", count=1)[0]
     assert group.prompt_routed_expert_ids is None and all(c.routed_expert_ids is None for c in group.completions)
     assert packed([group])[0].routed_expert_ids is None

@@ -34,7 +34,7 @@ def model() -> Transformer:
 
 @pytest.fixture
 def forwards(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of each call of the model."""
+    """Tokens of each call of the model."""
     rows: list[int] = []
     inner = model.forward
 
@@ -190,7 +190,7 @@ def test_prefill_passes_keep_to_their_budget(model: Transformer, forwards: list[
     assert forwards == [60, 60, 30]
 
 
-def test_finished_rows_leave_the_batch(model: Transformer, forwards: list[int]):
+def test_finished_sequences_leave_the_batch(model: Transformer, forwards: list[int]):
     groups = make_engine(model, decoder="ops").generate([problem(i, 8) for i in range(4)], 4, sampling(20, stop_ids=(3, 8)), step=0)
     decoded = sum(len(c.token_ids) - 1 for g in groups for c in g.completions)
     assert sum(forwards) == 4 * 8 + decoded
@@ -218,11 +218,11 @@ def test_an_ample_cache_never_preempts(model: Transformer):
     assert engine.num_preemptions == 0
 
 
-def test_the_cache_goes_by_what_can_be_needed_and_not_by_the_models_context(pools: list[BlockPool]):
+def test_the_cache_is_sized_by_the_longest_sequence_and_not_by_the_models_context(pools: list[BlockPool]):
     for max_position_embeddings in (128, 40_960):
         model = tiny_model(replace(MOE, max_position_embeddings=max_position_embeddings))
         make_engine(model, max_num_seqs=4).generate([problem(i, 20 + i) for i in range(3)], 4, sampling(50, stop_ids=()), step=0)
-    # Four completions of 4 blocks, three prompts of 2, one block in hand, and block 0.
+    # Four completions of 4 blocks, three prompts of 2, one block in reserve, and the null block.
     assert [pool.num_blocks for pool in pools] == [4 * 4 + 3 * 2 + 1 + 1] * 2
 
 

@@ -37,8 +37,9 @@ MODELS = {
     "shared sigmoid": replace(MOE, num_shared_experts=1, router_score="sigmoid", norm_topk_prob=False),
     "biases, half a head turned": replace(DENSE, attention_bias="qkv", partial_rotary_factor=0.5, qk_norm="head"),
     "all biases, qk-norm over all heads": replace(MOE, attention_bias="all", qk_norm="full"),
-    "first layer dense, scaled routes": replace(MOE, num_hidden_layers=3, num_dense_layers=1, intermediate_size=50, router_score="sigmoid",
-                                                num_shared_experts=1, routed_scaling_factor=2.5),
+    "first layer dense, scaled routes": replace(
+        MOE, num_hidden_layers=3, num_dense_layers=1, intermediate_size=50, router_score="sigmoid", num_shared_experts=1,
+        routed_scaling_factor=2.5),
     "scaled rope": replace(MOE, rope_scaling='{"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}'),
 }
 BATCHES = (1, 2, 3, 7, 8, 9, 11, 64, 65, 256)
@@ -69,7 +70,7 @@ def test_logprobs_of_any_batch_are_the_trainers_in_any_packing(name: str, num_se
     model = tiny_model(MODELS[name], dtype=dtype)
     groups = generate(model, num_sequences)
     assert [num_different(model, groups, tokens) for tokens in (1 << 20, 150)] == [0, 0]
-    assert num_different(model, groups[:11], 1) == 0  # each sequence in a pack of its own
+    assert num_different(model, groups[:11], 1) == 0  # each sequence in a separate pack
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -42,7 +42,7 @@ def test_logprobs_of_any_batch_are_the_trainers_in_any_packing(num_sequences: in
     model = on_gpu(name, dtype)
     groups = generate(model, num_sequences)
     assert [num_different(model, groups, tokens) for tokens in (1 << 20, 150)] == [0, 0]
-    assert num_different(model, groups[:11], 1) == 0  # each sequence in a pack of its own
+    assert num_different(model, groups[:11], 1) == 0  # each sequence in a separate pack
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -42,13 +42,13 @@ def generate(engine: Engine, **options: object) -> list[Group]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("config", [MOE, DENSE], ids=["moe", "dense"])
 @pytest.mark.parametrize("engine_options", [{}, {"num_blocks": 22}, {"max_num_seqs": 5}], ids=str)
-def test_padded_steps_in_standing_buffers_draw_the_same_bits(config: object, dtype: torch.dtype, engine_options: dict[str, int]):
+def test_padded_steps_in_fixed_buffers_draw_the_same_bits(config: object, dtype: torch.dtype, engine_options: dict[str, int]):
     model = tiny_model(config, dtype=dtype)  # type: ignore[arg-type]
     plain, graphs = (make_engine(model, decoder="ops", **engine_options) for _ in range(2))
     graphs.graphs = StepGraphs(12, remember)
     want = generate(plain)
     got = generate(graphs)
-    assert got == want and num_different(model, got) == 0  # the routes too: the trainer replays them
+    assert got == want and num_different(model, got) == 0  # the recorded experts too: the trainer replays them
     assert graphs.num_preemptions == plain.num_preemptions and (plain.num_preemptions > 0) == ("num_blocks" in engine_options)
     assert 0 < graphs.graphs.num_captured <= 10
 
@@ -83,7 +83,7 @@ def test_batches_above_the_bound_go_op_by_op():
     assert engine.graphs.num_captured == 0
 
 
-def test_rows_that_pad_read_block_zero_and_no_prompt():
+def test_padding_sequences_read_the_null_block_and_no_prompt():
     inputs = StepInputs(4, 2, 3, CPU)
     for newest in (9, 8):  # the second time over what the first left
         inputs.fill({"newest": np.array([newest]), "noise_keys": np.array([5]), "own_lens": np.array([17]),
@@ -108,19 +108,20 @@ def test_experts_by_torchs_products_which_wait_for_the_device_are_refused_at_the
     off = ["--engine.cuda_graph_batch=64", "--run.exact=off"]
     with pytest.raises(ValueError, match=r"engine.cuda_graph_batch=64 cannot go with run.exact='off' and experts"):
         load_config(overrides=off)
-    assert load_config(overrides=[*off, "--model.num_experts=1", "--model.intermediate_size=96", "--model.num_experts_per_tok=1"]).engine.cuda_graph_batch == 64
+    dense = ["--model.num_experts=1", "--model.intermediate_size=96"]
+    assert load_config(overrides=[*off, *dense]).engine.cuda_graph_batch == 64
 
 
-@pytest.mark.parametrize(("error", "says"), [
+@pytest.mark.parametrize(("error", "message"), [
     (torch.OutOfMemoryError("no memory left"), "no memory left"), (RuntimeError("not permitted"), "cannot be captured")], ids=str)
 def test_a_capture_that_runs_out_of_memory_is_not_taken_for_one_that_waits(
-    error: RuntimeError, says: str, monkeypatch: pytest.MonkeyPatch
+    error: RuntimeError, message: str, monkeypatch: pytest.MonkeyPatch
 ):
     cuda = MagicMock()
     cuda.graph.return_value.__exit__.return_value = False  # lets an error through
     monkeypatch.setattr(torch, "cuda", cuda)
     step = MagicMock(side_effect=[(), error])  # the run beforehand, and the captured one
-    with pytest.raises(type(error), match=says):
+    with pytest.raises(type(error), match=message):
         capture_cuda(step)
 
 
@@ -139,7 +140,7 @@ def test_cuda_graphs_draw_the_bits_of_eager_steps(config: object, dtype: torch.d
 
 @pytest.mark.gpu
 def test_a_step_that_waits_for_the_gpu_is_refused_in_words():
-    """In a process of its own: where a capture fails, torch stays on the capture's stream."""
+    """In a separate process: after a failed capture, torch stays on the capture's stream."""
     program = ("import torch; from reason_rl.engine.graphs import capture_cuda; total = torch.zeros(1, device='cuda'); "
                "capture_cuda(lambda: (total * float(total),))")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)

@@ -1,4 +1,4 @@
-"""reason_rl.engine.native_decode: what its arguments must be, and that a bad one is an error and never a wrong read.
+"""reason_rl.engine.native_decode checks its arguments: a bad one is an error and never a read out of bounds.
 
 That its tokens and logprobs are the model's own is held by tests/reason_rl/test_engine_bits.py.
 """
@@ -57,7 +57,7 @@ def make_batch() -> DecodeBatch:
 
 
 def caches(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every slot filled, so that a key that is read too many would be noticed by nobody but changes no test's bits."""
+    """Keys and values of noise in every slot."""
     generator = torch.Generator().manual_seed(1)
     keys, values = (torch.zeros(L, K, NUM_BLOCKS, BLOCK_SIZE, C, dtype=dtype) for _ in range(2))
     for layer in range(L):

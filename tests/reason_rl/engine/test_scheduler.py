@@ -29,7 +29,7 @@ def check_accounts(scheduler: Scheduler, prompts: list[Prompt]) -> None:
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 5)), min_size=1, max_size=6), st.integers(1, 8),
        st.integers(0, 12), st.integers(0, 10**6))
 def test_random_work_loses_no_block_and_ends(groups: list[tuple[int, int]], max_num_seqs: int, spare: int, seed: int):
-    """As the engine drives it: admit, grow, some tokens each, some finish; spare blocks beside what the longest needs."""
+    """As the engine drives it: admit, grow, some tokens each, some finish. `spare`: blocks beyond the smallest pool."""
     rng, max_tokens = random.Random(f"{seed}/scheduler"), 40
     prompts = [Prompt(problem(i, length)) for i, (length, _) in enumerate(groups)]
     longest = max(length for length, _ in groups)

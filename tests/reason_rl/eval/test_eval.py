@@ -1,4 +1,4 @@
-"""The eval command end to end: it measures what a run measures, goes on where it was stopped, and refuses in one line."""
+"""The eval command end to end: it reproduces a run's numbers, continues after an interruption, and refuses in one line."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from tests.reason_rl.run.tiny_run import ROOT, never_stop, run_here, said
 
 EASY = ["--rl.steps=1", "--pretrain.steps=300", "--pretrain.tokens_per_step=512", "--task.min_level=1", "--task.max_level=2",
         "--task.heldout_share=0.3", "--task.rl_share=0.3", "--pretrain.direct_share=0", "--pretrain.worked_share=1",
-        "--optim.lr=1e-5", "--model.num_experts=1", "--model.hidden_size=64", "--reward.custom=", "--eval.final_problems=16",
+        "--optim.lr=1e-5", "--model.num_experts=1", "--model.intermediate_size=96", "--model.hidden_size=64",
+        "--reward.custom=", "--eval.final_problems=16",
         "--eval.final_samples=8"]
-"""A run whose end is right at times and wrong at others, so that a number can be reproduced."""
+"""A run whose final policy is sometimes right and sometimes wrong, so that its accuracy is between 0 and 1."""
 AS_THE_RUN = ["--samples=8", "--temperature=1", "--top-p=1"]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a finished run. Evaluations of it go to folders of the tests' own."""
+    """The final checkpoint of a run. Each test evaluates it into another folder."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         never_stop(monkeypatch)
         out_dir = tmp_path_factory.mktemp("run")
@@ -56,7 +57,7 @@ def assert_reproduces(run_summary: dict[str, Any], summary: dict[str, Any]) -> N
 def test_it_reproduces_the_runs_own_evaluation_within_the_interval(checkpoint: Path, tmp_path: Path):
     assert run(checkpoint, tmp_path / "e", *AS_THE_RUN) == 0
     run_summary, summary = json.loads((checkpoint.parents[1] / "summary.json").read_text()), summary_of(tmp_path / "e")
-    assert 0 < run_summary["final_accuracy"] < 1 and summary["problems"] == 16  # the config's own number
+    assert 0 < run_summary["final_accuracy"] < 1 and summary["problems"] == 16  # eval.final_problems of the run
     assert_reproduces(run_summary, summary)
 
 
@@ -84,7 +85,7 @@ def test_it_reproduces_a_run_of_the_default_model(tmp_path: Path):
     assert_reproduces(run_summary, summary)
 
 
-def test_what_it_writes_and_shows(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_table_and_the_files_have_the_numbers_of_the_rows(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "e"
     code, text = said(capsys, lambda: run(checkpoint, out, "--problems=6", "--samples=4", "--k=1,2,4"))
     assert code == 0 and all(word in text for word in ("pass@1", "pass@4", "cons@2", "cons@4", "thinking tokens", "of 24", "95 %"))
@@ -100,13 +101,13 @@ def test_what_it_writes_and_shows(checkpoint: Path, tmp_path: Path, capsys: pyte
     assert code == 0 and json.loads(text) == summary
 
 
-def test_a_run_without_out_has_its_evaluations_in_its_folder(checkpoint: Path, tmp_path: Path):
+def test_without_out_the_results_are_in_the_runs_folder(checkpoint: Path, tmp_path: Path):
     shutil.copytree(checkpoint.parents[1], tmp_path / "tiny")
     assert command.main([str(tmp_path / "tiny/checkpoints/final"), "--problems=2", "--split=rl"]) == 0
     assert summary_of(tmp_path / "tiny/evals/final-program-rl")["problems"] == 2
 
 
-def test_a_stopped_one_goes_on_and_ends_in_the_same_files(
+def test_an_interrupted_evaluation_continues_and_ends_in_the_same_files(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     arguments = ["--problems=9", "--samples=4", "--k=1,4", "--engine.max_num_seqs=3"]
@@ -130,11 +131,11 @@ def test_a_stopped_one_goes_on_and_ends_in_the_same_files(
     assert files(out) == files(tmp_path / "whole")
 
 
-def test_a_finished_one_is_read_and_not_sampled_again(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_finished_evaluation_is_read_and_not_sampled_again(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert run(checkpoint, tmp_path / "e", "--problems=4", "--samples=4") == 0
     before = files(tmp_path / "e")
     monkeypatch.setattr(command, "load_model", None)
-    monkeypatch.chdir(checkpoint.parent)  # by another name of the same folder
+    monkeypatch.chdir(checkpoint.parent)  # a relative path of the same folder
     assert run(Path("final"), tmp_path / "e", "--problems=4", "--samples=4") == 0 and files(tmp_path / "e") == before
     assert run(checkpoint, tmp_path / "e", "--problems=4", "--samples=4", "--k=2") == 0
     assert summary_of(tmp_path / "e")["pass_at_k"].keys() == {"2"}
@@ -146,8 +147,8 @@ def test_another_setting_in_the_same_folder_is_refused_with_the_difference(
     assert run(checkpoint, tmp_path / "e", "--problems=2") == 0
     before = files(tmp_path / "e")
     assert run(checkpoint, tmp_path / "e", "--problems=2", "--temperature=1", "--task.max_level=1") == 1
-    said_ = capsys.readouterr().err
-    assert "sampling.temperature: 0.6 -> 1.0" in said_ and "task.max_level: 2 -> 1" in said_ and "dtype" not in said_
+    err = capsys.readouterr().err
+    assert "sampling.temperature: 0.6 -> 1.0" in err and "task.max_level: 2 -> 1" in err and "dtype" not in err
     shutil.copytree(checkpoint.parents[1] / "checkpoints", tmp_path / "checkpoints")
     shutil.copy(checkpoint.parents[1] / "config.toml", tmp_path)
     other = tmp_path / "checkpoints" / "final"
@@ -158,7 +159,7 @@ def test_another_setting_in_the_same_folder_is_refused_with_the_difference(
     assert files(tmp_path / "e") == before
 
 
-def test_samples_do_not_depend_on_how_many_are_drawn_together(checkpoint: Path, tmp_path: Path):
+def test_samples_do_not_depend_on_the_batch(checkpoint: Path, tmp_path: Path):
     for name, size in (("few", 2), ("many", 64)):
         assert run(checkpoint, tmp_path / name, "--problems=5", "--samples=3", f"--engine.max_num_seqs={size}") == 0
     assert files(tmp_path / "few") == files(tmp_path / "many")
@@ -240,7 +241,7 @@ def test_an_error_while_sampling_keeps_its_traceback_and_the_finished_rows(
     assert len((tmp_path / "e/problems.jsonl").read_text().splitlines()) == 4
 
 
-def test_an_unknown_option_is_refused_as_commands_do(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_unknown_option_is_a_usage_error(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for argument in ("--tempreature=1", "--rl.steps", "more"):
         with pytest.raises(SystemExit) as stopped:
             run(checkpoint, tmp_path / "e", argument)
@@ -260,22 +261,23 @@ def test_a_missing_or_damaged_checkpoint_is_one_line(
     assert code == 1 and err.count("\n") == 1 and err.startswith("eval: ") and "given" in err
 
 
-def test_one_that_failed_before_its_first_row_is_begun_again(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_folder_without_rows_takes_another_setting(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     shutil.copytree(checkpoint, tmp_path / "given")
     weights = (tmp_path / "given" / "model.safetensors").rename(tmp_path / "elsewhere")
     arguments = [str(tmp_path / "given"), "--task=program", "--max-tokens=20", "--problems=2", f"--out={tmp_path / 'e'}"]
     assert command.main(arguments) == 1 and "it has no model.safetensors" in capsys.readouterr().err
     weights.rename(tmp_path / "given" / "model.safetensors")
     assert command.main(arguments) == 0
-    (tmp_path / "given" / "model.safetensors").unlink()  # now there are rows, of other weights
+    (tmp_path / "given" / "model.safetensors").unlink()  # now the folder has rows of other weights
     assert command.main(arguments) == 1 and "another setting" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_no_run_wants_to_know_which_problems(
+def test_a_checkpoint_outside_a_run_needs_a_task(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     shutil.copytree(checkpoint, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     assert command.main(["model"]) == 1 and "--task NAME or --config FILE" in capsys.readouterr().err
     assert command.main(["model", "--task=program", "--task.min_level=2", "--task.max_level=2", "--problems=2"]) == 0
-    assert summary_of(tmp_path / "runs/evals/model-program-heldout")["setting"]["sampling.max_tokens"] == 64 - 7  # what is left
+    setting = summary_of(tmp_path / "runs/evals/model-program-heldout")["setting"]
+    assert setting["sampling.max_tokens"] == 64 - 7  # the room in the context

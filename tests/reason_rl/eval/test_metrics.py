@@ -1,4 +1,4 @@
-"""What an evaluation says in numbers: rows small enough to count by hand, votes that know which answers are the same."""
+"""The numbers of an evaluation, on rows that are small enough to count by hand; votes by equality of answers."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def groups_of(answers: list[str], verifier: str) -> list[int]:
     ("text", ["5", "05", "5", "6"], [0, 1, 0, 3]),
     ("countdown", ["(9-7)*8", "8*(9-7)", "(9-7)*8"], [0, 1, 0]),
     ("math", ["0.5", "\\frac{1}{2}", "1/2", "2/4", "0.51"], [0, 0, 0, 0, 4]),
-    ("math", ["72", "48+24", "72.0", "$72"], [0, 1, 0, 0]),  # a sum left to do is another answer, though of the same value
-    ("math", ["48+24", "72", "48 + 24"], [0, 1, 0]),  # whoever comes first
+    ("math", ["72", "48+24", "72.0", "$72"], [0, 1, 0, 0]),  # an unevaluated sum is another answer, though of equal value
+    ("math", ["48+24", "72", "48 + 24"], [0, 1, 0]),  # in either order
     ("math", ["1,2", "2,1", "(1,2)", "(2,1)"], [0, 0, 2, 3]),
-    ("math", ["\\frac{", "x^", "\\frac{"], [0, 1, 0]),  # what cannot be read is the same as its own text alone
+    ("math", ["\\frac{", "x^", "\\frac{"], [0, 1, 0]),  # an unreadable answer equals its own text only
     ("math", ["East", "east", "west"], [0, 0, 2]),
     ("math", [], []),
 ])  # fmt: skip
-def test_answers_are_the_same_where_either_would_be_right_if_the_other_were(verifier: str, answers: list[str], groups: list[int]):
+def test_answers_are_equal_if_each_is_right_with_the_other_as_reference(verifier: str, answers: list[str], groups: list[int]):
     assert groups_of(answers, verifier) == groups
 
 
-def test_an_answer_is_what_the_verifier_reads():
+def test_an_answer_is_the_text_that_the_verifier_reads():
     text = "<think>\\boxed{4}</think><answer> 5 </answer>"
     assert answer_of(text, "text") == answer_of(text, "countdown") == answer_of(text, "math") == "5"
     assert answer_of("so \\boxed{\\frac12}", "math") == "\\frac12" and answer_of("so \\boxed{\\frac12}", "text") is None
@@ -66,7 +66,7 @@ def completion(text: str, index: int, ended: bool = True) -> Completion:
 
 
 def row_of(answers: str, problem_id: int = 5, graded: bool = True) -> dict[str, Any]:
-    """A letter a sample: r is right, a and b two wrong answers, R the right one cut short, - none, ? what could not be graded."""
+    """One letter per sample. r: right, a and b: two wrong answers, R: right but truncated, -: no answer, ?: ungraded."""
     texts = {"r": "2", "R": "2", "a": "3", "b": "4", "?": "x"}
     scores = {"r": RIGHT, "R": RIGHT, "?": UNKNOWN}
     completions = tuple(completion(f"<think>1</think><answer>{texts[a]}</answer>" if a != "-" else "2", n, ended=a != "R")
@@ -78,7 +78,7 @@ def row_of(answers: str, problem_id: int = 5, graded: bool = True) -> dict[str, 
     return problem_row(group, given, votes if graded else ungradable("deadline", "slow"), TOKENIZER)
 
 
-def test_a_row_holds_what_a_filter_and_a_reader_need():
+def test_a_row_counts_the_samples_and_lists_them():
     row = row_of("ra-R?")
     samples = row.pop("samples")
     assert row == {"problem_id": 5, "prompt": "p?", "answer": "2", "level": 4, "num_samples": 5, "num_graded": 4, "num_right": 2,
@@ -88,7 +88,7 @@ def test_a_row_holds_what_a_filter_and_a_reader_need():
                           "cause": ""}
     assert [s["is_right"] for s in samples] == [True, False, False, True, None]
     assert [s["answer"] for s in samples] == ["2", "3", None, "2", "x"]
-    assert [s["vote"] for s in samples] == [0, 1, None, None, 4]  # none without an answer, none where it was cut
+    assert [s["vote"] for s in samples] == [0, 1, None, None, 4]  # no vote without an answer or when truncated
     assert samples[4]["cause"].startswith("accuracy deadline") and samples[3]["finish_reason"] == "length"
     assert row_of("??")["pass_rate"] is None
 
@@ -97,7 +97,7 @@ def test_a_row_holds_what_a_filter_and_a_reader_need():
     ("rra", True), ("raa", False), ("ra", True), ("ar", False), ("abr", False), ("brrb", False), ("arrb", True),
     ("---r", True), ("aRRR", False), ("----", False), ("RR", False), ("??r", None), ("?rr", True),
 ])  # fmt: skip
-def test_the_majority_is_the_most_frequent_answer_and_of_equals_the_one_seen_first(answers: str, is_right: bool | None):
+def test_the_majority_is_the_most_frequent_answer_and_among_equals_the_first(answers: str, is_right: bool | None):
     assert majority(row_of(answers)["samples"]) is is_right
 
 
@@ -105,13 +105,13 @@ def test_consensus_is_the_mean_over_disjoint_runs_of_k():
     row = row_of("rraaarrr")
     assert consensus(row, 8) == 1.0  # 5 to 3
     assert consensus(row, 4) == 1.0  # rraa: r came first, arrr
-    assert consensus(row, 3) == 0.5  # rra, aar; the last two are no run of three
+    assert consensus(row, 3) == 0.5  # rra, aar; the last two do not make a run of three
     assert consensus(row, 2) == 0.5  # rr, aa, ar (a came first), rr
     assert consensus(row_of("rr??"), 2) == 1.0 and consensus(row_of("????"), 2) is None
     assert consensus(row_of("rrrr", graded=False), 2) is None
 
 
-def test_pass_rate_counts_what_could_be_graded():
+def test_pass_rate_counts_graded_samples_only():
     assert pass_rate(row_of("rabb"), 1) == 0.25 and pass_rate(row_of("rabb"), 2) == pytest.approx(0.5)
     assert pass_rate(row_of("ra??"), 1) == 0.5 and pass_rate(row_of("ra??"), 2) == 1.0 and pass_rate(row_of("ra??"), 3) is None
 
@@ -133,13 +133,13 @@ def test_a_summary_counted_by_hand():
     assert summary["ungradable_causes"] == {"accuracy_deadline": 1} and summary["votes_missing"] == {}
 
 
-def test_votes_that_could_not_be_had_are_counted_and_none_at_all_is_no_number():
+def test_missing_votes_are_counted_and_cons_without_any_votes_is_none():
     summary = summarise([row_of("rr", 1, graded=False), row_of("rr", 2, graded=False)], (2,))
     assert summary["cons_at_k"]["2"] == {"mean": None, "low": None, "high": None, "problems": 0}
     assert summary["votes_missing"] == {"deadline: slow": 2} and summary["pass_at_k"]["2"]["mean"] == 1.0
 
 
-def test_an_interval_is_the_normal_one_where_that_holds_and_the_same_each_time():
+def test_an_interval_is_near_the_normal_one_and_repeatable():
     values = list(np.random.default_rng(1).random(400))
     found = estimate(values)
     assert found == estimate(values)
@@ -151,12 +151,12 @@ def test_an_interval_is_the_normal_one_where_that_holds_and_the_same_each_time()
 
 
 def test_an_interval_is_taken_over_problems_and_not_over_their_samples():
-    """Two problems that are all right and all wrong say little of a third, however many samples they have."""
+    """More samples of the same two problems do not narrow it."""
     rows = [row_of("rrrrrrrr", 1), row_of("aaaaaaaa", 2)]
     assert summarise(rows, (1,))["pass_at_k"]["1"] == {"mean": 0.5, "low": 0.0, "high": 1.0, "problems": 2}
 
 
-def test_unknown_values_take_no_part_and_one_problem_has_no_interval():
+def test_unknown_values_are_left_out_and_one_problem_has_no_interval():
     assert estimate([]) == {"mean": None, "low": None, "high": None, "problems": 0}
     assert estimate([None, 0.5]) == {"mean": 0.5, "low": None, "high": None, "problems": 1}
     assert estimate([None, 0.25, 0.25]) == {"mean": 0.25, "low": 0.25, "high": 0.25, "problems": 2}

@@ -1,4 +1,4 @@
-"""Every family beside transformers' own model of it: logits, gradients, RoPE scalings, and our export loaded back."""
+"""Every family is compared with transformers: logits, gradients, RoPE scalings, and our export loaded back."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 64},
     "yarn": {"factor": 4.0, ORIGINAL: 64},
     # its ramp begins and ends between dimensions, so that cutting its ends would show
-    "yarn, said in full": {"factor": 8.0, ORIGINAL: 128, "beta_fast": 8.0, "beta_slow": 0.05, "truncate": False, "mscale": 1.0,
+    "yarn, all keys": {"factor": 8.0, ORIGINAL: 128, "beta_fast": 8.0, "beta_slow": 0.05, "truncate": False, "mscale": 1.0,
                            "mscale_all_dim": 0.5},
     "yarn, attention factor": {"factor": 2.0, ORIGINAL: 128, "attention_factor": 0.7},
 }
@@ -316,7 +316,8 @@ SCRATCH = ModelConfig(num_hidden_layers=2, hidden_size=24, num_attention_heads=4
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"num_experts": 1, "num_experts_per_tok": 1, "intermediate_size": 12}, {"num_dense_layers": 1, "intermediate_size": 14, "tie_word_embeddings": False},
+    {}, {"num_experts": 1, "num_experts_per_tok": 1, "intermediate_size": 12},
+    {"num_dense_layers": 1, "intermediate_size": 14, "tie_word_embeddings": False},
     {"family": "llama", "num_experts": 1, "intermediate_size": 12, "qk_norm": "none"}, {"family": "mixtral", "qk_norm": "none"},
     {"family": "olmoe", "qk_norm": "full", "num_key_value_heads": 4, "head_dim": 6, "attention_bias": "all"},
     {"family": "dots1", "router_score": "sigmoid", "expert_bias": True, "num_shared_experts": 1, "routed_scaling_factor": 1.7},

@@ -36,8 +36,8 @@ VARIANTS = {
     "sigmoid": replace(BASE, router_score="sigmoid", norm_topk_prob=False),
     "no qk-norm": replace(BASE, qk_norm="none"),
     "untied head": replace(BASE, tie_word_embeddings=False),
-    "everything": replace(BASE, expert_bias=True, num_shared_experts=1, router_score="sigmoid", norm_topk_prob=False, qk_norm="none",
-                          tie_word_embeddings=False, rope_theta=1e6, rms_norm_eps=1e-5, num_key_value_heads=1),
+    "everything": replace(BASE, expert_bias=True, num_shared_experts=1, router_score="sigmoid", norm_topk_prob=False,
+                          qk_norm="none", tie_word_embeddings=False, rope_theta=1e6, rms_norm_eps=1e-5, num_key_value_heads=1),
 }
 
 

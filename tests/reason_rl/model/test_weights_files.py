@@ -113,7 +113,7 @@ def test_tensors_that_are_no_plain_floats_are_refused(tmp_path: Path):
         load_model(tmp_path)
 
 
-# --- what a folder may hold beside the model's tensors
+# --- further tensors that a folder may hold
 
 def test_a_stored_head_may_be_the_embedding_it_is_tied_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(weights, "CHUNK_BYTES", 1000)  # compared in several chunks, of which the last one differs
@@ -159,7 +159,7 @@ def test_layers_that_predict_further_tokens_are_left_out_by_name(tmp_path: Path)
     load_model(tmp_path / "out")
 
 
-# --- what goes on to the next folder
+# --- what is carried to the next folder
 
 def test_side_files_and_other_keys_of_config_json_go_on(tmp_path: Path):
     model = saved(tmp_path / "in")
@@ -176,7 +176,7 @@ def test_side_files_and_other_keys_of_config_json_go_on(tmp_path: Path):
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert values["eos_token_id"] == [7, 3] and values["bos_token_id"] == 9 and values["initializer_range"] == 0.1
     assert "dtype" not in values and values["torch_dtype"] == "float32"  # the files' dtype now
-    assert "rope_parameters" not in values and values["rope_theta"] == 10000.0  # said once
+    assert "rope_parameters" not in values and values["rope_theta"] == 10000.0  # in one spelling
 
 
 def test_without_a_folder_before_it_the_end_token_is_written(tmp_path: Path):
@@ -204,7 +204,7 @@ def test_weights_that_the_compute_dtype_cannot_read_are_refused(tmp_path: Path):
 
 
 def test_chunks_put_together_are_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Pieces of one row, of a few rows and of several tensors."""
+    """Chunks of one matrix row, of a few, and of several tensors."""
     model = saved(tmp_path)
     for size in (1, 500, 20_000):
         monkeypatch.setattr(weights, "CHUNK_BYTES", size)
@@ -284,7 +284,7 @@ def test_loading_takes_the_memory_of_the_weights_and_a_chunk(weights_dtype: str,
 @pytest.mark.long
 @pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16"])
 def test_two_billion_parameters_load_in_less_than_a_fifth_more_than_their_weights(weights_dtype: str, tmp_path: Path):
-    """All of the process counted, the interpreter and torch too."""
+    """Memory of the whole process, the interpreter and torch included."""
     config = ModelConfig(family="qwen3_moe", num_hidden_layers=15, hidden_size=1024, num_attention_heads=16,
                          num_key_value_heads=4, head_dim=64, num_experts=48, num_experts_per_tok=4, moe_intermediate_size=768,
                          tie_word_embeddings=False, max_position_embeddings=4096)

@@ -130,7 +130,7 @@ def run(seconds: float, seed: int, num_workers: int = 1) -> Report:
     except SandboxError as error:
         has_code = False
         print(f"programs are left out: {error}")
-    config = RewardConfig(language=1.0, repetition=1.0, code_deadline_s=2.0, code_cpu_s=1)
+    config = RewardConfig(code_deadline_s=2.0, code_cpu_s=1)
     start, warm = time.monotonic(), None
     with VerifierService(reward_kinds(config), num_workers) as service:
         while (elapsed := time.monotonic() - start) < seconds and len(report.faults) < 20:

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from reason_rl.reward.pool.service import Kind, VerifierService
-from tests.reason_rl.reward import fuzz
+from tests.reason_rl.reward import fuzz, verifier_kinds
 
 
 @pytest.mark.long
@@ -21,7 +21,7 @@ def test_a_minute_of_nonsense_breaks_nothing() -> None:
                                              ("raise", "raised: LookupError")])
 def test_a_verifier_that_breaks_is_seen(deed: str, fault: str) -> None:
     report = fuzz.Report()
-    with VerifierService([Kind("behave", "tests.reason_rl.reward.verifier_kinds:behave", 0.3)], num_workers=1) as service:
+    with VerifierService([Kind("behave", verifier_kinds.behave, 0.3)], num_workers=1) as service:
         requests = [("behave", {"do": "good", "answer": "", "text": ""}),
                     ("behave", {"do": deed, "answer": "5", "text": "\\boxed{5}"})]
         fuzz.grade(service, random.Random(0), requests, report)
@@ -30,7 +30,7 @@ def test_a_verifier_that_breaks_is_seen(deed: str, fault: str) -> None:
 
 def test_a_verdict_that_changes_is_seen() -> None:
     report, rng = fuzz.Report(), random.Random(0)
-    with VerifierService([Kind("where", "tests.reason_rl.reward.verifier_kinds:where_now", 5.0)], num_workers=1) as service:
+    with VerifierService([Kind("where", verifier_kinds.where_now, 5.0)], num_workers=1) as service:
         fuzz.grade(service, rng, [("where", {"answer": "", "text": str(i)}) for i in range(100)], report)
     assert report.faults and "and then" in report.faults[0]
 

@@ -9,19 +9,23 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from reason_rl.answers.verdict import RIGHT, Verdict, graded, ungradable
+from reason_rl.answers.verdict import RIGHT, Verdict, ungradable
+from reason_rl.config import RewardConfig
+from reason_rl.reward.grade import reward_kinds
+from reason_rl.reward.pool import worker
 from reason_rl.reward.pool.handle import Lost, WorkerProcess
 from reason_rl.reward.pool.service import Kind, VerifierService
+from tests.reason_rl.reward import verifier_kinds
 
 ROOT = Path(__file__).resolve().parents[3]
-KINDS = "tests.reason_rl.reward.verifier_kinds"
-ECHO = Kind("echo", f"{KINDS}:echo", deadline_s=10.0)
-BEHAVE = Kind("behave", f"{KINDS}:behave", deadline_s=0.3, memory_bytes=1 << 30)
+ECHO = Kind("echo", verifier_kinds.echo, deadline_s=10.0)
+BEHAVE = Kind("behave", verifier_kinds.behave, deadline_s=0.3, memory_bytes=1 << 30)
 
 
 def is_alive(pid: int) -> bool:
@@ -47,13 +51,13 @@ def test_verdicts_come_back_in_the_order_of_the_requests() -> None:
 
 
 def test_options_reach_the_function() -> None:
-    with VerifierService([Kind("echo", f"{KINDS}:echo", 10.0, options={"plus": 0.5})]) as service:
+    with VerifierService([Kind("echo", verifier_kinds.echo, 10.0, options={"plus": 0.5})]) as service:
         assert service.grade("echo", [{"x": 1}])[0].value == 1.5
 
 
 def test_a_worker_is_a_fresh_interpreter_without_torch_and_without_the_trainers_files() -> None:
     extra = [os.open("/dev/null", os.O_RDONLY) for _ in range(20)]
-    with VerifierService([Kind("where", f"{KINDS}:where", 10.0)], num_workers=1) as service:
+    with VerifierService([Kind("where", verifier_kinds.where, 10.0)], num_workers=1) as service:
         parts = service.grade("where", [{}])[0].parts
         assert service.worker_pids() == [parts["pid"]]
     for fd in extra:
@@ -64,10 +68,18 @@ def test_a_worker_is_a_fresh_interpreter_without_torch_and_without_the_trainers_
 
 def test_the_kinds_functions_do_without_torch_and_numpy() -> None:
     """A worker starts in a tenth of a second and takes some 20 MB, where torch alone would take ten times that."""
-    modules = ["reason_rl.reward." + name for name in ("math", "text", "custom", "code", "worker")] + ["reason_rl.records"]
-    done = subprocess.run([sys.executable, "-c", f"import sys, {', '.join(modules)}; print(*sys.modules)"], capture_output=True,
-                          text=True, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert not {"torch", "numpy", "sympy"} & set(done.stdout.split())
+    kinds = {kind.name: kind for kind in reward_kinds(RewardConfig(custom="bench.rewards:distinct_characters", model="a folder"))}
+    light = [kind.function.__module__ for name, kind in kinds.items() if name != "model"]
+    assert len(light) == 5
+
+    def modules_of(*names: str) -> set[str]:
+        program = f"import sys, {worker.__name__}, {', '.join(names)}; print(*sys.modules)"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+        return set(done.stdout.split())
+
+    heavy = {"torch", "numpy", "sympy"}
+    assert not heavy & modules_of(*light, "reason_rl.records")
+    assert "torch" in modules_of(kinds["model"].function.__module__)
 
 
 @pytest.mark.parametrize(("deed", "cause", "words"), [
@@ -98,7 +110,7 @@ def test_a_function_that_closes_the_trainers_connection_ends_no_more_than_its_ba
 
 @pytest.mark.parametrize("garbage", [b"no json!!", b"[[1,2,3]]", b"{\"a\": 1}", b"[1,2,3,4]", b"[[],[],[]"])
 def test_what_is_no_verdict_on_the_trainers_connection_ends_the_worker(garbage: bytes) -> None:
-    with VerifierService([Kind("behave", f"{KINDS}:behave", 30.0)], num_workers=1) as service:
+    with VerifierService([Kind("behave", verifier_kinds.behave, 30.0)], num_workers=1) as service:
         verdicts = service.grade("behave", [{"do": "forge", "bytes": garbage}, {"do": "good"}])
     assert [v.status for v in verdicts] == ["ungradable", "right"] and verdicts[0].cause == "crash"
 
@@ -162,7 +174,7 @@ def test_a_machine_that_gives_no_thread_is_said_and_the_service_can_be_closed(mo
 def test_a_service_that_says_nothing_any_more_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("START_DEADLINE_S", 0.0), ("GRACE_S", 0.0), ("SLACK_S", 1.0)):
         monkeypatch.setattr(f"reason_rl.reward.pool.service.{name}", seconds)
-    kind = Kind("behave", f"{KINDS}:behave", deadline_s=0.5, batch=1)
+    kind = Kind("behave", verifier_kinds.behave, deadline_s=0.5, batch=1)
     with VerifierService([kind], num_workers=1) as service:  # slow, yet alive: together the naps are longer than it would wait
         service.submit("behave", {"do": "good"}).result(timeout=60)
         assert {v.status for v in service.grade("behave", [{"do": "nap", "s": 0.3}] * 8)} == {"right"}
@@ -197,25 +209,12 @@ def test_requests_whose_workers_are_lost_before_they_begin_are_tried_twice_and_n
 
 
 def test_a_kinds_preparation_is_on_no_requests_time() -> None:
-    kind = Kind("where", f"{KINDS}:where", deadline_s=0.5, prepare="time:sleep")
+    kind = Kind("where", verifier_kinds.where, deadline_s=0.5, prepare=time.sleep)
     with VerifierService([kind]) as service:  # sleep() without its argument
-        assert "time:sleep: TypeError" in service.grade("where", [{}])[0].detail
-    slow = Kind("prepared", "tests.reason_rl.reward.test_pool:prepared", deadline_s=0.5,
-                prepare="tests.reason_rl.reward.test_pool:prepare", options={"seconds": 1.2})
+        assert service.grade("where", [{}])[0].detail.startswith("TypeError: ")
+    slow = Kind("prepared", verifier_kinds.prepared, deadline_s=0.5, prepare=verifier_kinds.prepare, options={"seconds": 1.2})
     with VerifierService([slow], num_workers=1) as service:
         assert [v.value for v in service.grade("prepared", [{}, {}])] == [1, 1]
-
-
-PREPARED: list[float] = []
-
-
-def prepare(seconds: float) -> None:
-    time.sleep(seconds)
-    PREPARED.append(seconds)
-
-
-def prepared(request: object, seconds: float) -> Verdict:
-    return graded(len(PREPARED))
 
 
 def test_what_a_function_prints_is_no_verdict() -> None:
@@ -238,15 +237,22 @@ def test_a_worker_that_is_ended_takes_its_children_along(tmp_path: Path) -> None
     assert wait_until(lambda: not is_alive(int(note.read_text())))
 
 
-def test_a_function_that_is_not_there_is_said_and_not_tried_for_ever() -> None:
-    with VerifierService([Kind("none", f"{KINDS}:none", 1.0), Kind("gone", "no_such_module:f", 1.0)]) as service:
-        for name, words in (("none", "AttributeError"), ("gone", "ModuleNotFoundError")):
-            for verdict in service.grade(name, [{}, {}]):
-                assert verdict.cause == "start" and words in verdict.detail
+def test_a_function_that_a_worker_cannot_import_is_refused_at_once() -> None:
+    with pytest.raises(AttributeError, match="local object"):
+        Kind("inner", lambda request: RIGHT, 1.0)
+
+
+def test_a_module_that_a_worker_cannot_import_is_said_and_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = types.ModuleType("gone_by_then")
+    exec("def f(request): pass", gone.__dict__)
+    monkeypatch.setitem(sys.modules, "gone_by_then", gone)
+    with VerifierService([Kind("gone", gone.f, 1.0)]) as service:
+        for verdict in service.grade("gone", [{}, {}]):
+            assert verdict.cause == "start" and verdict.detail == "ModuleNotFoundError: No module named 'gone_by_then'"
 
 
 def test_the_queue_is_bounded_and_the_caller_waits() -> None:
-    with VerifierService([Kind("behave", f"{KINDS}:behave", 5.0, batch=1)], num_workers=1, max_queued=3) as service:
+    with VerifierService([Kind("behave", verifier_kinds.behave, 5.0, batch=1)], num_workers=1, max_queued=3) as service:
         start = time.monotonic()
         futures = [service.submit("behave", {"do": "nap", "s": 0.1}) for _ in range(10)]
         assert time.monotonic() - start > 0.4  # six of them had to be done before the last could be handed in
@@ -255,7 +261,7 @@ def test_the_queue_is_bounded_and_the_caller_waits() -> None:
 
 
 def test_workers_of_a_kind_work_side_by_side() -> None:
-    with VerifierService([Kind("behave", f"{KINDS}:behave", 5.0, batch=1, num_workers=4)], num_workers=1) as service:
+    with VerifierService([Kind("behave", verifier_kinds.behave, 5.0, batch=1, num_workers=4)], num_workers=1) as service:
         service.grade("behave", [{"do": "nap", "s": 0.2}] * 4)  # all four are started
         start = time.monotonic()
         service.grade("behave", [{"do": "nap", "s": 0.5}] * 4)
@@ -299,13 +305,14 @@ def test_it_works_off_the_main_thread() -> None:
     assert [v.cause for v in found] == ["", "deadline", ""]
 
 
-PARENT = f"""
+PARENT = """
 import sys, time
 from reason_rl.reward.pool.service import Kind, VerifierService
-service = VerifierService([Kind("behave", "{KINDS}:behave", 60.0), Kind("idle", "{KINDS}:echo", 60.0)], num_workers=1)
-service.grade("idle", [{{"x": 1}}])
-service.grade("behave", [{{"do": "good"}}])
-service.submit("behave", {{"do": sys.argv[1]}})
+from tests.reason_rl.reward import verifier_kinds
+service = VerifierService([Kind("behave", verifier_kinds.behave, 60.0), Kind("idle", verifier_kinds.echo, 60.0)], num_workers=1)
+service.grade("idle", [{"x": 1}])
+service.grade("behave", [{"do": "good"}])
+service.submit("behave", {"do": sys.argv[1]})
 time.sleep(0.2)
 print(*service.worker_pids(), flush=True)
 time.sleep(60)
@@ -326,7 +333,7 @@ def test_workers_die_with_their_parent_even_when_it_is_killed(deed: str) -> None
 
 
 def test_the_rate_counts_only_the_time_in_which_something_was_asked_for() -> None:
-    with VerifierService([Kind("behave", f"{KINDS}:behave", 5.0)], num_workers=1) as service:
+    with VerifierService([Kind("behave", verifier_kinds.behave, 5.0)], num_workers=1) as service:
         service.grade("behave", [{"do": "good"}])
         service.take_metrics()
         service.grade("behave", [{"do": "nap", "s": 0.05}] * 4)
@@ -338,7 +345,7 @@ def test_the_rate_counts_only_the_time_in_which_something_was_asked_for() -> Non
 
 
 def test_wrong_names_and_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"kinds \['echo'\], got 'ecco'"), VerifierService([ECHO]) as service:
+    with pytest.raises(ValueError, match=r"one of the kinds \['echo'\], got 'ecco'"), VerifierService([ECHO]) as service:
         service.submit("ecco", {})
     with pytest.raises(ValueError, match="must be at least 1, got 0 and 4096"):
         VerifierService([ECHO], num_workers=0)

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from reason_rl.answers.text import grade_text
 
 from reason_rl.answers.math import grade_math
-from reason_rl.answers.verdict import Verdict
 from reason_rl.config import load_config
+from reason_rl.reward.custom import ARGUMENTS
+from reason_rl.reward.parts import format_reward, grade_text
 
 DOC = Path(__file__).resolve().parents[3] / "docs" / "rewards.md"
 COUNTDOWN = {"numbers": [9, 8, 7], "target": 16}
@@ -33,16 +33,11 @@ def table_rows(*columns: str) -> list[tuple[str, ...]]:
 
 MATH = table_rows("right answer", "completion", "verdict")
 TEXT = table_rows("verifier", "right answer", "completion", "verdict")
-PARTS = table_rows("part", "prompt", "completion", "value")
-
-
-def grade_as(verifier: str, answer: str, text: str, prompt: str = "") -> Verdict:
-    request = {"text": text, "prompt": prompt, "answer": answer, "facts": COUNTDOWN, "finish_reason": "stop", "verifier": verifier}
-    return grade_text(request, has_language=True, repetition_ngram=2)
+FORMAT = table_rows("completion", "format")
 
 
 def test_the_tables_are_found_whole() -> None:
-    assert (len(MATH), len(TEXT), len(PARTS)) == (92, 8, 10)
+    assert (len(MATH), len(TEXT), len(FORMAT)) == (92, 8, 3)
     assert {row[-1] for row in MATH} == {"right", "wrong", "ungradable"}
 
 
@@ -53,19 +48,24 @@ def test_a_row_on_math(answer: str, text: str, verdict: str) -> None:
 
 @pytest.mark.parametrize(("verifier", "answer", "text", "verdict"), TEXT, ids=[row[2] for row in TEXT])
 def test_a_row_on_text_and_countdown(verifier: str, answer: str, text: str, verdict: str) -> None:
-    assert grade_as(verifier, answer, text).status == verdict
+    request = {"text": text, "answer": answer, "facts": COUNTDOWN, "finish_reason": "stop", "verifier": verifier}
+    assert grade_text(request).status == verdict
 
 
-@pytest.mark.parametrize(("part", "prompt", "text", "value"), PARTS, ids=[f"{row[0]} {row[2]}" for row in PARTS])
-def test_a_row_on_format_language_and_repetition(part: str, prompt: str, text: str, value: str) -> None:
-    assert grade_as("none", "", text, prompt).parts[part] == pytest.approx(float(value), abs=1e-4)
+@pytest.mark.parametrize(("text", "value"), FORMAT, ids=[row[0] for row in FORMAT])
+def test_a_row_on_the_format(text: str, value: str) -> None:
+    assert format_reward(text, "stop") == float(value)
+
+
+def test_the_page_lists_the_arguments_of_a_custom_reward() -> None:
+    assert [row[0] for row in table_rows("argument", "value")] == list(ARGUMENTS)
 
 
 def test_the_config_that_the_page_shows_is_one(tmp_path: Path) -> None:
     (source,) = re.findall(r"```toml\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "shown.toml").write_text(source)
     reward = load_config(tmp_path / "shown.toml").reward
-    assert (reward.language, reward.repetition, reward.custom, reward.custom_weight) == (0.1, 0.05, "my_rewards:brief", 0.2)
+    assert (reward.format, reward.overlong, reward.custom, reward.custom_weight) == (0.1, 0.5, "my_rewards:brief", 0.2)
 
 
 def test_the_verifier_that_the_page_shows_works() -> None:

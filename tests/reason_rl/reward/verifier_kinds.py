@@ -84,3 +84,15 @@ def behave(request: Mapping[str, Any]) -> Verdict:
 def where_now(request: Mapping[str, Any]) -> Verdict:
     """Never the same twice."""
     return graded(time.perf_counter())
+
+
+PREPARED: list[float] = []
+
+
+def prepare(seconds: float) -> None:
+    time.sleep(seconds)
+    PREPARED.append(seconds)
+
+
+def prepared(request: object, seconds: float) -> Verdict:
+    return graded(len(PREPARED))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from reason_rl.config import Config, EngineConfig, ModelConfig, RewardConfig, RLConfig, TaskConfig
+from reason_rl.config import Config, EngineConfig, ModelConfig, RewardConfig, TaskConfig
 from reason_rl.data import TooFewProblems, char_tokenizer, load_problems
 from reason_rl.engine import Engine
 from reason_rl.model.transformer import Transformer
@@ -18,7 +18,7 @@ from reason_rl.records import Completion, Group, Problem, SamplingParams, Score
 from reason_rl.report.clock import Clock
 from reason_rl.reward import Grader
 from reason_rl.rl.advantages import has_signal
-from reason_rl.rollout.collect import build_session, collect, collect_groups, evaluate, refill
+from reason_rl.rollout.collect import collect, refill
 
 CONFIG = Config(
     model=ModelConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
@@ -267,16 +267,3 @@ def test_another_error_in_drawing_is_not_taken_for_the_end_of_the_problems() -> 
     task = Task(dull={0})
     with pytest.raises(ValueError, match="only the text"):
         refill(task.sample([group(n).problem for n in range(4)]), 2, draw=draw, sample=task.sample)
-
-
-def test_a_step_counts_its_own_gradings_without_those_of_an_evaluation() -> None:
-    config = replace(CONFIG, rl=RLConfig(prompts_per_step=4, group_size=4))
-    session = build_session(config, WORLD, TOKENIZER, Transformer(CONFIG.model, TOKENIZER.vocab_size).initialise(0))
-    with session.grader:
-        evaluate(session, 0, 4, 2)
-        _, sampled, clock = collect_groups(session, 0)
-        verifiers = session.grader.service.take_metrics()
-    assert verifiers["gradings"] == 2 * sum(len(group.completions) for group in sampled)  # text and custom
-    assert verifiers["gradings_per_s"] > 0 and verifiers["deadlines_met"] == 1.0
-    assert verifiers["worker_restarts"] == 0 and verifiers["queue_peak"] >= 1
-    assert clock.seconds.keys() == {"rollout", "reward"}

@@ -32,7 +32,7 @@ def completion(text: str, index: int, ended: bool = True) -> Completion:
 
 THOUGHT = completion("<think>1+1=2</think><answer>2</answer>", 0)  # 5 thinking tokens, 11 in all
 DIRECT = completion("<think></think><answer>3</answer>", 1)  # none, 6 in all
-CUT = completion("<think>1+", 2, ended=False)  # 2 and counting, 3 in all
+CUT = completion("<think>1+", 2, ended=False)  # 2, not closed, 3 in all
 BARE = completion("2", 3)  # no tags, 2 in all
 GROUP = Group(Problem(5, "program", "p?", (9, 9), "2", level=4), (THOUGHT, DIRECT, CUT, BARE), (
     Score(1.1, {"accuracy": 1.0, "format": 1.0}),
@@ -43,7 +43,7 @@ GROUP = Group(Problem(5, "program", "p?", (9, 9), "2", level=4), (THOUGHT, DIREC
 
 
 @pytest.mark.parametrize(("n", "c"), [(4, 0), (4, 1), (5, 2), (6, 6), (7, 5)])
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n: int, c: int):
+def test_pass_at_k_is_the_fraction_of_subsets_with_a_right_sample(n: int, c: int):
     for k in range(1, n + 1):
         subsets = list(combinations(range(n), k))
         assert pass_at_k(n, c, k) == pytest.approx(sum(min(s) < c for s in subsets) / len(subsets), abs=1e-15)
@@ -82,9 +82,9 @@ def test_eval_metrics_of_a_group_counted_by_hand():
     })
 
 
-def test_what_could_not_be_graded_is_no_wrong_answer():
+def test_an_ungraded_completion_does_not_count_as_wrong():
     right, wrong, unknown = Score(1.0, {"accuracy": 1.0}), Score(0.0, {"accuracy": 0.0}), GROUP.scores[3]
-    judged = Score(0.0, {"accuracy": 1.0}, is_graded=False, cause="judge deadline: no verdict")  # right, whatever the judge says
+    judged = Score(0.0, {"accuracy": 1.0}, is_graded=False, cause="judge deadline: no verdict")  # accuracy is known
     groups = [Group(GROUP.problem, (DIRECT,) * 4, scores)
               for scores in ((right, unknown, unknown, unknown), (wrong, judged, unknown, right))]
     assert pass_at_powers(groups) == pytest.approx({"1": (1 + 2 / 3) / 2, "2": 1.0})
@@ -95,13 +95,13 @@ def test_what_could_not_be_graded_is_no_wrong_answer():
     assert pass_at_powers([replace(groups[0], scores=(unknown,) * 4)]) == {}
 
 
-def test_a_share_of_the_tests_is_no_right_answer():
+def test_a_partial_accuracy_does_not_count_as_right():
     group = Group(GROUP.problem, (DIRECT,) * 2, (Score(0.75, {"accuracy": 0.75}), Score(1.0, {"accuracy": 1.0})))
     assert eval_metrics([group], TOKENIZER)["accuracy"] == rollout_metrics([group], TOKENIZER)["accuracy"] == 1 / 2
     assert pass_at_powers([group]) == {"1": 1 / 2, "2": 1.0}
 
 
-def test_a_mean_over_nobody_is_none_and_not_a_number():
+def test_a_mean_over_nothing_is_none():
     direct = Group(GROUP.problem, (DIRECT,), GROUP.scores[1:2])
     values = eval_metrics([direct], TOKENIZER)
     assert values["accuracy_given_thought"] is None and values["mean_thinking_tokens_among_thinkers"] is None

@@ -15,7 +15,8 @@ import torch
 
 import train
 from reason_rl.config import ConfigError, load_config, parse_command_line
-from reason_rl.data.problems import GeneratedProblems, TooFewProblems
+from reason_rl.data import TooFewProblems
+from reason_rl.data.generated import GeneratedProblems
 from reason_rl.model.weights import load_model
 from reason_rl.parallel import world as distributed
 from reason_rl.run import stage_folder as stage_folder_module
@@ -340,7 +341,8 @@ def test_a_broken_reward_leaves_completions_ungraded_and_the_run_goes_on(
     ["--rl.dynamic_sampling=2", "--rl.drop_truncated=true"], ["--loss.ratio=sequence", "--loss.normalizer=sequence"],
     ["--loss.normalizer=constant", "--rl.advantage=mean", "--rl.drop_no_signal=false"],
     ["--rl.num_minibatches=16"], ["--dtype=bfloat16", "--optim.name=muon"],
-    ["--model.num_experts=1", "--model.intermediate_size=24"], ["--run.exact=on", "--dtype=bfloat16"], ["--rl.routing_replay=true", "--run.exact=on"],
+    ["--model.num_experts=1", "--model.intermediate_size=24"], ["--run.exact=on", "--dtype=bfloat16"],
+    ["--rl.routing_replay=true", "--run.exact=on"],
     ["--rl.routing_replay=true", "--model.num_experts=1", "--model.intermediate_size=24"], ["--engine.decoder=ops"], FAR_FROM_DEFAULT,
 ], ids=lambda more: more[0])  # fmt: skip
 def test_every_way_of_training_stops_and_goes_on_to_the_same_bits(

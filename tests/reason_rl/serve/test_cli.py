@@ -1,4 +1,4 @@
-"""The command that talks to a checkpoint: tokens stream to stdout, and what goes wrong is one line on stderr."""
+"""The command that talks to a checkpoint: tokens stream to stdout, bad input is one line on stderr."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_each_token_is_written_as_it_is_drawn(
     assert code == 0 and not err and 0 < len(seen) <= 9 and sum(map(bool, seen)) >= len(seen) - 1  # an end token shows nothing
 
 
-def test_greedy_says_the_same_twice_and_samples_differ(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
+def test_greedy_repeats_itself_and_samples_differ(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     first, second = (run(capsys, checkpoint, PROMPT, "--temperature", 0, "--max-tokens", 12) for _ in range(2))
     assert first == second and first[0] == 0 and first[1].strip()
     _, out, _ = run(capsys, checkpoint, PROMPT, "--samples", 3, "--max-tokens", 12)
@@ -65,7 +65,7 @@ def test_greedy_says_the_same_twice_and_samples_differ(checkpoint: Path, capsys:
 
 
 @pytest.mark.parametrize(("prompt", "words"), [("a2%", "character '%'"), ("a" * 40, "40 tokens"), ("", "is empty")])
-def test_a_prompt_that_cannot_be_is_one_line_on_stderr(
+def test_a_prompt_that_cannot_be_answered_is_one_line_on_stderr(
     prompt: str, words: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ):
     code, out, err = run(capsys, checkpoint, prompt)
@@ -107,7 +107,7 @@ def test_a_missing_or_damaged_checkpoint_is_one_line_on_stderr(
     assert code == 1 and not out and "given" in err and err.count("\n") == 1
 
 
-def test_a_bad_line_is_said_and_the_next_one_is_answered(
+def test_after_a_bad_line_the_next_one_is_answered(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("sys.stdin", io.StringIO(f"a%\n{PROMPT}\n"))
@@ -115,7 +115,7 @@ def test_a_bad_line_is_said_and_the_next_one_is_answered(
     assert code == 0 and out.strip() and err.count("\n") == 1 and "character '%'" in err
 
 
-def test_the_cache_is_not_allotted_for_the_whole_of_a_long_context(
+def test_by_default_the_cache_is_not_allocated_for_a_whole_long_context(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     asked: list[int] = []
@@ -139,7 +139,7 @@ def test_ctrl_c_leaves_quietly(checkpoint: Path, capsys: pytest.CaptureFixture[s
     assert code == 130 and not out.strip() and not err
 
 
-def test_a_template_stands_around_the_prompt_and_its_prefix_is_shown(
+def test_a_template_makes_the_prompt_and_its_prefix_is_shown(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "own.toml").write_text('prompt = "{problem}?"\ncompletion_prefix = "<think>"\n')
@@ -158,7 +158,7 @@ def test_a_template_stands_around_the_prompt_and_its_prefix_is_shown(
 
 
 def shown(tokenizer: Tokenizer, text: str) -> list[str]:
-    """What each token writes, colours included: <think> dim (2), <answer> bold green (1;32)."""
+    """The output of each token with its colours: <think> dim (2), <answer> bold green (1;32)."""
     console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=200)
     show, said = cli.make_printer(tokenizer, console), []
     for token in [*(t for piece in text for t in tokenizer.encode(piece)), *tokenizer.stop_ids[-1:]]:
@@ -168,13 +168,13 @@ def shown(tokenizer: Tokenizer, text: str) -> list[str]:
     return said
 
 
-def test_characters_are_shown_whole_and_every_end_token_not_at_all(tmp_path: Path):
+def test_characters_are_shown_whole_and_end_tokens_not_at_all(tmp_path: Path):
     assert shown(byte_tokenizer(), "a数b") == ["a", "", "", "数", "b", ""]
     pieces = Tokenizer.load(folder_of(tmp_path, generation={"eos_token_id": [2, 3]}))
     assert pieces.stop_ids == (2, 3) and shown(pieces, "ab") == ["a", "b", ""]
 
 
-def test_thought_and_answer_have_their_styles_also_where_tags_are_several_tokens(tmp_path: Path):
+def test_thought_and_answer_are_styled_even_if_tags_are_several_tokens(tmp_path: Path):
     pieces = Tokenizer.load(folder_of(tmp_path))
     assert not pieces.has_token("<think>")
     said = shown(pieces, "a<think>b</think>c<answer>d</answer>e")

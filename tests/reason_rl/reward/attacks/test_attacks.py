@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 
+from reason_rl.answers.math import grade_math
 from reason_rl.answers.verdict import Verdict
-from reason_rl.reward.code import SandboxError, extract_code, require_sandbox, run_code
+from reason_rl.reward.code import extract_code, grade_code
+from reason_rl.reward.parts import grade_text
 from reason_rl.reward.pool.service import Kind, VerifierService
-from reason_rl.sandbox.sandbox import known_mechanisms
+from reason_rl.sandbox.sandbox import SandboxError, known_mechanisms, require_sandbox
 from tests.reason_rl.reward.attacks.tables import TABLES, Attack, load
 from tests.reason_rl.reward.attacks.world import World
 
@@ -50,10 +52,9 @@ def need_sandbox() -> None:
 
 def kinds() -> list[Kind]:
     return [
-        Kind("math", "reason_rl.answers.math:grade_math", deadline_s=5.0, memory_bytes=1 << 30),
-        Kind("text", "reason_rl.answers.text:grade_text", deadline_s=5.0, memory_bytes=1 << 30,
-             options={"has_language": False, "repetition_ngram": 0}),
-        Kind("code", "reason_rl.reward.code:run_code", deadline_s=CODE_LIMITS["deadline_s"] + 5, num_workers=NUM_WORKERS, batch=1,
+        Kind("math", grade_math, deadline_s=5.0, memory_bytes=1 << 30),
+        Kind("text", grade_text, deadline_s=5.0, memory_bytes=1 << 30),
+        Kind("code", grade_code, deadline_s=CODE_LIMITS["deadline_s"] + 5, num_workers=NUM_WORKERS, batch=1,
              options=CODE_LIMITS | {"mechanisms": known_mechanisms("any")}),
     ]
 
@@ -115,7 +116,7 @@ def test_either_half_of_the_sandbox_holds_alone(table: str, use: tuple[str, ...]
     monkeypatch.setattr("reason_rl.reward.code.usable_mechanisms", lambda wanted: use)
     attacks = chosen(table, world, every=1)
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
-        verdicts = pool.map(lambda attack: run_code(request_of(attack)[1], **CODE_LIMITS), attacks)
+        verdicts = pool.map(lambda attack: grade_code(request_of(attack)[1], **CODE_LIMITS), attacks)
     assert not amiss(list(zip(attacks, verdicts)))
     assert not world.harm()
 
