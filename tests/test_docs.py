@@ -6,6 +6,7 @@ import ast
 import copy
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,15 @@ def test_every_test_that_a_page_names_exists(name: str):
     page = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert set(TEST.findall(page)), "the page names no test"
     assert set(TEST.findall(page)) - named_tests() == set()
+
+
+def test_the_code_on_the_kernels_page_is_the_ops():
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    folder = ROOT / "kernels" / "rms_norm"
+    files = [(folder / name).read_text(encoding="utf-8") for name in ("reference.py", "__init__.py")]
+    source = "".join(textwrap.dedent(line) for file in files for line in file.splitlines(keepends=True))
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        assert "".join(textwrap.dedent(line) for line in block.splitlines(keepends=True)) in source
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
