@@ -1,4 +1,4 @@
-"""README's examples of a surrogate and an op work as written: the tests run the code blocks themselves."""
+"""README's surrogate and the op of docs/kernels.md work as written: the tests run the code blocks themselves."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from kernels import dispatch
 from kernels.grpo_loss import LossInputs, grpo_loss
 from reason_rl.config import load_config, parse_command_line
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"^```\w+\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = [(Path(__file__).parents[1] / name).read_text(encoding="utf-8") for name in ("README.md", "docs/kernels.md")]
+BLOCKS = [block for page in PAGES for block in re.findall(r"^```\w+\n(.*?)^```", page, re.MULTILINE | re.DOTALL)]
 
 
 def block_with(words: str) -> str:
