@@ -38,10 +38,12 @@ def begin_run(config: Config, recipe: list[PlannedStage], world: World, folder: 
     view.recipe([stage.name for stage in recipe])
     if config.engine.decoder == "native" and cpu_unsupported_reason(world.device):
         raise ConfigError(f"engine.decoder='native' cannot run here: {cpu_unsupported_reason(world.device)}")
-    problems = {stage.name: load_problems(stage.config, tokenizer) for stage in recipe}
+    problems: dict[str, Problems] = {}
     lines = check_start(config, tokenizer)
     for stage in recipe:
-        lines += stage.kind.check(stage.config, tokenizer, problems[stage.name])
+        if stage.kind.uses_problems:
+            problems[stage.name] = load_problems(stage.config, tokenizer)
+        lines += stage.kind.check(stage.config, tokenizer, problems.get(stage.name))
     for line in dict.fromkeys([*lines, describe_machine(config, world)]):
         view.message(line)
 
@@ -84,7 +86,8 @@ def with_keys(config: Config, folder: RunFolder, recipe: list[PlannedStage], pro
     keys: dict[str, str] = {}
     for stage in recipe:
         after_key = keys[stage.after.name] if stage.after else ""
-        keys[stage.name] = key_of(stage, dtype, problems[stage.name].digest, after_key)
+        digest_of_stage = problems[stage.name].digest if stage.name in problems else ""
+        keys[stage.name] = key_of(stage, dtype, digest_of_stage, after_key)
     if config.run.resume == "never":  # or there would be nothing to do
         keys[recipe[-1].name] += f"-{folder.path.name}"
     compute = {"dtype": dtype, "kernels": kernels, "problems": digest}

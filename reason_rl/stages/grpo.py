@@ -35,10 +35,12 @@ class Grpo:
     rooms: ClassVar[tuple[str, ...]] = (
         "model", "data", "answers", "reward", "engine", "rl", "rollout", "trainer", "stages", "kernels")
     starts_from_weights: ClassVar[bool] = True
+    uses_problems: ClassVar[bool] = True
     log_every: ClassVar[int] = 1
 
     def __init__(self, start: StageStart) -> None:
         config = start.config
+        assert start.problems is not None
         self.config, self.world, self.tokenizer, self.problems = config, start.world, start.tokenizer, start.problems
         self.num_steps, self.checkpoint_every = config.rl.steps, config.run.checkpoint_every
         self.sampling = replace(config.sampling, stop_ids=start.tokenizer.stop_ids)
@@ -111,8 +113,9 @@ class Grpo:
         self.grader.close()
 
     @staticmethod
-    def check(config: Config, tokenizer: Tokenizer, problems: Problems) -> list[str]:
+    def check(config: Config, tokenizer: Tokenizer, problems: Problems | None) -> list[str]:
         """Problems that are too few, prompts that do not fit, a reward that is missing, a sandbox that does not hold."""
+        assert problems is not None
         settings = config.eval
         known = problems.to_check(config.rl.prompts_per_step, max(settings.final_problems, settings.problems))
         problems.check(known, config)
