@@ -160,6 +160,13 @@ def test_the_table_of_times_has_a_line_per_case_and_implementation():
     assert lines[-2] == "| 8x4 | float32 | native | 10 us | 10 us | 1.0e-08 |" and len(lines) == 4 + 3
 
 
+def test_a_record_without_native_kernels_is_refused():
+    record = copy.deepcopy(RECORD)
+    record["rows"] = [row for row in record["rows"] if row["side"] != "native"]
+    with pytest.raises(ValueError, match="native did not run at 8x4 float32"):
+        ladder.table(record)
+
+
 def test_the_times_on_the_page_are_the_records():
     """After a measurement: python -m docs.ladder. Without a record the page has no times."""
     times = ladder.table(json.loads(ladder.RECORD.read_text(encoding="utf-8"))) if ladder.RECORD.is_file() else ""
