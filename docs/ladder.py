@@ -30,7 +30,7 @@ def table(record: Mapping[str, Any]) -> str:
     for shape, dtype in dict.fromkeys(key[:2] for key in found):
         for name in IMPLEMENTATIONS:
             if (shape, dtype, name, "full") not in found:
-                raise ValueError(f"the record must have times of {', '.join(IMPLEMENTATIONS)}; {name} did not run at {shape} {dtype}")
+                raise ValueError(f"times of {', '.join(IMPLEMENTATIONS)} expected; {name} did not run at {shape} {dtype}")
             forward, full = (found[shape, dtype, name, direction] for direction in ("forward", "full"))
             times = (f"{row['median_s'] * 1e6:,.0f} us" for row in (forward, full))
             lines.append(f"| {shape} | {dtype} | {name} | {' | '.join(times)} | {forward['error']:.1e} |")
