@@ -25,7 +25,7 @@ def table(record: Mapping[str, Any]) -> str:
     found = {(row["shape"], row["dtype"], row["side"], row["direction"]): row
              for row in record["rows"] if row["op"] == "rms_norm" and "says" not in row}
     lines = [
-        f"{setting['device_name']}, {setting['threads']} threads, torch {setting['torch']}, commit {setting['commit'][:12]}:", "",
+        f"{setting['device_name']}, {setting['threads']} thread(s), torch {setting['torch']}, commit {setting['commit'][:12]}:", "",
         "| shape | dtype | implementation | forward | forward and backward | error of the values |", "|---|---|---|---|---|---|"]
     for shape, dtype in dict.fromkeys(key[:2] for key in found):
         for name in IMPLEMENTATIONS:

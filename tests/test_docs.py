@@ -156,7 +156,7 @@ def test_the_table_of_times_has_a_line_per_case_and_implementation():
     record["rows"].append({"op": "rms_norm", "shape": "8x4", "dtype": "float32", "side": "liger-kernel", "direction": "forward",
                            "says": "not installed"})
     lines = ladder.table(record).splitlines()
-    assert lines[0] == "A CPU, 2 threads, torch 2.13.0, commit 0123456789ab:"
+    assert lines[0] == "A CPU, 2 thread(s), torch 2.13.0, commit 0123456789ab:"
     assert lines[-2] == "| 8x4 | float32 | native | 10 us | 10 us | 1.0e-08 |" and len(lines) == 4 + 3
 
 
