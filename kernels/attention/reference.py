@@ -19,6 +19,7 @@ from kernels.products import batch_in_blocks
 
 KEY_TILE = 64
 MIN_COLUMNS = 16
+"""Narrower products take other code paths in torch; the bits were checked for 16 columns or more."""
 MASKED = -1e30
 """exp(MASKED - max) is exactly 0 beside any real score; a padding row, all masked, stays finite."""
 

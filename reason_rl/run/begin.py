@@ -18,6 +18,7 @@ from kernels.native import ISA, cpu_unsupported_reason
 from reason_rl.config import Config, ConfigError, ModelConfig, table_of
 from reason_rl.data import Problems, Tokenizer, load_problems, tokenizer_of
 from reason_rl.model.hf_config import read_model_config
+from reason_rl.model.weights import check_weights
 from reason_rl.parallel.world import World
 from reason_rl.report.files import atomic_write_text
 from reason_rl.report.log import RunLog
@@ -38,10 +39,12 @@ def begin_run(config: Config, recipe: list[PlannedStage], world: World, folder: 
     view.recipe([stage.name for stage in recipe])
     if config.engine.decoder == "native" and cpu_unsupported_reason(world.device):
         raise ConfigError(f"engine.decoder='native' cannot run here: {cpu_unsupported_reason(world.device)}")
-    problems = {stage.name: load_problems(stage.config, tokenizer) for stage in recipe}
+    problems: dict[str, Problems] = {}
     lines = check_start(config, tokenizer)
     for stage in recipe:
-        lines += stage.kind.check(stage.config, tokenizer, problems[stage.name])
+        if stage.kind.uses_problems:
+            problems[stage.name] = load_problems(stage.config, tokenizer)
+        lines += stage.kind.check(stage.config, tokenizer, problems.get(stage.name))
     for line in dict.fromkeys([*lines, describe_machine(config, world)]):
         view.message(line)
 
@@ -57,6 +60,7 @@ def check_start(config: Config, tokenizer: Tokenizer) -> list[str]:
     if not config.model.init_from:
         return []
     shape, vocab_size = read_model_config(Path(config.model.init_from))
+    check_weights(Path(config.model.init_from))
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(f"{config.model.init_from}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {vocab_size}")
     pairs = {one.name: (getattr(config.model, one.name), getattr(shape, one.name))
@@ -84,7 +88,8 @@ def with_keys(config: Config, folder: RunFolder, recipe: list[PlannedStage], pro
     keys: dict[str, str] = {}
     for stage in recipe:
         after_key = keys[stage.after.name] if stage.after else ""
-        keys[stage.name] = key_of(stage, dtype, problems[stage.name].digest, after_key)
+        digest_of_stage = problems[stage.name].digest if stage.name in problems else ""
+        keys[stage.name] = key_of(stage, dtype, digest_of_stage, after_key)
     if config.run.resume == "never":  # or there would be nothing to do
         keys[recipe[-1].name] += f"-{folder.path.name}"
     compute = {"dtype": dtype, "kernels": kernels, "problems": digest}

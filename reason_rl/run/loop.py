@@ -40,7 +40,7 @@ class Run:
     world: World
     tokenizer: Tokenizer
     problems: dict[str, Problems]
-    """By stage."""
+    """By stage, of those that use problems."""
     view: View
     should_stop: Callable[[], bool]
     log: RunLog | None
@@ -109,7 +109,7 @@ class StageRun:
 
         # The stage, its weights as they were saved; then the log as it was then.
         self.stage = planned.kind(StageStart(
-            planned.config, run.world, run.tokenizer, run.problems[planned.name], folder, checkpoint))
+            planned.config, run.world, run.tokenizer, run.problems.get(planned.name), folder, checkpoint))
         self.first = self.stage.policy.num_steps_done
         self.seconds = dict(read_progress(checkpoint).seconds) if checkpoint else {}
         if checkpoint is not None:

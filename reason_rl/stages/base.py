@@ -30,7 +30,7 @@ class StageStart:
     config: Config
     world: World
     tokenizer: Tokenizer
-    problems: Problems
+    problems: Problems | None
     folder: Path | None
     """The checkpoint whose weights it starts from: the output of the stage before, or model.init_from; None: random weights."""
     checkpoint: Path | None
@@ -67,6 +67,8 @@ class Stage(Protocol):
     """The packages whose code its output depends on: after a change there, a finished output is not reused."""
     starts_from_weights: ClassVar[bool]
     """Needs a stage before it, or model.init_from."""
+    uses_problems: ClassVar[bool]
+    """Samples or measures on the task's problems; a stage that does not is handed None."""
     log_every: ClassVar[int]
     """Steps between two lines of metrics.jsonl."""
 
@@ -78,7 +80,7 @@ class Stage(Protocol):
     def __init__(self, start: StageStart) -> None: ...
 
     @staticmethod
-    def check(config: Config, tokenizer: Tokenizer, problems: Problems) -> list[str]:
+    def check(config: Config, tokenizer: Tokenizer, problems: Problems | None) -> list[str]:
         """Raises for whatever can fail before work starts -> lines that the run prints."""
 
     def step(self, index: int) -> StepStats:

@@ -28,6 +28,9 @@ from reason_rl.stages.heldout import evaluate_heldout
 from reason_rl.trainer.policy import frozen_copy
 from reason_rl.trainer.update import fill_logprobs, policy_update
 
+NOTABLE_GAP = 1e-3
+"""Nats between sampler and trainer on policy that are worth a warning where exactness is not expected."""
+
 
 class Grpo:
     kind: ClassVar[str] = "grpo"
@@ -35,10 +38,12 @@ class Grpo:
     rooms: ClassVar[tuple[str, ...]] = (
         "model", "data", "answers", "reward", "engine", "rl", "rollout", "trainer", "stages", "kernels")
     starts_from_weights: ClassVar[bool] = True
+    uses_problems: ClassVar[bool] = True
     log_every: ClassVar[int] = 1
 
     def __init__(self, start: StageStart) -> None:
         config = start.config
+        assert start.problems is not None
         self.config, self.world, self.tokenizer, self.problems = config, start.world, start.tokenizer, start.problems
         self.num_steps, self.checkpoint_every = config.rl.steps, config.run.checkpoint_every
         self.sampling = replace(config.sampling, stop_ids=start.tokenizer.stop_ids)
@@ -71,8 +76,9 @@ class Grpo:
                     updates.append(policy_update(
                         self.policy, microbatches, self.loss, self.sampling.temperature, lr_factor=self.policy.lr_factor(index),
                         max_gap=math.inf if number else self.max_gap))
-        return step_stats(index, groups, sampled, advantages, minibatches, updates, self.tokenizer, clock,
-                          lr=self.policy.lr_factor(index) * self.config.optim.lr, verifiers=self.grader.service.take_metrics())
+        stats = step_stats(index, groups, sampled, advantages, minibatches, updates, self.tokenizer, clock,
+                           lr=self.policy.lr_factor(index) * self.config.optim.lr, verifiers=self.grader.service.take_metrics())
+        return replace(stats, warnings=self.warnings(stats))
 
     def collect(self, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, key: int, clock: Clock,
                 with_routed_experts: bool = False) -> list[Group]:
@@ -107,12 +113,27 @@ class Grpo:
         """How far the engine's logprobs may be from the trainer's on policy, in nats."""
         return 0.0 if self.config.run.exact == "on" else self.config.rl.max_logprob_gap or math.inf
 
+    def warnings(self, stats: StepStats) -> dict[str, str]:
+        """Completions without a grade, and a sampler that drifts from the trainer."""
+        found: dict[str, str] = {}
+        causes = [score.cause for group in stats.groups for score in group.scores if not score.is_graded]
+        if causes:
+            found["ungraded"] = (f"{len(causes)} completions could not be graded and take no part in the update (metric 'ungraded' "
+                                 f"counts them). The first: {causes[0]}")
+        gap = stats.metrics.get("max_abs_logprob_gap")
+        should_be_exact = self.world.device.type == "cpu" and self.config.run.exact != "off"
+        if gap is not None and not gap <= (0.0 if should_be_exact else NOTABLE_GAP):
+            found["gap"] = (f"sampler and trainer differ by {gap:.2g} nats on policy on this device; rl.old_logprobs='recompute' with "
+                            "loss.importance='tis' corrects for it.")
+        return found
+
     def close(self) -> None:
         self.grader.close()
 
     @staticmethod
-    def check(config: Config, tokenizer: Tokenizer, problems: Problems) -> list[str]:
+    def check(config: Config, tokenizer: Tokenizer, problems: Problems | None) -> list[str]:
         """Problems that are too few, prompts that do not fit, a reward that is missing, a sandbox that does not hold."""
+        assert problems is not None
         settings = config.eval
         known = problems.to_check(config.rl.prompts_per_step, max(settings.final_problems, settings.problems))
         problems.check(known, config)

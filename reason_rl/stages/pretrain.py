@@ -28,6 +28,7 @@ class Pretrain:
     sections: ClassVar[tuple[str, ...]] = ("model", "task", "pretrain", "pretrain_optim")
     rooms: ClassVar[tuple[str, ...]] = ("model", "data")
     starts_from_weights: ClassVar[bool] = False
+    uses_problems: ClassVar[bool] = False
     log_every: ClassVar[int] = 10
 
     def __init__(self, start: StageStart) -> None:
@@ -44,7 +45,7 @@ class Pretrain:
         self._since_log_s, self._since_log_tokens = 0.0, 0
 
     @staticmethod
-    def check(config: Config, tokenizer: Tokenizer, problems: Problems) -> list[str]:
+    def check(config: Config, tokenizer: Tokenizer, problems: Problems | None) -> list[str]:
         corpus_documents(config, tokenizer, 0, DOCUMENTS_PER_DRAW)  # raises for a document that does not fit the context
         return []
 

@@ -11,7 +11,7 @@ from reason_rl.config import ModelConfig
 from reason_rl.data import Tokenizer, byte_tokenizer
 from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import save_weights
-from tests.reason_rl.run.tiny_run import fingerprints, never_stop, rows, run_here, stop_after
+from tests.reason_rl.run.tiny_run import fingerprints, forget, never_stop, rows, run_here, stop_after
 
 MODEL = ModelConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4,
                     moe_intermediate_size=24, max_position_embeddings=96)
@@ -37,10 +37,10 @@ def test_a_run_on_a_file_ends_with_a_checkpoint_and_lists_what_it_left_out(given
     run = tmp_path / "tiny"
     (bad,) = (run / "left_out.txt").read_text().splitlines()
     assert bad.startswith(f"{tmp_path}/own.jsonl:10: it is not valid JSON") and "1 rows are left out" in capsys.readouterr().out
-    (first, *_), (second, *_) = rows(run / "rollouts", "step_000001.jsonl"), rows(run / "rollouts", "step_000002.jsonl")
+    (first, *_), (second, *_) = rows(run / "rollouts/grpo", "step_000001.jsonl"), rows(run / "rollouts/grpo", "step_000002.jsonl")
     assert first["prompt"].startswith("Q: Größe ") and first["prompt"].endswith("?\n<think>")
     assert first["problem_id"] != second["problem_id"]
-    seen = {row["prompt"] for path in (run / "rollouts").iterdir() for row in rows(run / "rollouts", path.name)}
+    seen = {row["prompt"] for path in (run / "rollouts/grpo").iterdir() for row in rows(run / "rollouts/grpo", path.name)}
     assert len(seen) == 12  # three steps of four, each problem once
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["task"], summary["heldout_problems"], summary["max_abs_logprob_gap"]) == ("jsonl", 6, 0.0)
@@ -51,6 +51,7 @@ def test_a_run_on_a_file_that_is_stopped_goes_on_to_the_same_bits(given: list[st
     more = [*given, "--task.on_bad_row=skip", "--rl.dynamic_sampling=1", "--run.rollout_every=1"]
     never_stop(monkeypatch)
     assert run_here(tmp_path, *more, "--name=whole") == 0
+    forget(tmp_path, "grpo")
     stop_after(monkeypatch, 2)
     assert run_here(tmp_path, *more, "--name=parts") == 130
     never_stop(monkeypatch)
@@ -61,7 +62,8 @@ def test_a_run_on_a_file_that_is_stopped_goes_on_to_the_same_bits(given: list[st
 def test_a_run_whose_file_has_changed_is_not_gone_on_with(given: list[str], tmp_path: Path, monkeypatch, capsys):
     stop_after(monkeypatch, 2)
     assert run_here(tmp_path, *given, "--task.on_bad_row=skip") == 130
-    told = "as it is, so these play no part: model.expert_bias = True (it has False), model.max_position_embeddings = 64 (it has 96)."
+    told = ("as it is, so these keys have no effect: model.expert_bias = True (it has False), "
+            "model.max_position_embeddings = 64 (it has 96).")
     assert told in " ".join(capsys.readouterr().out.split())
     with (tmp_path / "own.jsonl").open("a", encoding="utf-8") as file:
         file.write('\n{"problem": "1 + 1?", "result": "2"}\n')

@@ -97,7 +97,7 @@ def test_two_steps_of_the_preset_are_taken_on_the_data(finished: Path, data: Pat
     steps = rows(finished, stage="grpo", phase="train")
     assert [row["step"] for row in steps] == [1, 2]
     assert all(row["num_loss_tokens"] > 0 and row["grad_norm"] > 0 and row["max_abs_logprob_gap"] == 0 for row in steps)
-    sample = rows(finished / "rollouts", "step_000001.jsonl")[0]
+    sample = rows(finished / "rollouts/grpo", "step_000001.jsonl")[0]
     questions = [json.loads(line)["question"] for line in (data / "train.jsonl").read_text().splitlines()]
     assert sample["prompt"].startswith("<|im_start|>user\n") and sample["prompt"].endswith("<|im_start|>assistant\n")
     assert any(question in sample["prompt"] for question in questions)
