@@ -89,7 +89,7 @@ def pick_isa(requested: str, flags: frozenset[str]) -> tuple[str, str]:
     for isa in usable:
         if not is_stale(library(isa)):
             return isa, ""
-    return "", STALE if usable else "not built here (`make native` builds it and says what is missing)"
+    return "", STALE if usable else "not built here (`make native` builds it, or names what is missing)"
 
 
 def load(requested: str) -> tuple[str, str]:
@@ -127,7 +127,7 @@ def _load_cuda() -> str:
     if not torch.cuda.is_available():
         return "no CUDA device"
     if not path.is_file():
-        return "not built here (`make native` builds it where nvcc is found)"
+        return "not built here (`make native` builds it if nvcc is found)"
     if is_stale(path):
         return STALE
     try:

@@ -1,4 +1,4 @@
-"""README's recipes for a loss, a surrogate and an op work as written: the tests run the code blocks themselves."""
+"""README's surrogate and the op of docs/kernels.md work as written: the tests run the code blocks themselves."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from kernels import dispatch
 from kernels.grpo_loss import LossInputs, grpo_loss
 from reason_rl.config import load_config, parse_command_line
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"^```\w+\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = [(Path(__file__).parents[1] / name).read_text(encoding="utf-8") for name in ("README.md", "docs/kernels.md")]
+BLOCKS = [block for page in PAGES for block in re.findall(r"^```\w+\n(.*?)^```", page, re.MULTILINE | re.DOTALL)]
 
 
 def block_with(words: str) -> str:
@@ -32,13 +32,6 @@ def command_line(block: str) -> list[str]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def test_the_loss_recipe_is_a_config_that_loads(folder: Path):
-    block = block_with("# my_loss.toml")
-    (folder / "my_loss.toml").write_text(block)
-    config = parse_command_line(command_line(block))
-    assert config.run.name == "my_loss" and config.loss.ratio == "sequence"
 
 
 def test_the_surrogate_recipe_trains_by_its_function(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,5 @@
 // torch.ops.reason_rl.sample_cuda: checks the arguments and launches cuda.cu's kernel. It is built into a
-// library of its own, so that the CPU library does not need CUDA.
+// separate library, so that the CPU libraries do not need CUDA.
 #include "cuda.h"
 
 #include "../common/tensor.h"

@@ -104,8 +104,9 @@ def check_model(model: ModelConfig) -> None:
         raise ConfigError(f"model.num_dense_layers must be below model.num_hidden_layers = {model.num_hidden_layers}, "
                           f"got {model.num_dense_layers}")
     if (model.num_experts == 1 or model.num_dense_layers) and not model.intermediate_size > 0:
-        raise ConfigError(f"model.intermediate_size, the width of a dense MLP, must be above 0 with model.num_experts = "
-                          f"{model.num_experts} and model.num_dense_layers = {model.num_dense_layers}, got {model.intermediate_size}")
+        raise ConfigError("model.intermediate_size, the width of a dense MLP, must be above 0 with model.num_experts = "
+                          f"{model.num_experts} and model.num_dense_layers = {model.num_dense_layers}, "
+                          f"got {model.intermediate_size}")
 
 
 def _check_names(config: Config) -> None:

@@ -38,8 +38,9 @@ class FileProblems(Problems):
         # Read the rows and split them. A text that is held out is removed from train wherever it occurs.
         reader, (path, heldout_path) = RowReader(task, verifier_of(task.name, config.reward.verifier), tokenizer), find_files(task)
         rows = list(reader.exercises(path))
-        held = [row for row in rows if split_of(row[1].key, task) == "heldout"]
-        if heldout_path is not None:
+        if heldout_path is None:
+            held = [row for row in rows if split_of(row[1].key, task) == "heldout"]
+        else:
             held = list(reader.exercises(heldout_path))
         held_keys = {exercise.key for _, exercise in held}
         if heldout_path is not None:

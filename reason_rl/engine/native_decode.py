@@ -25,8 +25,8 @@ from kernels.checks import check
 from kernels.native import DTYPES, OPS, cpu_unsupported_reason
 from reason_rl.model.transformer import MLP, Block, Transformer
 
-__all__ = ["DecodeBatch", "DecodeModel", "LayerWeights", "cpu_unsupported_reason", "decode", "pack_layer", "pack_model", "pack_weight",
-           "store_keys", "unsupported_reason"]
+__all__ = ["DecodeBatch", "DecodeModel", "LayerWeights", "decode", "pack_layer", "pack_model", "pack_weight", "store_keys",
+           "unsupported_reason"]
 
 LANES = 16
 """Columns of a packed panel (csrc/common/gemm.h)."""

@@ -136,6 +136,13 @@ def load_weights(folder: Path, model: Transformer) -> None:
             views[name][start : start + chunk.shape[0]].copy_(chunk)
 
 
+def check_weights(folder: Path) -> None:
+    """Raises for a folder whose safetensors cannot be read or are not those of its config.json. Reads no weights."""
+    with torch.device("meta"):
+        model = Transformer(*read_model_config(folder))
+    _check_tensors(folder, file_views(model.state_dict(), model.config), model)
+
+
 def load_model(
     folder: str | Path, compute_dtype: torch.dtype = torch.float32, weights_dtype: torch.dtype = torch.float32
 ) -> Transformer:

@@ -18,6 +18,7 @@ from kernels.native import ISA, cpu_unsupported_reason
 from reason_rl.config import Config, ConfigError, ModelConfig, table_of
 from reason_rl.data import Problems, Tokenizer, load_problems, tokenizer_of
 from reason_rl.model.hf_config import read_model_config
+from reason_rl.model.weights import check_weights
 from reason_rl.parallel.world import World
 from reason_rl.report.files import atomic_write_text
 from reason_rl.report.log import RunLog
@@ -59,6 +60,7 @@ def check_start(config: Config, tokenizer: Tokenizer) -> list[str]:
     if not config.model.init_from:
         return []
     shape, vocab_size = read_model_config(Path(config.model.init_from))
+    check_weights(Path(config.model.init_from))
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(f"{config.model.init_from}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {vocab_size}")
     pairs = {one.name: (getattr(config.model, one.name), getattr(shape, one.name))

@@ -28,6 +28,9 @@ from reason_rl.stages.heldout import evaluate_heldout
 from reason_rl.trainer.policy import frozen_copy
 from reason_rl.trainer.update import OnLoss, fill_logprobs, policy_update
 
+NOTABLE_GAP = 1e-3
+"""Nats between sampler and trainer on policy that are worth a warning where exactness is not expected."""
+
 
 class Grpo:
     kind: ClassVar[str] = "grpo"
@@ -71,8 +74,9 @@ class Grpo:
                 # Update: forward, loss, backward, clip, optimizer step. Only the first one of a step is on policy.
                 for number, microbatches in enumerate(minibatches):
                     updates.append(self.update(microbatches, index, max_gap=math.inf if number else self.max_gap))
-        return step_stats(index, groups, sampled, advantages, minibatches, updates, self.tokenizer, clock,
-                          lr=self.policy.lr_factor(index) * self.config.optim.lr, verifiers=self.grader.service.take_metrics())
+        stats = step_stats(index, groups, sampled, advantages, minibatches, updates, self.tokenizer, clock,
+                           lr=self.policy.lr_factor(index) * self.config.optim.lr, verifiers=self.grader.service.take_metrics())
+        return replace(stats, warnings=self.warnings(stats))
 
     def collect(self, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, key: int, clock: Clock,
                 with_routed_experts: bool = False) -> list[Group]:
@@ -112,6 +116,20 @@ class Grpo:
     def max_gap(self) -> float:
         """How far the engine's logprobs may be from the trainer's on policy, in nats."""
         return 0.0 if self.config.run.exact == "on" else self.config.rl.max_logprob_gap or math.inf
+
+    def warnings(self, stats: StepStats) -> dict[str, str]:
+        """Completions without a grade, and a sampler that drifts from the trainer."""
+        found: dict[str, str] = {}
+        causes = [score.cause for group in stats.groups for score in group.scores if not score.is_graded]
+        if causes:
+            found["ungraded"] = (f"{len(causes)} completions could not be graded and take no part in the update (metric 'ungraded' "
+                                 f"counts them). The first: {causes[0]}")
+        gap = stats.metrics.get("max_abs_logprob_gap")
+        should_be_exact = self.world.device.type == "cpu" and self.config.run.exact != "off"
+        if gap is not None and not gap <= (0.0 if should_be_exact else NOTABLE_GAP):
+            found["gap"] = (f"sampler and trainer differ by {gap:.2g} nats on policy on this device; rl.old_logprobs='recompute' with "
+                            "loss.importance='tis' corrects for it.")
+        return found
 
     def close(self) -> None:
         self.grader.close()

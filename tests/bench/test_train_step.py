@@ -33,14 +33,14 @@ print(json.dumps(record | {"step_s": record["step_s"] * (1, 3, 1)[number]}))
 
 def test_a_measurement_holds_every_figure_shown_and_changes_the_weights(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(train_step.WORKLOADS, "tiny", (2, 4, 4, 6))
-    sessions, build = [], train_step.workload_session
+    seen, build = [], train_step.workload_stage
 
     def remembered(*arguments: object) -> object:
-        sessions.append(build(*arguments))  # type: ignore[arg-type]
-        sessions.append({name: value.detach().clone() for name, value in sessions[0].model.named_parameters()})
-        return sessions[0]
+        seen.append(build(*arguments))  # type: ignore[arg-type]
+        seen.append({name: value.detach().clone() for name, value in seen[0].policy.model.named_parameters()})
+        return seen[0]
 
-    monkeypatch.setattr(train_step, "workload_session", remembered)
+    monkeypatch.setattr(train_step, "workload_stage", remembered)
     record = train_step.measure("tiny", "float32", "cpu", steps=1, warmup=0)
     for key in train_step.SHOWN:
         assert math.isfinite(record[key]) and record[key] > 0, key
@@ -49,8 +49,8 @@ def test_a_measurement_holds_every_figure_shown_and_changes_the_weights(monkeypa
         assert record[f"{part}_tok_s"] == tokens / record[f"{part}_s"]
     assert record["step_s"] > record["rollout_s"] + record["train_s"]  # reward and logging are in it too
     assert record["max_abs_logprob_gap"] == 0.0
-    session, before = sessions
-    assert any(not torch.equal(before[name], value) for name, value in session.model.named_parameters())
+    stage, before = seen
+    assert any(not torch.equal(before[name], value) for name, value in stage.policy.model.named_parameters())
 
 
 def test_the_decode_floor_by_hand(monkeypatch: pytest.MonkeyPatch):
@@ -93,9 +93,9 @@ def test_logging_is_part_of_the_step(monkeypatch: pytest.MonkeyPatch):
             passes(4.0)
 
     stats = argparse.Namespace(metrics={}, timings={"step_s": 1.0, "train_s": 0.5})
-    monkeypatch.setattr(train_step, "grpo_step", lambda session, step: passes(1.0, stats))
+    stage = argparse.Namespace(step=lambda index: passes(1.0, stats))
     monkeypatch.setattr(train_step.time, "perf_counter", lambda: now[0])
-    assert train_step.timed_step(None, 0, SlowLog())[0] == {"step_s": 7.0, "train_s": 0.5}  # type: ignore[arg-type]
+    assert train_step.timed_step(stage, 0, SlowLog())[0] == {"step_s": 7.0, "train_s": 0.5}  # type: ignore[arg-type]
 
 
 def test_sides_take_turns_and_ratios_point_the_way_their_names_say(

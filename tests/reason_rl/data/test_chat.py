@@ -142,8 +142,8 @@ def test_text_and_tokens_are_those_of_transformers(family: str, where: str, tmp_
     transformers = pytest.importorskip("transformers")
     source, kind, switches = FAMILIES[family]
     named = [{"name": "tool_use", "template": "wrong"}, {"name": "default", "template": source}]
-    said = {} if where == "chat_template.jinja" else {"chat_template": source if where == "tokenizer_config.json" else named}
-    folder = folder_of(tmp_path, kind, bos_token=BOS.get(kind, "<s>"), **said)
+    values = {} if where == "chat_template.jinja" else {"chat_template": source if where == "tokenizer_config.json" else named}
+    folder = folder_of(tmp_path, kind, bos_token=BOS.get(kind, "<s>"), **values)
     if where == "chat_template.jinja":
         (folder / where).write_text(source, encoding="utf-8")
     ours, theirs = Tokenizer.load(folder), transformers.AutoTokenizer.from_pretrained(folder)

@@ -222,9 +222,9 @@ def test_a_stream_of_bytes_that_are_no_text_goes_on_after_them() -> None:
     broken, stream = BYTES.encode("🙂")[:1], TextStream(BYTES)
     assert [stream.push(token) for token in BYTES.encode("a数")] == ["a", "", "", "数"]
     assert stream.push(broken[0]) == "" and stream.push(BYTES.encode("b")[0]) == "\ufffdb"
-    said = [stream.push(token) for token in broken * 40]
-    assert "\ufffd" in "".join(said)  # it does not wait for ever
-    assert ("".join(said) + stream.push(BYTES.encode("!")[0])) == "\ufffd" * 40 + "!"
+    texts = [stream.push(token) for token in broken * 40]
+    assert "\ufffd" in "".join(texts)  # it does not hold them back for ever
+    assert ("".join(texts) + stream.push(BYTES.encode("!")[0])) == "\ufffd" * 40 + "!"
     assert stream.push(broken[0]) == "" and stream.flush() == "\ufffd" and stream.flush() == ""
     whole = BYTES.pieces(broken * 17 + BYTES.encode("🙂")[1:] + BYTES.encode("x"))  # held back too long
     assert "".join(whole) == "\ufffd" * 20 + "x"

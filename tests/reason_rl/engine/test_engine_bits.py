@@ -15,7 +15,7 @@ import torch
 from reason_rl.config import ModelConfig
 from reason_rl.model.scoring import token_logprobs
 from reason_rl.model.transformer import Transformer
-from reason_rl.parallel.fsdp import RolloutWeights
+from reason_rl.parallel.fsdp import SamplingWeights
 from reason_rl.records import Group
 from tests.reason_rl.tiny import (
     CPU,
@@ -186,7 +186,7 @@ def test_padding_rows_are_not_routed(moe: Transformer):
 def test_bf16_rollout_weights_give_the_trainers_bits(name: str, num_sequences: int):
     """The copy is cast once, the trainer at each use: same places, same rounding; expert activations included."""
     model = tiny_model(MODELS[name], dtype=torch.bfloat16, scale=5.0)
-    weights = RolloutWeights(model, replace(WORLD, size=2, dtype=torch.bfloat16))
+    weights = SamplingWeights(model, replace(WORLD, size=2, dtype=torch.bfloat16))
     assert not weights.shares_memory
     groups = generate(weights.model, num_sequences)
     assert [num_different(model, groups, tokens) for tokens in (1 << 20, 150)] == [0, 0]
@@ -194,7 +194,7 @@ def test_bf16_rollout_weights_give_the_trainers_bits(name: str, num_sequences: i
 
 def test_a_rollout_copy_follows_the_trainer_only_on_refresh():
     model = tiny_model(dtype=torch.bfloat16)
-    weights = RolloutWeights(model, replace(WORLD, size=2, dtype=torch.bfloat16))
+    weights = SamplingWeights(model, replace(WORLD, size=2, dtype=torch.bfloat16))
     with torch.no_grad():
         model.embedding.weight.mul_(1.5)
         model.blocks[0].mlp.expert_bias += 1.0  # type: ignore[operator, union-attr]
@@ -206,4 +206,4 @@ def test_a_rollout_copy_follows_the_trainer_only_on_refresh():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_process_samples_from_the_trainers_own_tensors(dtype: torch.dtype):
     model = tiny_model(dtype=dtype)
-    assert RolloutWeights(model, replace(WORLD, dtype=dtype)).model is model and model.embedding.weight.device == CPU
+    assert SamplingWeights(model, replace(WORLD, dtype=dtype)).model is model and model.embedding.weight.device == CPU

@@ -13,7 +13,7 @@ import torch
 from kernels.__main__ import import_ops
 from kernels.dispatch import table
 from reason_rl.model.transformer import Transformer
-from reason_rl.parallel.fsdp import RolloutWeights
+from reason_rl.parallel.fsdp import SamplingWeights
 from tests.reason_rl.engine.test_engine_bits import BATCHES, LENGTHS, MODELS, generate, outcomes
 from tests.reason_rl.tiny import WORLD, make_engine, num_different, problem, sampling, tiny_model
 
@@ -92,7 +92,7 @@ def test_preemption_changes_no_bit(dtype: torch.dtype):
 def test_the_copy_that_samples_gives_the_trainers_bits(dtype: torch.dtype):
     """In bf16 the engine reads a copy that was cast once; the trainer casts at each use."""
     model = on_gpu("default", dtype)
-    weights = RolloutWeights(model, replace(WORLD, device=CUDA, dtype=dtype))
+    weights = SamplingWeights(model, replace(WORLD, device=CUDA, dtype=dtype))
     assert weights.shares_memory == (dtype == torch.float32)
     groups = generate(weights.model, 65)
     assert [num_different(model, groups, tokens) for tokens in (1 << 20, 150)] == [0, 0]

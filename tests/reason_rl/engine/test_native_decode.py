@@ -1,6 +1,6 @@
 """reason_rl.engine.native_decode checks its arguments: a bad one is an error and never a read out of bounds.
 
-That its tokens and logprobs are the model's own is held by tests/reason_rl/test_engine_bits.py.
+test_decoders.py and test_engine_bits.py compare its tokens and logprobs with the model's.
 """
 
 from __future__ import annotations

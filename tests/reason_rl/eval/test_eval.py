@@ -107,6 +107,17 @@ def test_without_out_the_results_are_in_the_runs_folder(checkpoint: Path, tmp_pa
     assert summary_of(tmp_path / "tiny/evals/final-program-rl")["problems"] == 2
 
 
+def test_a_checkpoint_is_measured_by_the_keys_of_its_stage(checkpoint: Path, tmp_path: Path):
+    shutil.copytree(checkpoint.parents[1], tmp_path / "tiny")
+    shutil.copytree(checkpoint, tmp_path / "tiny/checkpoints/early")
+    with (tmp_path / "tiny/config.toml").open("a") as file:
+        for name, max_tokens in (("early", 11), ("late", 12)):
+            file.write(f'[[stage]]\nkind = "grpo"\nname = "{name}"\nsampling = {{max_tokens = {max_tokens}}}\n')
+    for name, max_tokens in (("early", 11), ("final", 12)):  # final: the last stage's
+        assert run(tmp_path / "tiny/checkpoints" / name, tmp_path / name, "--problems=1", "--samples=1") == 0
+        assert summary_of(tmp_path / name)["setting"]["sampling.max_tokens"] == max_tokens
+
+
 def test_an_interrupted_evaluation_continues_and_ends_in_the_same_files(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -192,7 +203,7 @@ BAD = [
     (["--max-tokens=-5"], "max_tokens must be >= 1, got -5"),
     (["--max-tokens=0"], "max_tokens must be >= 1, got 0"),
     (["--split=all"], "task 'program' generates its problems without end"),
-    (["--task=gsm8k"], "give task.path a JSONL file"),
+    (["--task=gsm8k"], "set task.path to a JSONL file"),
     (["--task.template=chat"], "the checkpoint has none"),
     (["--task=programm"], "unknown task.name 'programm'"),
     (["--task.levle=3"], "unknown config key task.levle"),
@@ -202,6 +213,7 @@ BAD = [
     (["--eval.every=2"], "--eval.every=2 has no effect on an evaluation"),
     (["--run.seed=2"], "use --seed"),
     (["--rl.group_size=2"], "--rl.group_size=2 has no effect on an evaluation"),
+    (["--grpo.rl.group_size=2"], "--grpo.rl.group_size=2 has no effect on an evaluation"),
     (["--model.num_hidden_layers=2"], "--model.num_hidden_layers=2 has no effect on an evaluation"),
     (["--reward.custom=a:b"], "--reward.custom=a:b has no effect on an evaluation"),
     (["--config=nowhere.toml"], "no config file at nowhere.toml"),

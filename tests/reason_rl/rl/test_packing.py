@@ -163,13 +163,28 @@ def test_pack_leaves_out_updates_without_completions():
     assert only(microbatches).num_sequences == 1
 
 
-@pytest.mark.parametrize("device", ["meta"])
-def test_packing_never_reads_the_advantages_on_the_host(device: str):
+def test_packing_never_reads_the_advantages_on_the_host():
     """A meta tensor has no values, so that any read raises; on a GPU the same read would wait for the device."""
     groups = [graded(hand_made_group(i, 3, [2, 1, 4])) for i in range(2)]
     estimate = compute_advantages(groups, RLConfig(), CPU)
-    updates = pack(groups, replace(estimate, advantages=estimate.advantages.to(device)), 2, 100)
-    assert [m.advantages.device.type for u in updates for m in u if m.advantages is not None] == [device] * 2
+    updates = pack(groups, replace(estimate, advantages=estimate.advantages.to("meta")), 2, 100)
+    assert [m.advantages.device.type for u in updates for m in u if m.advantages is not None] == ["meta"] * 2
+
+
+@pytest.mark.gpu
+def test_advantages_reach_the_microbatches_of_a_gpu_without_a_sync():
+    groups = [graded(hand_made_group(i, 3, [2, 1, 4])) for i in range(2)]
+    cuda = torch.device("cuda")
+    pack(groups, compute_advantages(groups, RLConfig(), cuda), 2, 100)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        updates = pack(groups, compute_advantages(groups, RLConfig(), cuda), 2, 100)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = pack(groups, compute_advantages(groups, RLConfig(), CPU), 2, 100)
+    for got, want in zip((m for u in updates for m in u), (m for u in expected for m in u), strict=True):
+        assert got.advantages is not None and want.advantages is not None
+        torch.testing.assert_close(got.advantages.cpu(), want.advantages, rtol=1e-6, atol=0)  # f64 statistics, stored in f32
 
 
 def test_documents_predict_from_the_second_token_on():

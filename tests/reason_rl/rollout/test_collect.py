@@ -22,7 +22,7 @@ from reason_rl.rollout.collect import collect, refill
 
 CONFIG = Config(
     model=ModelConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-                      num_experts=1, moe_intermediate_size=32, max_position_embeddings=64),
+                      num_experts=1, intermediate_size=32, max_position_embeddings=64),
     task=TaskConfig(min_level=2, max_level=3, heldout_share=0.1, rl_share=0.2), engine=EngineConfig(max_num_seqs=6),
     sampling=SamplingParams(max_tokens=24), reward=RewardConfig(custom="tests.reason_rl.run.train_rewards:by_hash"))
 TOKENIZER = char_tokenizer()

@@ -11,7 +11,7 @@ from reason_rl.config import ModelConfig
 from reason_rl.data import Tokenizer, byte_tokenizer
 from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import save_weights
-from tests.reason_rl.run.tiny_run import fingerprints, never_stop, rows, run_here, stop_after
+from tests.reason_rl.run.tiny_run import fingerprints, forget, never_stop, rows, run_here, stop_after
 
 MODEL = ModelConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=4,
                     moe_intermediate_size=24, max_position_embeddings=96)
@@ -51,6 +51,7 @@ def test_a_run_on_a_file_that_is_stopped_goes_on_to_the_same_bits(given: list[st
     more = [*given, "--task.on_bad_row=skip", "--rl.dynamic_sampling=1", "--run.rollout_every=1"]
     never_stop(monkeypatch)
     assert run_here(tmp_path, *more, "--name=whole") == 0
+    forget(tmp_path, "grpo")
     stop_after(monkeypatch, 2)
     assert run_here(tmp_path, *more, "--name=parts") == 130
     never_stop(monkeypatch)

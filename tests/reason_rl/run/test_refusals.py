@@ -18,6 +18,8 @@ BAD = [
     (["--rl.stepz=3"], "rl.stepz.*did you mean 'rl.steps'"),
     (["--model.init_from=nowhere"], "no checkpoint folder at nowhere"),
     (["--task.name=programm"], "unknown task.name 'programm'"),
+    (["--task.name=nowhere:Double"], "task.name = 'nowhere:Double': importing 'nowhere' failed: ModuleNotFoundError"),
+    (["--task.name=tests.reason_rl.run.own_tasks:Double"], "Double is a Task and not a CorpusTask .*: set model.init_from"),
     (["--task.heldout_share=0"], "heldout.*share is 0.0: raise it"),
     (["--task.rl_share=0"], "train problems of task 'program'"),
     (["--sampling.max_tokens=60"], "max_position_embeddings = 64 less sampling.max_tokens = 60 leaves 4"),

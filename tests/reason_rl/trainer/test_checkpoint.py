@@ -15,6 +15,7 @@ from reason_rl.model.weights import load_model
 from reason_rl.trainer import checkpoint
 from reason_rl.trainer.checkpoint import (
     Progress,
+    link_folder,
     load_checkpoint,
     newest_checkpoint,
     prune_checkpoints,
@@ -25,12 +26,11 @@ from reason_rl.trainer.checkpoint import (
 from reason_rl.trainer.optimizer import Optimizer
 from tests.reason_rl.tiny import MOE, VOCAB_SIZE, WORLD, tiny_model
 
-PROGRESS = Progress("rl", 7, 14, {"rl_s": 2.5})
+PROGRESS = Progress(7, 14, {"grpo_s": 2.5})
 
 
-def save(folder: Path, model: Transformer, optimizer: Optimizer | None = None, progress: Progress | None = PROGRESS) -> None:
-    save_checkpoint(folder, model, WORLD, tokenizer_json=char_tokenizer().to_json(), eos_id=1, optimizer=optimizer,
-                    progress=progress, extra={"notes.txt": "hello"})
+def save(folder: Path, model: Transformer, optimizer: Optimizer | None = None) -> None:
+    save_checkpoint(folder, model, WORLD, char_tokenizer(), PROGRESS, optimizer=optimizer, files={"notes.txt": "hello"})
 
 
 def stepped() -> tuple[Transformer, Optimizer]:
@@ -61,9 +61,10 @@ def test_weights_optimizer_and_progress_come_back_to_the_bit(tmp_path: Path):
 def test_saving_again_replaces_the_folder(tmp_path: Path):
     folder = tmp_path / "final"
     save(folder, tiny_model(MOE, seed=1))
-    save(folder, tiny_model(MOE, seed=2), progress=None)
+    (folder / "stray").write_text("of the old folder")
+    save(folder, tiny_model(MOE, seed=2))
     assert torch.equal(load_model(folder).embedding.weight, tiny_model(MOE, seed=2).embedding.weight)
-    assert not (folder / "trainer.pt").exists() and [p.name for p in tmp_path.iterdir()] == ["final"]
+    assert not (folder / "stray").exists() and [p.name for p in tmp_path.iterdir()] == ["final"]
 
 
 def test_a_write_that_breaks_off_leaves_no_folder_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -93,6 +94,24 @@ def test_pruning_keeps_the_newest(tmp_path: Path):
     prune_checkpoints(tmp_path, 2, WORLD)
     assert {p.name for p in tmp_path.iterdir()} == {"step_000020", "step_000100", "final"}
     assert newest_checkpoint(tmp_path / "absent") is None
+
+
+def test_steps_are_ordered_by_number_and_only_step_folders_count(tmp_path: Path):
+    for name in ("step_1000000", "step_999999", "step_10_backup", "step_", ".step_2000000.77.partial"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_3000000").write_text("a file")
+    assert newest_checkpoint(tmp_path) == tmp_path / "step_1000000"
+    prune_checkpoints(tmp_path, 1, WORLD)
+    assert not (tmp_path / "step_999999").exists() and (tmp_path / "step_10_backup").exists()
+
+
+def test_a_linked_folder_shares_its_files_and_replaces_an_older_one(tmp_path: Path):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    link_folder(tmp_path / "old", tmp_path / "linked")
+    link_folder(tmp_path / "new", tmp_path / "linked")
+    assert (tmp_path / "linked/weights").samefile(tmp_path / "new/weights") and (tmp_path / "old/weights").read_text() == "old"
 
 
 def load(folder: Path) -> None:

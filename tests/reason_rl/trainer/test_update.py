@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -24,6 +25,7 @@ from reason_rl.records import Group, Microbatch
 from reason_rl.rl.advantages import compute_advantages
 from reason_rl.rl.packing import idle_microbatch, pack_documents, pack_samples, select_samples
 from reason_rl.trainer.optimizer import Optimizer
+from reason_rl.trainer.policy import Policy
 from reason_rl.trainer.update import fill_logprobs, policy_update, supervised_update
 from tests.reason_rl.tiny import (
     CPU,
@@ -50,6 +52,11 @@ SPECS = {
     "kl and entropy": LossSpec(kl_coef=0.1, entropy_coef=0.01),
 }
 GROUPS = [hand_made_group(i, 4 + 3 * i, [5, 1, 9, 3]) for i in range(3)]
+
+
+def policy_of(model: Transformer, optimizer: object, world: World = WORLD) -> Policy:
+    """The parts of a Policy that an update uses, as they are given."""
+    return SimpleNamespace(model=model, optimizer=optimizer, world=world, updated=lambda: None)  # type: ignore[return-value]
 
 
 class Catcher:
@@ -79,7 +86,7 @@ def policy_gradients(
     model: Transformer, packs: Sequence[Microbatch], spec: LossSpec = SPEC, world: World = WORLD, temperature: float = 1.0
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     catcher = Catcher(model)
-    metrics = policy_update(model, catcher, packs, world, spec=spec, temperature=temperature, lr_factor=1.0)  # type: ignore[arg-type]
+    metrics = policy_update(policy_of(model, catcher, world), packs, spec, temperature, lr_factor=1.0)
     return catcher.gradients, metrics
 
 
@@ -121,7 +128,7 @@ def test_the_supervised_gradient_does_not_depend_on_the_cut():
     model, seen = wide_model(DENSE), []
     for budget in (10**6, 20, 1):
         catcher = Catcher(model)
-        metrics = supervised_update(model, catcher, pack_documents(DOCUMENTS, budget), WORLD, lr_factor=1.0)  # type: ignore[arg-type]
+        metrics = supervised_update(policy_of(model, catcher), pack_documents(DOCUMENTS, budget), lr_factor=1.0)  # type: ignore[arg-type]
         seen.append((catcher.gradients, metrics))
     for gradients, metrics in seen[1:]:
         assert_same(seen[0][0], gradients, 1e-12)
@@ -206,10 +213,10 @@ def test_a_gap_above_the_limit_stops_the_update_and_the_weights_stay():
     wrong = [replace(pack, rollout_logprobs=pack.rollout_logprobs - 0.01) for pack in packs]  # type: ignore[operator]
     optimizer, before = Optimizer(model, OptimConfig()), {n: p.clone() for n, p in model.state_dict().items()}
     with pytest.raises(FloatingPointError, match=r"by 0\.01 nats on policy, more than rl\.max_logprob_gap = 0\.001"):
-        policy_update(model, optimizer, wrong, WORLD, spec=SPEC, temperature=1.0, lr_factor=1.0, max_gap=1e-3)
+        policy_update(policy_of(model, optimizer), wrong, SPEC, 1.0, lr_factor=1.0, max_gap=1e-3)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not optimizer.adamw.state
-    metrics = policy_update(model, optimizer, wrong, WORLD, spec=SPEC, temperature=1.0, lr_factor=1.0, max_gap=0.02)
+    metrics = policy_update(policy_of(model, optimizer), wrong, SPEC, 1.0, lr_factor=1.0, max_gap=0.02)
     assert metrics["max_abs_logprob_gap"] == pytest.approx(0.01, abs=1e-6)
     assert "logprob_gap_max" not in metrics, "one name for one thing"
 
@@ -221,9 +228,9 @@ def test_exact_mode_allows_no_gap_at_all():
     nearly = [replace(pack, rollout_logprobs=torch.nextafter(pack.rollout_logprobs, torch.tensor(1.0)))  # type: ignore[arg-type]
               for pack in packs]
     with pytest.raises(FloatingPointError, match=r"on policy, and run\.exact='on' allows none"):
-        policy_update(model, optimizer, nearly, WORLD, spec=SPEC, temperature=1.0, lr_factor=1.0, max_gap=0.0)
+        policy_update(policy_of(model, optimizer), nearly, SPEC, 1.0, lr_factor=1.0, max_gap=0.0)
     assert not optimizer.adamw.state
-    metrics = policy_update(model, optimizer, packs, WORLD, spec=SPEC, temperature=1.0, lr_factor=1.0, max_gap=0.0)
+    metrics = policy_update(policy_of(model, optimizer), packs, SPEC, 1.0, lr_factor=1.0, max_gap=0.0)
     assert metrics["max_abs_logprob_gap"] == 0.0
 
 
@@ -234,7 +241,7 @@ def test_broken_weights_never_reach_the_optimizer():
         model.norm.weight[0] = torch.nan
     before = model.embedding.weight.clone()
     with pytest.raises(FloatingPointError):
-        policy_update(model, Optimizer(model, OptimConfig()), packs, WORLD, spec=SPEC, temperature=1.0, lr_factor=1.0, max_gap=1e-3)
+        policy_update(policy_of(model, Optimizer(model, OptimConfig())), packs, SPEC, 1.0, lr_factor=1.0, max_gap=1e-3)
     assert torch.equal(model.embedding.weight, before)
 
 
@@ -279,7 +286,7 @@ def test_kl_to_the_policy_itself_is_zero_and_to_another_pulls_towards_it():
     assert metrics["kl"] == 0.0 and not any(g.any() for g in gradients.values())
     away = fill_logprobs(other, packs, WORLD, temperature=1.0, name="ref_logprobs")
     optimizer = Optimizer(model, OptimConfig(lr=1e-3))
-    kls = [policy_update(model, optimizer, away, WORLD, spec=spec, temperature=1.0, lr_factor=1.0)["kl"] for _ in range(12)]
+    kls = [policy_update(policy_of(model, optimizer), away, spec, 1.0, lr_factor=1.0)["kl"] for _ in range(12)]
     assert kls[0] > 0 and kls[-1] < 0.8 * kls[0]
 
 
@@ -314,7 +321,7 @@ def test_a_second_update_on_the_same_rollouts_is_off_policy():
     model = tiny_model(MOE)
     packs = packed(rollouts(model), 60)
     optimizer = Optimizer(model, OptimConfig(lr=1e-3))
-    first, second = (policy_update(model, optimizer, packs, WORLD, spec=SPEC, temperature=1.0, lr_factor=1.0) for _ in range(2))
+    first, second = (policy_update(policy_of(model, optimizer), packs, SPEC, 1.0, lr_factor=1.0) for _ in range(2))
     assert first["ratio_max"] == 1.0 and second["ratio_max"] > 1.0 > second["ratio_min"] and second["approx_kl"] > 0
 
 
@@ -326,7 +333,7 @@ def test_an_update_makes_rewarded_completions_likelier_and_is_repeatable():
         samples = samples_of(groups)
         values = torch.tensor([[-1.0, 1.0] * len(groups[0].completions)] * len(groups))  # at least as wide as a group
         packs = pack_samples(samples, values, 60)
-        policy_update(model, Optimizer(model, OptimConfig(lr=1e-4)), packs, WORLD, spec=SPEC, temperature=1.0, lr_factor=1.0)
+        policy_update(policy_of(model, Optimizer(model, OptimConfig(lr=1e-4))), packs, SPEC, 1.0, lr_factor=1.0)
         after.append(model.state_dict())
     assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
     gained = sum((token_logprobs(model, pack)[0].detach() - pack.rollout_logprobs) @ pack.advantages for pack in packs)
@@ -337,7 +344,7 @@ def test_supervised_updates_lower_the_loss_from_that_of_the_uniform_guess():
     model = tiny_model(MOE, scale=1.0)
     optimizer = Optimizer(model, OptimConfig(name="muon", lr=3e-3, muon_lr=0.02))
     packs = pack_documents(DOCUMENTS, 40)
-    losses = [supervised_update(model, optimizer, packs, WORLD, lr_factor=1.0)["loss"] for _ in range(25)]
+    losses = [supervised_update(policy_of(model, optimizer), packs, lr_factor=1.0)["loss"] for _ in range(25)]
     # 0.1: a fresh model's logits are of size 0.02 * sqrt(48), its loss is log(V) up to their variance.
     assert losses[0] == pytest.approx(torch.tensor(float(VOCAB_SIZE)).log().item(), abs=0.1)
     assert losses[-1] < 0.5 * losses[0]
@@ -348,9 +355,9 @@ def test_the_expert_bias_moves_against_the_load_and_only_when_asked():
     packs = pack_documents(DOCUMENTS, 40)
     counts = sum(token_logprobs(model, pack, with_stats=True)[2].expert_counts for pack in packs)  # type: ignore[union-attr]
     before = torch.stack([block.mlp.expert_bias.clone() for block in model.blocks])  # type: ignore[operator, union-attr]
-    supervised_update(model, Optimizer(model, OptimConfig()), packs, WORLD, lr_factor=0.0)
+    supervised_update(policy_of(model, Optimizer(model, OptimConfig())), packs, lr_factor=0.0)
     assert torch.equal(torch.stack([block.mlp.expert_bias for block in model.blocks]), before)  # type: ignore[union-attr]
-    supervised_update(model, Optimizer(model, OptimConfig()), packs, WORLD, lr_factor=0.0, expert_bias_rate=0.01)
+    supervised_update(policy_of(model, Optimizer(model, OptimConfig())), packs, lr_factor=0.0, expert_bias_rate=0.01)
     moved = torch.stack([block.mlp.expert_bias for block in model.blocks]) - before  # type: ignore[union-attr]
     load = counts.float()  # type: ignore[union-attr]
     assert torch.equal(moved.sign(), (load.mean(1, keepdim=True) - load).sign()) and moved.abs().max() < 0.0101
@@ -360,7 +367,7 @@ def test_the_balance_loss_evens_out_the_experts():
     model = tiny_model(MOE)
     optimizer = Optimizer(model, OptimConfig(lr=3e-3))
     packs = pack_documents(DOCUMENTS, 10**6)
-    values = [supervised_update(model, optimizer, packs, WORLD, lr_factor=1.0, balance_coef=1.0)["balance"] for _ in range(20)]
+    values = [supervised_update(policy_of(model, optimizer), packs, lr_factor=1.0, balance_coef=1.0)["balance"] for _ in range(20)]
     assert values[0] > 1.0 and values[-1] < values[0]
 
 
@@ -370,7 +377,7 @@ def test_the_z_loss_keeps_the_routers_logits_small_where_it_is_asked_for():
         model = tiny_model(MOE)
         optimizer = Optimizer(model, OptimConfig(lr=3e-3))
         for _ in range(20):
-            supervised_update(model, optimizer, packs, WORLD, lr_factor=1.0, z_loss_coef=coef)
+            supervised_update(policy_of(model, optimizer), packs, lr_factor=1.0, z_loss_coef=coef)
         router = token_logprobs(model, packs[0], with_stats=True)[2]
         assert router is not None
         sizes[coef] = float(router.z_loss.detach()) / packs[0].num_tokens

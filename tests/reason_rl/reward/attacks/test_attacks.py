@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ from reason_rl.reward.code import extract_code, grade_code
 from reason_rl.reward.parts import grade_text
 from reason_rl.reward.pool.service import Kind, VerifierService
 from reason_rl.sandbox.sandbox import SandboxError, known_mechanisms, require_sandbox
-from tests.reason_rl.reward.attacks.tables import TABLES, Attack, load
-from tests.reason_rl.reward.attacks.world import World
+from tests.reason_rl.reward.attacks.tables import HERE, TABLES, Attack, load
+from tests.reason_rl.reward.attacks.world import ROOT, World
 
 CODE_LIMITS = {"deadline_s": 8.0, "cpu_s": 2, "memory_bytes": 256 << 20}
 NUM_WORKERS = 3 * (os.cpu_count() or 2)
@@ -140,6 +141,12 @@ def test_there_are_three_hundred_attacks_and_more_of_every_kind() -> None:
     for table, attacks in tables.items():
         names = [attack.name for attack in attacks if attack.case is attacks[0].case]
         assert len(names) == len(set(names)), f"{table}: two attacks of one name"
+
+
+def test_the_files_that_attacks_name_in_the_repository_exist() -> None:
+    """An attack on a file that is not there shows nothing."""
+    named = {name for table in TABLES for name in re.findall(r"@repo@/([\w/.]+)", (HERE / f"{table}.toml").read_text("utf-8"))}
+    assert named and [name for name in named if not (ROOT / name).is_file()] == []
 
 
 def test_programs_that_escape_are_programs() -> None:

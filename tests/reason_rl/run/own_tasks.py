@@ -1,0 +1,15 @@
+"""A user's task class for tests, named in a config as "module:Class"."""
+
+from __future__ import annotations
+
+import random
+
+from reason_rl.data import Exercise, Task
+
+
+class Double(Task):
+    levels = range(1, 5)
+
+    def draw(self, rng: random.Random, level: int, operations: str) -> Exercise:
+        number = rng.randrange(10**level)
+        return Exercise(prompt=f"{number}+{number}=", level=level, answer=str(2 * number), key=str(number))
