@@ -17,6 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:  # for annotations alone: a verifier's worker imports `Problem` and must start without torch
     import torch
 
+class ConfigError(ValueError):
+    """A config, or a file of the user's, that cannot be used. The message names the key or file, and expected and actual.
+
+    A command turns it into one line; every other error keeps its traceback.
+    """
+
+
 FinishReason = Literal["stop", "length"]
 
 

@@ -1,9 +1,10 @@
 """The specification of attention, packed and paged: both call `attend`, which fixes the order of every sum.
 
-Products go in blocks of fixed rows (kernels/products.py) by tiles of KEY_TILE keys: the keys of the prefix, then the own keys,
-each counted from its part's start and padded to whole tiles. So a product has one shape whatever the pack or the decode batch, and
-its sums one order. Masked keys add exact zeros. The row maximum is exact in any order. The denominator is one more column of the
-product with the values, so it is summed in that same order. tests/kernels/test_attention.py checks the bits.
+Products take fixed blocks of rows (kernels/products.py) and tiles of KEY_TILE keys: the keys of the prefix,
+then the own keys, each padded to whole tiles. So every product has one shape for any pack or decode batch,
+and its sums have one order. Masked keys add exact zeros. The row maximum is exact in any order. The
+denominator is one more column of the product with the values, so it is summed in the same order.
+tests/kernels/test_attention.py checks the bits.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ KEY_TILE = 64
 MIN_COLUMNS = 16
 """Narrower products take other code paths in torch; the bits were checked for 16 columns or more."""
 MASKED = -1e30
-"""exp(MASKED - max) is exactly 0 beside any real score; a padding row, all masked, stays finite."""
+"""exp(MASKED - max) is exactly 0 if the row has a real score; a padding row, which is all masked, stays
+finite."""
 
 
 def _padding(num_keys: int) -> int:
@@ -30,14 +32,14 @@ def _padding(num_keys: int) -> int:
 
 
 def weigh(scores: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Masked scores [..., J_i] of each part -> exp(score - the row's maximum over all parts)."""
+    """Masked scores [..., J_i] of prefix and own keys -> exp(score - the row's maximum over both)."""
     top = torch.stack([part.detach().amax(-1) for part in scores]).amax(0)[..., None]
     return [torch.exp(part - top) for part in scores]
 
 
 def sum_values(weights: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """weights [..., M, J'], v [..., J, C] -> [..., M, C + 1 or more]: the weighted sum of v; column C sums the weights.
-    J' is J, padded to whole tiles with weights of 0."""
+    """weights [..., M, J'], v [..., J, C] -> [..., M, C + 1 or more]: the weighted sum of v; column C sums
+    the weights. J' is J, padded to whole tiles with weights of 0."""
     head_dim, padding = v.shape[-1], _padding(v.shape[-2])
     values = F.pad(v, (0, max(1, MIN_COLUMNS - head_dim), 0, padding), value=1.0)
     total = None
@@ -78,7 +80,7 @@ def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan:
     outputs = []
     for chunk in plan.chunks:
         num_segments, num_queries = chunk.own_index.shape
-        # [S', M, K, R, C] -> [S', K, M * R, C]: the R query heads of a kv head stand side by side as rows
+        # [S', M, K, R, C] -> [S', K, M * R, C]: the R query heads of a kv head are adjacent rows
         qc = q_rows.index_select(0, chunk.own_index.flatten()).view(num_segments, num_queries, num_kv_heads, repeat, head_dim)
         qc = qc.permute(0, 2, 1, 3, 4).reshape(num_segments, num_kv_heads, num_queries * repeat, head_dim)
         parts = [(chunk.own_index, chunk.own_mask.repeat_interleave(repeat, dim=1)[:, None])]  # mask [S', 1, M * R, M]
@@ -96,7 +98,8 @@ def attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan:
 
 
 def _read(cache: torch.Tensor, keys: KeySet) -> torch.Tensor:
-    """cache [K, num_blocks, BLOCK_SIZE, C] -> [readers, K, NB * BLOCK_SIZE, C]; whole blocks are copied at a time."""
+    """cache [K, num_blocks, BLOCK_SIZE, C] -> [readers, K, NB * BLOCK_SIZE, C]; whole blocks are copied at a
+    time."""
     num_kv_heads, num_blocks, _, head_dim = cache.shape
     blocks = cache.view(num_kv_heads * num_blocks, -1).index_select(0, keys.block_index)
     return _wide(blocks).view(keys.mask.shape[0], num_kv_heads, keys.mask.shape[-1], head_dim)
@@ -105,7 +108,8 @@ def _read(cache: torch.Tensor, keys: KeySet) -> torch.Tensor:
 def paged_attention_reference(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, pages: Pages, scale: float
 ) -> torch.Tensor:
-    """q [R, H, C], caches [K, num_blocks, BLOCK_SIZE, C] -> [R, H, C]; the rows of one prefix read it together, once."""
+    """q [R, H, C], caches [K, num_blocks, BLOCK_SIZE, C] -> [R, H, C]; rows that share a prefix read it
+    together, once."""
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads, num_prefixes, group_size = k_cache.shape[0], pages.num_prefixes, pages.group_size
     if not num_rows:
@@ -123,9 +127,11 @@ def paged_attention_reference(
         x = x.view(num_prefixes, num_kv_heads, group_size, repeat, -1).transpose(1, 2)
         return x.reshape(num_prefixes * group_size, num_kv_heads, repeat, -1).index_select(0, pages.slots)
 
+    # Weights over the prefix and the own keys together.
     prefix_scores = ungroup(masked_scores(group(rows), _read(k_cache, pages.prefix), pages.prefix.mask, scale))
     own_scores = masked_scores(rows, _read(k_cache, pages.own), pages.own.mask, scale)
     prefix_weights, own_weights = weigh([prefix_scores, own_scores])
+    # Their values.
     prefix_sum = ungroup(sum_values(group(prefix_weights), _read(v_cache, pages.prefix)))
     total = prefix_sum + sum_values(own_weights, _read(v_cache, pages.own))
     return normalise(total, head_dim).reshape(num_rows, num_heads, head_dim).to(q.dtype)

@@ -1,4 +1,5 @@
-"""The specification of `linear`: torch's own GEMM, in blocks of rows so that a row's bits do not depend on its batch."""
+"""The specification of `linear`: torch's own GEMM, in blocks of rows so that a row's bits do not depend on
+its batch."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def linear_torch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """torch's own GEMM as it is: a row's bits may depend on the rows beside it."""
+    """torch's own GEMM: not batch-invariant."""
     return F.linear(x, weight.to(x.dtype))
 
 

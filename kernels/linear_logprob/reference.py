@@ -1,4 +1,4 @@
-"""The specification of `linear_logprob`: the logits written out, in float32."""
+"""The specification of `linear_logprob`: all logits at once, in f32."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def scaled_logits(
     hidden: torch.Tensor, weight: torch.Tensor, temperature: float, product: Product = linear_reference
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden [N, D], weight [V, D] -> (logits / temperature less the row's largest f32[N, V], log of their exp's sum f32[N]).
+    """hidden [N, D], weight [V, D] -> (logits / temperature minus the row's largest f32[N, V], log of the sum
+    of their exp f32[N]).
 
-    A token's logprob is the one less the other: with the largest gone first, logits of 1e4 keep their digits.
-    `sample` calls this too: the two then agree on every bit of a token's logprob.
+    A token's logprob is the difference of the two. Subtracting the largest first keeps the digits of logits
+    of 1e4. `sample` calls this too, so that both ops give a token's logprob the same bits.
     """
     weight = weight.to(hidden.dtype)
     if hidden.dtype != torch.float64:
-        hidden, weight = hidden.float(), weight.float()  # a bf16 product would round the logits themselves to 8 bits
+        hidden, weight = hidden.float(), weight.float()  # a bf16 product would round the logits to 8 bits
     logits = product(hidden, weight) / temperature
     shifted = logits - logits.detach().amax(-1, keepdim=True)
-    # The log in float64: log's own rounding on the CPU may differ by position in a batch, and this hides it.
+    # The log in f64: on the CPU log's rounding in f32 may differ by position in the batch.
     return shifted, row_sum(torch.exp(shifted)).double().log().to(logits.dtype)
 
 
 def row_sum(x: torch.Tensor) -> torch.Tensor:
-    """x [N, V] -> [N]. torch splits a long sum with one result over its threads, so a lone row is given company."""
+    """x [N, V] -> [N]. Duplicates a single row: torch splits a one-output sum over threads."""
     return x.sum(-1) if x.shape[0] != 1 else torch.cat((x, x)).sum(-1)[:1]
 
 
@@ -47,7 +48,7 @@ def linear_logprob_reference(
 def linear_logprob_torch(
     hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same with torch's own GEMM as it is: a row's bits may depend on the rows beside it."""
+    """The same with torch's own GEMM: not batch-invariant."""
     return linear_logprob_reference(hidden, weight, target_ids, temperature, linear_torch)
 
 

@@ -1,4 +1,5 @@
-"""The specification of the mixture of experts: route by a stable sort, loop over the experts, combine in order of k."""
+"""The specification of the mixture of experts: route by a stable sort, loop over the experts, combine in
+order of k."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def route_reference(
         raised = torch.exp(router_logits - router_logits.detach().amax(-1, keepdim=True))
         scores = raised / raised.sum(-1, keepdim=True)
     choice = scores.detach() if expert_bias is None else scores.detach() + expert_bias
-    # A stable sort settles ties by index; topk promises nothing.
+    # A stable sort breaks ties by index; topk does not specify it.
     expert_ids = torch.sort(choice, dim=-1, descending=True, stable=True).indices[:, :num_experts_per_tok]
     weights = scores.gather(1, expert_ids)
     if normalize:
@@ -39,7 +40,7 @@ def route_reference(
 
 
 def expert_counts(expert_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """expert_ids i64[T, k] -> i64[E]; unlike bincount it need not wait for a GPU."""
+    """expert_ids i64[T, k] -> i64[E]; unlike bincount, without a device sync."""
     return expert_ids.new_zeros(num_experts).scatter_add_(0, expert_ids.flatten(), torch.ones_like(expert_ids).flatten())
 
 
@@ -51,9 +52,9 @@ def z_loss_reference(router_logits: torch.Tensor) -> torch.Tensor:
 def load_balance_reference(scores: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
     """scores f32[T, E], expert_ids i64[T, k] -> f32[]."""
     num_tokens, num_experts = scores.shape
-    share = expert_counts(expert_ids, num_experts).to(scores.dtype) / max(expert_ids.numel(), 1)
+    fraction = expert_counts(expert_ids, num_experts).to(scores.dtype) / max(expert_ids.numel(), 1)
     mean_score = (scores / scores.sum(-1, keepdim=True)).sum(0) / max(num_tokens, 1)
-    return num_experts * (share * mean_score).sum()
+    return num_experts * (fraction * mean_score).sum()
 
 
 def experts_reference(
@@ -68,7 +69,7 @@ def experts_reference(
 def experts_torch(
     x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """The same by torch's own GEMMs as they are: a row's bits may depend on the rows beside it."""
+    """The same by torch's own GEMMs: not batch-invariant."""
     rows, order, counts = _sort_by_expert(x, expert_ids, gate_up.shape[0])
     return _combine(_run_each(rows, counts.tolist(), gate_up.to(x.dtype), down.to(x.dtype), impl="torch"), order, weights)
 
@@ -76,16 +77,17 @@ def experts_torch(
 def _sort_by_expert(
     x: torch.Tensor, expert_ids: torch.Tensor, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> x's rows [T * k, D] expert by expert, the (token, choice) pair of each, and how many each expert has."""
+    """-> (x's rows [T * k, D] sorted by expert, the (token, choice) pair of each, the number of rows of each
+    expert)."""
     order = torch.sort(expert_ids.flatten(), stable=True).indices
     return x.index_select(0, order // expert_ids.shape[1]), order, torch.bincount(expert_ids.flatten(), minlength=num_experts)
 
 
 def _combine(outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """outputs [T * k, D] expert by expert, weights f32[T, k] -> [T, D]."""
+    """outputs [T * k, D] sorted by expert, weights f32[T, k] -> [T, D]."""
     num_tokens, k = weights.shape
     place = torch.empty_like(order).index_copy_(0, order, torch.arange(order.numel(), device=order.device))
-    gathered = outputs.index_select(0, place).view(num_tokens, k, outputs.shape[1])  # back in token order, choice by choice
+    gathered = outputs.index_select(0, place).view(num_tokens, k, outputs.shape[1])  # [T, k, D], in token order
     gathered = gathered if gathered.dtype == torch.float64 else gathered.float()
     combined = gathered[:, 0] * weights[:, 0, None]
     for choice in range(1, k):  # in order of k, never by atomics
@@ -96,7 +98,7 @@ def _combine(outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) 
 def _run_each(
     rows: torch.Tensor, counts: list[int], gate_up: torch.Tensor, down: torch.Tensor, impl: str = "reference"
 ) -> torch.Tensor:
-    """rows [T * k, D] expert by expert -> [T * k, D]: the formula as it stands, one expert after the other."""
+    """rows [T * k, D] sorted by expert -> [T * k, D], one expert after the other."""
     inner = [linear(part, matrix, impl) for part, matrix in zip(rows.split(counts), gate_up.unbind(0), strict=True)]
     activated = (swiglu if impl == "torch" else swiglu_reference)(torch.cat(inner))  # [T * k, I]
     return torch.cat([linear(part, matrix, impl) for part, matrix in zip(activated.split(counts), down.unbind(0), strict=True)])

@@ -9,12 +9,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from reason_rl.records import ConfigError
+
 if TYPE_CHECKING:
     from reason_rl.config.schema import Config, ModelConfig
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names the key, what was expected and what came."""
 
 
 # The ranges, by dotted key.

@@ -26,7 +26,7 @@ from reason_rl.engine.decoders import Decoder, Drawn, NativeDecoder, OpDecoder, 
 from reason_rl.engine.graphs import StepGraphs
 from reason_rl.engine.scheduler import Prompt, Scheduler, Sequence, num_blocks_for
 from reason_rl.model.transformer import RoutedExperts, Transformer
-from reason_rl.records import Completion, FinishReason, Group, Problem, SamplingParams
+from reason_rl.records import Completion, ConfigError, FinishReason, Group, Problem, SamplingParams
 
 WAITING_HORIZON = 4
 """Most tokens drawn in one call while sequences wait: a finished sequence should make room soon."""
@@ -54,13 +54,13 @@ def check_fits(problems: SequenceOf[Problem], max_tokens: int, max_position_embe
     """ValueError if a prompt is empty, or does not fit the context or num_blocks (0: any) with max_tokens."""
     longest = max(len(p.prompt_ids) for p in problems)
     if min(len(p.prompt_ids) for p in problems) == 0:
-        raise ValueError("a prompt must hold at least one token, got an empty one")
+        raise ConfigError("a prompt must hold at least one token, got an empty one")
     if longest + max_tokens > max_position_embeddings:
-        raise ValueError(f"a prompt of {longest} tokens and sampling.max_tokens = {max_tokens} "
+        raise ConfigError(f"a prompt of {longest} tokens and sampling.max_tokens = {max_tokens} "
                          f"do not fit model.max_position_embeddings = {max_position_embeddings}")
     needed = num_blocks_needed(longest, max_tokens)
     if num_blocks and needed > num_blocks:
-        raise ValueError(f"a prompt of {longest} tokens with sampling.max_tokens = {max_tokens} needs {needed} KV "
+        raise ConfigError(f"a prompt of {longest} tokens with sampling.max_tokens = {max_tokens} needs {needed} KV "
                          f"blocks of {BLOCK_SIZE}, but engine.num_blocks = {num_blocks}")
 
 

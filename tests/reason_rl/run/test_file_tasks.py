@@ -92,7 +92,7 @@ def test_what_cannot_run_is_refused_before_any_work_and_leaves_no_trace(
 ):
     never_stop(monkeypatch)
     before = {path.name for path in tmp_path.iterdir()} | {"tiny.toml"}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         run_here(tmp_path, *given, *more)
     assert {path.name for path in tmp_path.iterdir()} == before
 
