@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_page(explanation, out)
     print(out)
     if not stage.updates:
-        print("No completion takes part, so the step has no update: try another --seed or a larger --group.")
+        print("No completion takes part, so the step has no update. Another --seed or a larger --group may have signal; "
+              "--rl.dynamic_sampling=9 samples further problems, at most 9 times, until every group has.")
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,10 @@ Row = dict[str, Any]
 
 def write_page(explanation: Explanation, path: Path) -> None:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"n": lambda value: f"{value:.9g}", "signed": lambda value: f"{value:+.6g}", "g": lambda value: f"{value:.6g}"}
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True)
+    for name, spec in (("n", ".9g"), ("g", ".6g"), ("signed", "+.6g")):  # nine digits are a float32 in full
+        environment.filters[name] = partial(lambda spec, value: format(value, spec), spec)
     text = environment.get_template("page.html.jinja").render(**Page(explanation).context())
     # A model's text may hold lone surrogates, which UTF-8 cannot encode.
     atomic_write_text(path, text.encode("utf-8", "backslashreplace").decode("utf-8"))
@@ -70,7 +73,7 @@ def mask_of(completion: Completion) -> tuple[bool, ...]:
     return completion.token_mask or (True,) * len(completion.token_ids)
 
 
-def thinned(moments: Sequence[BlockMoment]) -> list[BlockMoment]:
+def thinned(moments: Sequence[list[Row]]) -> list[list[Row]]:
     last = len(moments) - 1
     if last < MAX_MOMENTS:
         return list(moments)
@@ -95,10 +98,13 @@ class Page:
     # Completions, rewards, advantages.
 
     def group(self, number: int, group: Group) -> Row:
+        """A problem and its completions with their rewards and advantages; `number` counts from 0."""
         graded = [[score.value for score in one.scores if score.is_graded] for one in self.stats.groups]
         batch = [value for values in graded for value in values]
         takes_part = compute_advantages(self.stats.groups, self.config.rl, self.stage.world.device).mask[number].tolist()
         rows = []
+
+        # A row for each completion.
         for index, (completion, score) in enumerate(zip(group.completions, group.scores, strict=True)):
             row = {"name": f"{number + 1}.{index + 1}", "score": score, "advantage": self.stats.advantages[number][index],
                    "tokens": self.tokens(completion, group.problem.completion_prefix), "completion": completion,
@@ -108,9 +114,12 @@ class Page:
             else:
                 row["formula"], row["by_hand"] = advantage(score.value, graded[number], batch, self.config.rl.advantage)
             rows.append(row)
+
+        # The group's statistics.
         values = graded[number]
-        return {"number": number, "mean": statistics.fmean(values) if values else None,
-                "std": statistics.stdev(values) if len(values) > 1 else None, "problem": group.problem, "prompt": printable(group.problem.prompt), "rows": rows, "graded": values}
+        return {"number": number, "problem": group.problem, "prompt": printable(group.problem.prompt), "rows": rows,
+                "graded": values, "mean": statistics.fmean(values) if values else None,
+                "std": statistics.stdev(values) if len(values) > 1 else None}
 
     def tokens(self, completion: Completion, prefix: str) -> list[Row]:
         pieces = self.tokenizer.pieces(completion.token_ids)
@@ -135,40 +144,42 @@ class Page:
     # KV blocks.
 
     def blocks(self) -> Row:
-        """A row for each moment with a cell for each block ever used, and the blocks that each completion held."""
-        moments = self.stage.moments
-        used = sorted({block for moment in moments for *_, blocks in self.owners(moment) for block in blocks})
+        """A row for each moment with a cell for each block ever used, and the blocks that each owner held."""
+        moments = [owners for moment in self.stage.moments if (owners := self.owners(moment))]
+        used = sorted({block for owners in moments for owner in owners for block in owner["blocks"]})
         rows = []
-        for moment in thinned(moments):
-            cells = {block: (label, kind, number) for label, kind, number, blocks in self.owners(moment) for block in blocks}
-            rows.append({"free": moment.num_free, "waiting": moment.num_waiting,
-                         "longest": max(count for *_, count in moment.sequences), "cells": [cells.get(block) for block in used]})
-        held: dict[str, Row] = {}  # prompts and their completions, in the step's order
-        for moment in moments:
-            for label, kind, number, blocks in self.owners(moment):
-                row = held.setdefault(label.partition(" ")[0], {"kind": kind, "number": number, "blocks": [], "most": 0})
-                row["blocks"] += [block for block in blocks if block not in row["blocks"]]
-            for problem, blocks, ref_count in moment.prompts:
-                row = held[f"P{self.group_numbers.get(id(problem), 0)}"]
-                row["most"], row["tokens"] = max(row["most"], ref_count), len(problem.prompt_ids)
-        for number, group in enumerate(self.stats.groups, 1):
-            for index, completion in enumerate(group.completions, 1):
-                held[f"{number}.{index}"]["tokens"] = len(completion.token_ids)
-        held = dict(sorted(held.items(), key=lambda item: (item[1]["number"], item[1]["kind"] == "own")))
-        return {"used": used, "rows": rows, "held": held, "num_moments": len(moments), "preemptions": self.stage.engine.num_preemptions}
+        for owners in thinned(moments):
+            cells = {block: owner for owner in owners for block in owner["blocks"]}
+            rows.append({"moment": owners[0]["moment"], "cells": [cells.get(block) for block in used],
+                         "longest": max(owner["sampled"] for owner in owners)})
 
-    def owners(self, moment: BlockMoment) -> Iterator[tuple[str, str, int, tuple[int, ...]]]:
-        """(label, "prompt" or "own", the problem's number, blocks); problems that dynamic sampling replaced are left out."""
-        for problem, blocks, ref_count in moment.prompts:
+        # Prompts and their completions, in the step's order.
+        held: dict[str, Row] = {}
+        for owner in sorted((owner for owners in moments for owner in owners), key=lambda owner: (owner["number"], owner["index"])):
+            row = held.setdefault(owner["name"], {"owner": owner, "blocks": [], "highest": 0})
+            row["blocks"] += [block for block in owner["blocks"] if block not in row["blocks"]]
+            row["highest"] = max(row["highest"], owner["ref_count"])
+        return {"used": used, "rows": rows, "held": held, "num_moments": len(moments),
+                "preemptions": self.stage.engine.num_preemptions}
+
+    def owners(self, moment: BlockMoment) -> list[Row]:
+        """Who holds blocks at a moment: prompts (index 0) and completions (index from 1) of the step's groups. Problems that
+        dynamic sampling replaced are left out."""
+        held = [(problem, 0, blocks, ref_count, 0) for problem, blocks, ref_count in moment.prompts]
+        held += [(problem, index + 1, blocks, 1, sampled) for problem, index, blocks, sampled in moment.sequences]
+        owners = []
+        for problem, index, blocks, ref_count, sampled in held:
             if number := self.group_numbers.get(id(problem)):
-                yield f"P{number} ×{ref_count}", "prompt", number, blocks
-        for problem, index, blocks, _ in moment.sequences:
-            if number := self.group_numbers.get(id(problem)):
-                yield f"{number}.{index + 1}", "own", number, blocks
+                group = self.stats.groups[number - 1]
+                owners.append({"name": f"{number}.{index}" if index else f"P{number}", "number": number, "index": index,
+                               "blocks": blocks, "ref_count": ref_count, "sampled": sampled, "moment": moment,
+                               "tokens": len(group.completions[index - 1].token_ids if index else problem.prompt_ids)})
+        return owners
 
     # Packing, loss, update.
 
     def update(self, update: RecordedUpdate) -> Row:
+        """An update's loss by the kernel and by hand, with everything below it."""
         microbatches = [self.microbatch(one) for one in update.microbatches]
         by_hand = sum(one["by_hand"] for one in microbatches)
         size = sum(abs(token["term"]) for one in microbatches for token in one["targets"])
@@ -180,6 +191,7 @@ class Page:
                 "sequences": [row for one in microbatches for row in one["sequences"]]}
 
     def microbatch(self, one: RecordedMicrobatch) -> Row:
+        """A microbatch's segments, and its loss tokens by completion."""
         terms = terms_of(one.logprobs, one.inputs, self.stage.loss, one.entropy)
         targets = self.targets(one, terms)
         sequences = []
@@ -197,12 +209,14 @@ class Page:
         assert microbatch.rollout_logprobs is not None
         columns = {
             "logits_index": microbatch.logits_index, "id": microbatch.target_ids, "sequence": microbatch.sequence_index,
-            "rollout_logprob": microbatch.rollout_logprobs, "logprob": one.logprobs, "difference": one.logprobs - microbatch.rollout_logprobs,
-            "old_logprob": inputs.old_logprobs, "advantage": inputs.advantages, "new_logprob": one.new_logprobs, "ratio": terms.ratio,
-            "surrogate": terms.surrogate, "importance": terms.importance, "penalty": terms.penalty, "weight": terms.weight,
-            "term": terms.value}
+            "rollout_logprob": microbatch.rollout_logprobs, "old_logprob": inputs.old_logprobs, "logprob": one.logprobs,
+            "difference": one.logprobs - microbatch.rollout_logprobs, "new_logprob": one.new_logprobs,
+            "advantage": inputs.advantages, "ratio": terms.ratio, "surrogate": terms.surrogate, "importance": terms.importance,
+            "penalty": terms.penalty, "weight": terms.weight, "term": terms.value}
         values = {name: column.tolist() for name, column in columns.items()}
         rows = [{name: values[name][n] for name in values} | {"n": n, "clip": terms.clips[n]} for n in range(len(terms.clips))]
+
+        # Each token's text, and the completion that it belongs to.
         sampled = [text for sample in one.samples for text, is_target in zip(
             self.texts(sample.completion.token_ids), mask_of(sample.completion), strict=True) if is_target]
         for row, text in zip(rows, sampled, strict=True):
@@ -218,11 +232,11 @@ class Page:
             predicted.setdefault(target["logits_index"], []).append(target)
         rows = []
         for (name, group, mask), (start, length, *prefix) in zip(self.owners_of(one), microbatch.segments.tolist(), strict=True):
-            texts = self.texts(token_ids[start:start + length])
-            rows.append({
-                "name": name, "segment": (start, length, *prefix), "is_prompt": name.startswith("P"), "group": group + 1, "mask": mask,
-                "cells": [{"index": start + i, "text": text, "position": position_ids[start + i], "targets": predicted.get(start + i, [])}
-                          for i, text in enumerate(texts)]})
+            texts = self.texts(token_ids[start : start + length])
+            cells = [{"index": i, "text": text, "position": position_ids[i], "targets": predicted.get(i, [])}
+                     for i, text in enumerate(texts, start)]
+            rows.append({"name": name, "segment": (start, length, *prefix), "is_prompt": mask is None, "group": group + 1,
+                         "mask": mask, "cells": cells})
         return rows
 
     def owners_of(self, one: RecordedMicrobatch) -> Iterator[tuple[str, int, tuple[bool, ...] | None]]:

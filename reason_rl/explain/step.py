@@ -91,21 +91,27 @@ class RecordedGrpo(Grpo):
             [(prompt.problem, tuple(prompt.blocks), pool.ref_count(prompt.blocks[0])) for prompt in prompts],
             [(one.prompt.problem, one.sample_index, tuple(one.blocks), len(one.token_ids)) for one in running]))
 
-    def update(self, microbatches: Sequence[Microbatch], index: int, max_gap: float, on_loss: OnLoss | None = None) -> dict[str, float]:
+    def update(
+        self, microbatches: Sequence[Microbatch], index: int, max_gap: float, on_loss: OnLoss | None = None
+    ) -> dict[str, float]:
+        """The stage's update, with a record of its microbatches and of how it changed the weights."""
         recorded: list[RecordedMicrobatch] = []
 
         def record(microbatch: Microbatch, inputs: LossInputs, logprobs: torch.Tensor, loss: float) -> None:
             entropy = self.token_logprobs(microbatch)[1] if self.loss.entropy_coef else None
             recorded.append(RecordedMicrobatch(microbatch, inputs, logprobs, loss, entropy))
 
+        # Update, with a copy of the weights to compare with.
         parameters = dict(self.policy.model.named_parameters())
         before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         metrics = super().update(microbatches, index, max_gap, record)
+
+        # How far each parameter moved.
         changes = {name: float((parameters[name].detach() - old).norm()) for name, old in before.items()}
         norms = {name: float(old.norm()) for name, old in before.items()}
         shares = sorted(((name, changes[name] / norms[name]) for name in norms if norms[name]), key=lambda pair: -pair[1])
-        self.updates.append(RecordedUpdate(
-            recorded, metrics, self.config.optim.lr * self.policy.lr_factor(index), total(norms.values()), total(changes.values()), shares))
+        lr = self.config.optim.lr * self.policy.lr_factor(index)
+        self.updates.append(RecordedUpdate(recorded, metrics, lr, total(norms.values()), total(changes.values()), shares))
         return metrics
 
     @torch.no_grad()

@@ -100,7 +100,9 @@ class Grpo:
             filled = fill_logprobs(self.reference, filled, self.world, temperature=temperature, name="ref_logprobs")
         return filled
 
-    def update(self, microbatches: Sequence[Microbatch], index: int, max_gap: float, on_loss: OnLoss | None = None) -> dict[str, float]:
+    def update(
+        self, microbatches: Sequence[Microbatch], index: int, max_gap: float, on_loss: OnLoss | None = None
+    ) -> dict[str, float]:
         """One optimizer update of step `index` -> the loss's metrics."""
         return policy_update(
             self.policy, microbatches, self.loss, self.sampling.temperature, lr_factor=self.policy.lr_factor(index),

@@ -83,7 +83,7 @@ def test_the_terms_on_the_page_add_up_to_the_kernels_loss(page: str):
 
 
 def test_one_wrong_term_is_noticed(page: str):
-    term = re.findall(r'class="num term">([^<]*)<', page)[3]
+    term = max(re.findall(r'class="num term">([^<]*)<', page), key=lambda text: abs(float(text)))
     with pytest.raises(AssertionError):
         assert_sums_agree(page.replace(f'class="num term">{term}<', f'class="num term">{float(term) * 1.01}<', 1))
 
@@ -102,7 +102,8 @@ def test_every_sampled_token_is_on_the_page_with_its_logprob(page: str, stats: S
     shown = re.findall(r'title="id (\d+) · logprob ([^"]*)">([^<]*)</span>', page)
     completions = [completion for group in stats.groups for completion in group.completions]
     assert [int(number) for number, _, _ in shown] == [token for one in completions for token in one.token_ids]
-    assert [float(value) for _, value, _ in shown] == pytest.approx([value for one in completions for value in one.logprobs], rel=1e-5)
+    logprobs = [value for one in completions for value in one.logprobs]
+    assert [float(value) for _, value, _ in shown] == pytest.approx(logprobs, rel=1e-5)  # six digits are on the page
     pieces = [visible(piece) for one in completions for piece in tokenizer.pieces(one.token_ids)]
     assert [html.unescape(text) for *_, text in shown] == pieces
 
@@ -113,8 +114,8 @@ def test_the_page_asks_for_nothing(page: str):
 
 def test_the_run_is_left_as_it_was(checkpoint: Path, tmp_path: Path):
     def digest() -> dict[str, str]:
-        run = checkpoint.parents[1]
-        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(run.parent.rglob("*")) if path.is_file()}
+        files = [path for path in checkpoint.parents[2].rglob("*") if path.is_file()]
+        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     before = digest()
     assert main([str(checkpoint), *OPTIONS, f"--out={tmp_path / 'e.html'}"]) == 0
@@ -138,7 +139,7 @@ def test_an_observed_engine_samples_the_same_tokens(decoder: str):
     plain, observed = (make_engine(tiny_model(), decoder=decoder, num_blocks=12) for _ in range(2))
     observed.on_step = lambda scheduler: seen.append(len(scheduler.running))
     assert plain.generate(problems, 3, sampling(), step=0) == observed.generate(problems, 3, sampling(), step=0)
-    assert max(seen) > 1 and plain.num_preemptions + observed.num_preemptions >= 0
+    assert max(seen) > 1
 
 
 SPECS = [LossSpec(surrogate=surrogate, ratio=ratio, normalizer=normalizer, constant_length=9, importance=importance, dual_clip=dual,
@@ -158,7 +159,8 @@ def test_the_terms_by_hand_are_those_of_every_algorithm():
         terms = terms_of(logprobs, inputs, spec, entropy)
         assert float(terms.value.sum()) == pytest.approx(float(loss), rel=1e-12), spec
         for clip in ("low", "high", "dual"):
-            assert terms.clips.count(clip) <= float(metrics[f"clip_{clip}_sum"]), spec
+            if clip == "dual" or not spec.dual_clip:  # a token that two clips change counts once by hand
+                assert terms.clips.count(clip) == float(metrics[f"clip_{clip}_sum"]), spec
 
 
 @pytest.mark.parametrize("kind", ["std", "mean", "leave_one_out", "batch_std"])
@@ -187,6 +189,16 @@ def test_a_step_without_signal_says_so(checkpoint: Path, tmp_path: Path, capsys:
     assert "no update" in capsys.readouterr().out
 
 
+def test_problems_that_dynamic_sampling_replaced_are_left_out(checkpoint: Path, tmp_path: Path):
+    """Few groups have a right completion here, so that some are replaced."""
+    more = ["--rl.dynamic_sampling=3", "--reward.custom=", "--task.min_level=3", "--task.max_level=3"]
+    stage = explain(checkpoint, prepare(checkpoint, None, [*SIZES, *more])).stage
+    assert len({problem.problem_id for moment in stage.moments for problem, *_ in moment.prompts}) > 2
+    assert main([str(checkpoint), *OPTIONS, f"--out={tmp_path / 'e.html'}", *more]) == 0
+    page = (tmp_path / "e.html").read_text()
+    assert set(re.findall(r'class="owner g\d">(P\d+)<', page)) == {"P1", "P2"}
+
+
 @pytest.mark.parametrize(("more", "reason"), [
     (["--group=1"], "group_size"), (["--prompts=0"], "prompts_per_step"), (["--max-tokens=4000"], "max_position_embeddings"),
     (["--rl.stepz=3"], "stepz"), (["--out=/no/such/folder/e.html"], "--out"), (["--config=none.toml"], "none.toml")])
@@ -213,5 +225,6 @@ def test_the_page_fits_a_phone_and_requests_nothing(page: str, tmp_path: Path):
         for width in (320, 1280):
             browser.open(path, width=width, scheme="dark")
             assert browser.js("document.documentElement.scrollWidth") <= width
-            requests = [event["params"]["request"]["url"] for event in browser.events if event["method"] == "Network.requestWillBeSent"]
+            requests = [event["params"]["request"]["url"] for event in browser.events
+                        if event["method"] == "Network.requestWillBeSent"]
             assert {url for url in requests if not url.startswith(("data:", "about:"))} == {path.resolve().as_uri()}
