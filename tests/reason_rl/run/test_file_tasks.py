@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reason_rl.config import ModelConfig
+from reason_rl.config import ConfigError, ModelConfig
 from reason_rl.data import Tokenizer, byte_tokenizer
 from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import save_weights
