@@ -15,6 +15,10 @@ class BlockPool:
     def num_free(self) -> int:
         return len(self._free)
 
+    def ref_count(self, block: int) -> int:
+        """Sequences that hold the block; 0: it is free."""
+        return self._ref_counts[block]
+
     def allocate(self, count: int) -> list[int]:
         """`count` free blocks, each with ref_count 1."""
         assert count <= len(self._free), f"{count} blocks requested, {len(self._free)} free: the scheduler must check first"

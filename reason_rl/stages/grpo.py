@@ -26,7 +26,7 @@ from reason_rl.rollout.metrics import step_stats
 from reason_rl.stages.base import Metrics, StageStart
 from reason_rl.stages.heldout import evaluate_heldout
 from reason_rl.trainer.policy import frozen_copy
-from reason_rl.trainer.update import fill_logprobs, policy_update
+from reason_rl.trainer.update import OnLoss, fill_logprobs, policy_update
 
 NOTABLE_GAP = 1e-3
 """Nats between sampler and trainer on policy that are worth a warning where exactness is not expected."""
@@ -73,9 +73,7 @@ class Grpo:
 
                 # Update: forward, loss, backward, clip, optimizer step. Only the first one of a step is on policy.
                 for number, microbatches in enumerate(minibatches):
-                    updates.append(policy_update(
-                        self.policy, microbatches, self.loss, self.sampling.temperature, lr_factor=self.policy.lr_factor(index),
-                        max_gap=math.inf if number else self.max_gap))
+                    updates.append(self.update(microbatches, index, max_gap=math.inf if number else self.max_gap))
         stats = step_stats(index, groups, sampled, advantages, minibatches, updates, self.tokenizer, clock,
                            lr=self.policy.lr_factor(index) * self.config.optim.lr, verifiers=self.grader.service.take_metrics())
         return replace(stats, warnings=self.warnings(stats))
@@ -101,6 +99,14 @@ class Grpo:
         if self.reference is not None:
             filled = fill_logprobs(self.reference, filled, self.world, temperature=temperature, name="ref_logprobs")
         return filled
+
+    def update(
+        self, microbatches: Sequence[Microbatch], index: int, max_gap: float, on_loss: OnLoss | None = None
+    ) -> dict[str, float]:
+        """One optimizer update of step `index` -> the loss's metrics."""
+        return policy_update(
+            self.policy, microbatches, self.loss, self.sampling.temperature, lr_factor=self.policy.lr_factor(index),
+            max_gap=max_gap, on_loss=on_loss)
 
     def evaluate(self, num_done: int) -> Metrics | None:
         metrics = evaluate_heldout(

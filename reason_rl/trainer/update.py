@@ -7,7 +7,7 @@ over its tokens divided by one global count, over all microbatches and ranks, so
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,6 +21,9 @@ from reason_rl.parallel.world import World
 from reason_rl.records import Microbatch
 from reason_rl.rl.packing import idle_microbatch
 from reason_rl.trainer.policy import Policy
+
+OnLoss = Callable[[Microbatch, LossInputs, torch.Tensor, float], None]
+"""(microbatch, inputs, logprobs f32[N], loss), called after each microbatch's forward and backward, before the optimizer step."""
 
 
 @torch.no_grad()
@@ -73,7 +76,7 @@ def supervised_update(
 
 def policy_update(
     policy: Policy, microbatches: Sequence[Microbatch], spec: LossSpec, temperature: float, *, lr_factor: float,
-    max_gap: float = math.inf,
+    max_gap: float = math.inf, on_loss: OnLoss | None = None,
 ) -> dict[str, float]:
     """One policy-gradient update -> the loss's metrics. Without old_logprobs filled in, the engine's record serves as them.
     Where top-k, top-p or min-p cut the policy that sampled, loss.importance weighs old_logprobs against its logprobs.
@@ -101,6 +104,8 @@ def policy_update(
             hidden, model.head_weight, microbatch.target_ids, inputs, spec, temperature, impl=gemm_impl(model.batch_invariant))
         (loss * world.size).backward()
         loss_sum += float(loss.detach())
+        if on_loss is not None:
+            on_loss(microbatch, inputs, logprob, float(loss.detach()))
         if local.num_loss_tokens:
             gaps.append(float((logprob - rollout).abs().max()))
             parts.append({key: value.cpu() for key, value in metrics.items()})
