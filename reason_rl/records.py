@@ -1,4 +1,4 @@
-"""The dataclasses that rooms pass to each other.
+"""The dataclasses that the packages of reason_rl, its "rooms", pass to each other.
 
 A GRPO step passes them on in this order: `Problem` (data) -> `Group` of `Completion`s (engine) -> `Score`
 (reward) -> `Microbatch` (rl) -> `StepStats` (stages). They hold facts, so they are frozen; code that computes

@@ -1,4 +1,4 @@
-"""The pool of KV blocks: a free list, and reference counts: completions share their prompt's blocks."""
+"""The pool of KV blocks: a free list, with reference counts because completions share prompt blocks."""
 
 from __future__ import annotations
 
