@@ -1,6 +1,6 @@
 """Train a language model to reason: read a recipe, run its stages in order.
 
-    torchrun train.py                                   the default recipe: pretrain a tiny MoE, then GRPO, on a plain CPU
+    torchrun train.py                                   the default recipe: pretrain a tiny MoE, then GRPO, on a CPU
     torchrun train.py configs/countdown_cpu.toml        another recipe
     torchrun train.py --rl.steps=10 --seed 1            any key of reason_rl/config
     torchrun --nproc-per-node 2 train.py                several processes, sharded with FSDP2
@@ -24,10 +24,10 @@ from reason_rl.run.stage_folder import Interrupted
 def main(config: Config) -> int:
     world = init_world(config.run)
     try:
-        folder = open_run(config, world)  # begin, go on, or already finished
+        folder = open_run(config, world)  # new, unfinished or finished
         if folder.is_finished:
             if world.is_main:
-                print(f"{folder.path} is finished: see {write_report(folder.path)}. --resume never runs it again, in a new folder.")
+                print(f"{folder.path} is finished: see {write_report(folder.path)}. --resume never repeats it in a new folder.")
             return 0
         world = as_begun(world, folder)
         recipe = plan_recipe(config)
@@ -35,11 +35,11 @@ def main(config: Config) -> int:
             try:
                 with begin_run(config, recipe, world, folder, view, StopSignal(view.message)) as run:
                     for stage in recipe:
-                        run.complete(stage)  # reused, or trained from where it stopped
+                        run.complete(stage)  # reuse its output, or train from its newest checkpoint
                     run.finish()
             except Interrupted as stopped:
                 again = "The same command" if config.run.resume == "auto" else f"train.py {folder.path}/config.toml"
-                view.message(f"Saved: {stopped}. {again} goes on from here.")
+                view.message(f"Saved: {stopped}. {again} continues from here.")
                 return 130
         if world.is_main:
             print(f"Done. The report: {folder.path}/report.html · talk to the model: {how_to_talk(folder.path, config)}")

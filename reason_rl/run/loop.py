@@ -1,7 +1,7 @@
-"""One loop for every stage: log, evaluate, save, resume, stop, report.
+"""The loop that every stage runs in: log, evaluate, save, resume, stop, report.
 
-`Run` is a run's folder with what its stages share. `complete` brings one stage to its output: reused where a run of the same key
-has finished it, else trained from where it stopped. Left out: learning, which is the stage's.
+`Run` holds the folder and the objects that stages share. `Run.complete` reuses the output of a stage if a run with the
+same key has finished it; otherwise it trains from the newest checkpoint. Left out: the training step (stages/).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from reason_rl.stages.base import StageStart
 from reason_rl.trainer.checkpoint import Progress, link_folder, prune_checkpoints, read_progress, save_checkpoint
 
 SAVE_EVERY_S = 300.0
-"""A checkpoint is due after so many seconds, even where the stage's checkpoint_every is further away."""
+"""A checkpoint is due this long after the last one, even if the stage's checkpoint_every is not reached."""
 
 
 @dataclass
@@ -40,23 +40,24 @@ class Run:
     world: World
     tokenizer: Tokenizer
     problems: dict[str, Problems]
-    """By stage, of those that use problems."""
+    """By stage name, for stages that use problems."""
     view: View
     should_stop: Callable[[], bool]
     log: RunLog | None
-    """Rank 0 writes; the others hold None."""
+    """None on all ranks but 0."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall-clock by part, over all sessions and also of stages that were reused: {"pretrain_s": ..., "grpo_s": ..., "eval_s": ...}."""
+    """{"pretrain_s": ..., "grpo_s": ..., "eval_s": ...}: wall-clock seconds over all sessions, reused stages included."""
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.log is not None:  # after Ctrl-C too: what was logged must be on disk
+        if self.log is not None:  # flushes to disk, after Ctrl-C too
             self.log.close()
 
     def complete(self, stage: PlannedStage) -> None:
-        """Brings a stage to its output: reused where a run of the same key has finished it, else trained from where it stopped."""
+        """Reuses the output of a run with the same key, or trains the stage from its newest checkpoint."""
+        # Reuse or train, unless this run has the output already.
         here = self.folder.checkpoints / stage.name
         if not self.world.gather(here.is_dir())[0]:
             output = self.folder.stage_folder(stage.name)
@@ -69,11 +70,13 @@ class Run:
             if self.log is not None:
                 self._take(stage.name, output, is_reused)
             self.world.barrier()
+
+        # Its seconds.
         for part, value in read_progress(here).seconds.items():
             self.seconds[part] = self.seconds.get(part, 0.0) + value
 
     def _take(self, name: str, output: StageFolder, is_reused: bool) -> None:
-        """A finished output into this run's folder. Checkpoints are hard links, so they take no more disk."""
+        """Links a finished output into this run's folder. Hard links take no more disk space."""
         assert self.log is not None
         if is_reused:
             self.log.restore(name, read_history(output.final))
@@ -82,7 +85,7 @@ class Run:
         link_folder(output.final, self.folder.checkpoints / name)
 
     def finish(self) -> None:
-        """The last stage's output as `final`, the summary, the report."""
+        """Links the last stage's output as `final`, and writes the summary and the report."""
         if self.log is None:
             return
         link_folder(self.folder.checkpoints / self.recipe[-1].name, self.folder.checkpoints / FINAL)
@@ -91,23 +94,24 @@ class Run:
         write_report(self.folder.path)
 
     def source_of(self, stage: PlannedStage) -> Path | None:
-        """The folder of the weights that a stage starts from."""
+        """The folder with the weights that a stage starts from; None: random weights."""
         if stage.after is not None:
             return self.folder.checkpoints / stage.after.name
         return Path(stage.config.model.init_from) if stage.config.model.init_from else None
 
 
 class StageRun:
-    """One stage at work in one run."""
+    """The training of one stage in one run."""
 
     def __init__(self, run: Run, planned: PlannedStage, output: StageFolder) -> None:
+        # Where it starts: its newest checkpoint, and the folder of the weights before its first step.
         self.run, self.planned, self.output, self.name = run, planned, output, planned.name
         self.since_s = self.saved_s = time.perf_counter()
         self.warned: set[str] = set()
         checkpoint, folder = output.newest_checkpoint(run.world), run.source_of(planned)
         self.source = read_source(folder) if folder else None
 
-        # The stage, its weights as they were saved; then the log as it was then.
+        # The stage with the checkpoint's weights, and the log cut back to the checkpoint's step.
         self.stage = planned.kind(StageStart(
             planned.config, run.world, run.tokenizer, run.problems.get(planned.name), folder, checkpoint))
         self.first = self.stage.policy.num_steps_done
@@ -118,10 +122,13 @@ class StageRun:
             run.log.restore(self.name, read_history(checkpoint) if checkpoint else {})
 
     def finish(self) -> None:
-        """All steps that are left, then the output."""
+        """Runs the remaining steps, then saves the output."""
+        # Show where it starts.
         stage = self.stage
         self.run.view.stage(self.name, self.planned.kind.kind, stage.num_steps, self.first)
         self._spend("start_s")
+
+        # Step, log, evaluate, save.
         try:
             if self.first == 0:
                 self._evaluate(0)
@@ -137,11 +144,13 @@ class StageRun:
             stage.close()
 
     def _log_step(self, stats: StepStats) -> None:
-        """Steps are counted from 1 in the logs; 0 is the policy before the first."""
+        """Steps in the logs count from 1; step 0 is the policy before the first update."""
         self._spend(f"{self.name}_s")
         log, view, number = self.run.log, self.run.view, stats.step + 1
         if log is None:
             return
+
+        # Numbers, warnings, rollouts.
         log.metrics(self.name, "train", number, stats.metrics)
         log.timings(self.name, "train", number, stats.timings)
         view.train(number, stats.metrics, stats.timings)
@@ -175,11 +184,14 @@ class StageRun:
             self.run.view.evaluation(done, metrics, timings)
 
     def _save_or_stop(self, done: int) -> None:
-        """Saves where a checkpoint is due on any rank, for saving is a collective; leaves where any was asked to stop."""
+        """Saves if a checkpoint is due on any rank (saving is a collective); raises Interrupted if any was asked to stop."""
+        # All ranks decide from the same gathered values.
         now_s, num_steps = time.perf_counter(), self.stage.num_steps
-        wishes = self.run.world.gather((self.run.should_stop(), now_s - self.saved_s > SAVE_EVERY_S))
-        is_stopping = any(stop for stop, _ in wishes)
-        is_late = any(late for _, late in wishes)
+        flags = self.run.world.gather((self.run.should_stop(), now_s - self.saved_s > SAVE_EVERY_S))
+        is_stopping = any(stop for stop, _ in flags)
+        is_late = any(late for _, late in flags)
+
+        # Save, stop.
         if (done < num_steps and (is_stopping or is_late)) or is_due(self.stage.checkpoint_every, done):
             self._save(self.output.step_folder(done), done)
             prune_checkpoints(self.output.path, self.planned.config.run.keep_checkpoints, self.run.world)
@@ -188,8 +200,9 @@ class StageRun:
             raise Interrupted(f"stage {self.name} stopped after {done} of {num_steps} steps")
 
     def _save(self, folder: Path, done: int, is_final: bool = False) -> None:
-        """A collective: weights, progress, the stage's log so far, and to go on from it the optimizer. All else follows from
-        config and step."""
+        """A collective. Saves weights, progress and the stage's log; the optimizer's state too unless `is_final`. Everything
+        else follows from the config and the step."""
+        # The log, and for the output the rollouts.
         self._spend(f"{self.name}_s")
         run, policy = self.run, self.stage.policy
         history = {name: jsonl(rows) for name, rows in run.log.history(self.name).items()} if run.log is not None else {}
@@ -197,6 +210,8 @@ class StageRun:
             rollouts = run.folder.path / ROLLOUTS / self.name
             if rollouts.is_dir():
                 shutil.copytree(rollouts, self.output.rollouts, dirs_exist_ok=True)
+
+        # The checkpoint.
         save_checkpoint(
             folder, policy.model, run.world, run.tokenizer, Progress(done, policy.version, self.seconds), files=history,
             optimizer=None if is_final else policy.optimizer, source=self.source)

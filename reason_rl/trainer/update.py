@@ -1,7 +1,8 @@
 """One optimizer update from microbatches: supervised (pretraining, SFT) or policy gradient (GRPO and its family).
 
-Both run the same forward and the same logprobs (`linear_grpo_loss` folds the loss into `linear_logprob`); a loss is always a sum
-over its tokens divided by one global count, over all microbatches and ranks, so that how the batch was cut changes nothing.
+Both use the same forward pass and compute logprobs in the same way: `linear_grpo_loss` is `linear_logprob` with the
+loss folded in. A loss is a sum over tokens, divided by one count over all microbatches and ranks, so it does not depend
+on how the batch was divided.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from reason_rl.trainer.policy import Policy
 def fill_logprobs(
     model: Transformer, microbatches: Sequence[Microbatch], world: World, *, temperature: float, name: str
 ) -> list[Microbatch]:
-    """The microbatches with `name` (old_logprobs or ref_logprobs) computed by a plain `model`; each rank fills only its share.
-    Routing replay does not apply to the reference policy."""
+    """The microbatches with field `name` (old_logprobs or ref_logprobs) computed by `model`. Each rank fills only the
+    microbatches that it trains on. Routing replay does not apply to the reference policy."""
     def seen(m: Microbatch) -> Microbatch:
         return (replace(m, routed_expert_ids=None) if name == "ref_logprobs" else m).to(world.device)
 
@@ -40,14 +41,18 @@ def fill_logprobs(
 
 
 def supervised_update(
-    policy: Policy, microbatches: Sequence[Microbatch], *, lr_factor: float, balance_coef: float = 0.0, z_loss_coef: float = 0.0, expert_bias_rate: float = 0.0,
+    policy: Policy, microbatches: Sequence[Microbatch], *, lr_factor: float, balance_coef: float = 0.0,
+    z_loss_coef: float = 0.0, expert_bias_rate: float = 0.0,
 ) -> dict[str, float]:
-    """Next-token cross-entropy on every target, plus the routers' losses -> loss, grad_norm, balance, num_loss_tokens."""
+    """Cross-entropy on every target, plus the router losses -> loss, grad_norm, balance, num_loss_tokens."""
+    # Denominators over all microbatches and ranks.
     model, world = policy.model, policy.world
     total = sum(m.num_loss_tokens for m in microbatches)
     total_rows = sum(m.num_tokens for m in microbatches)
     loss_sum = balance_sum = 0.0
     counts: torch.Tensor | None = None
+
+    # Forward and backward of this rank's microbatches.
     for local in rank_share(microbatches, world, idle_microbatch(microbatches[0])):
         microbatch = local.to(world.device)
         logprob, _, router = token_logprobs(model, microbatch, with_stats=True)
@@ -60,7 +65,9 @@ def supervised_update(
             loss = loss + balance_coef * balance
             if z_loss_coef:
                 loss = loss + z_loss_coef * router.z_loss / total_rows
-        (loss * world.size).backward()  # FSDP averages over ranks; our losses are shares of a sum
+        (loss * world.size).backward()  # FSDP averages over ranks, but this loss is a term of a sum over them
+
+    # Optimizer step; the metrics, and the experts' loads, over all ranks.
     grad_norm = policy.optimizer.step(lr_factor)
     gathered = world.gather((loss_sum, balance_sum, None if counts is None else counts.cpu()))
     loads = [c for _, _, c in gathered if c is not None]
@@ -75,15 +82,19 @@ def policy_update(
     policy: Policy, microbatches: Sequence[Microbatch], spec: LossSpec, temperature: float, *, lr_factor: float,
     max_gap: float = math.inf,
 ) -> dict[str, float]:
-    """One policy-gradient update -> the loss's metrics. Without old_logprobs filled in, the engine's record serves as them.
-    Where top-k, top-p or min-p cut the policy that sampled, loss.importance weighs old_logprobs against its logprobs.
+    """One policy-gradient update -> the loss's metrics.
 
-    `max_abs_logprob_gap` compares the trainer's logprobs with that record: on policy (a step's first update) it is how far the
-    sampler and the trainer drift apart. Above `max_gap` the update is not made.
+    Microbatches without old_logprobs use rollout_logprobs, the engine's record. loss.importance compares old_logprobs
+    with the truncated policy that sampled: rollout_logprobs - kept_logmass.
+    `max_abs_logprob_gap` is the largest |logprob - rollout_logprob|. In a step's first update, which is on policy, it is
+    the numerical difference of sampler and trainer. If it exceeds `max_gap`, the update raises before it changes weights.
     """
+    # Denominators over all microbatches and ranks.
     model, world = policy.model, policy.world
     total_tokens = sum(m.num_loss_tokens for m in microbatches)
     total_sequences = sum(m.num_sequences for m in microbatches)
+
+    # Forward and backward of this rank's microbatches.
     parts: list[dict[str, torch.Tensor]] = []
     loss_sum, gaps = 0.0, [0.0]
     idle = replace(idle_microbatch(microbatches[0]), ref_logprobs=torch.zeros(0) if spec.kl_coef > 0 else None)
@@ -104,13 +115,17 @@ def policy_update(
         if local.num_loss_tokens:
             gaps.append(float((logprob - rollout).abs().max()))
             parts.append({key: value.cpu() for key, value in metrics.items()})
+
+    # The gap over all ranks; max() propagates NaN, and a NaN gap fails the check too.
     gathered = world.gather((loss_sum, gaps, parts))
-    gap = float(torch.tensor([value for g in gathered for value in g[1]]).max())  # NaN wins, as it must
+    gap = float(torch.tensor([value for g in gathered for value in g[1]]).max())
     _check_gap(gap, max_gap)
+
+    # Optimizer step and metrics.
     grad_norm = policy.optimizer.step(lr_factor)
     policy.updated()
     merged = finish_metrics(merge_metrics([part for _, _, rank_parts in gathered for part in rank_parts]))
-    merged.pop("logprob_gap_max", None)  # against logprob - kept mass; how far the two drift is max_abs_logprob_gap
+    merged.pop("logprob_gap_max", None)  # includes kept_logmass; max_abs_logprob_gap does not
     return merged | {"loss": sum(g[0] for g in gathered), "max_abs_logprob_gap": gap,
                      "grad_norm": grad_norm, "num_loss_tokens": float(total_tokens)}
 
@@ -120,10 +135,9 @@ def _check_gap(gap: float, max_gap: float) -> None:
         return
     if max_gap == 0:
         raise FloatingPointError(
-            f"the engine's logprobs left the trainer's by {gap:.3g} nats on policy, and run.exact='on' allows none: "
-            "an op gives a row other bits in another batch (`python -m kernels` lists what runs). "
-            "run.exact='auto' goes on with the gap logged")
+            f"logprobs of engine and trainer differ by {gap:.3g} nats on policy, but run.exact='on' requires 0: "
+            "the result of some op depends on the batch (`python -m kernels` lists the implementations). "
+            "run.exact='auto' only logs the gap")
     raise FloatingPointError(
-        f"the engine's logprobs left the trainer's by {gap:.3g} nats on policy, more than rl.max_logprob_gap = {max_gap}: "
-        "sampler and trainer no longer agree. A run with rl.max_logprob_gap=0 goes on all the same, and "
-        "rl.old_logprobs='recompute' with loss.importance='tis' then allows for the gap")
+        f"logprobs of engine and trainer differ by {gap:.3g} nats on policy, more than rl.max_logprob_gap = {max_gap}. "
+        "rl.max_logprob_gap=0 does not stop at a gap; rl.old_logprobs='recompute' with loss.importance='tis' corrects for it")
