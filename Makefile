@@ -1,21 +1,21 @@
-# Every command sets up .venv by itself. `make help` lists them.
+# Every target sets up .venv first. `make help` lists the targets.
 
-# The Python that .venv is made of, 3.11 or newer.
+# The Python that creates .venv, 3.11 or newer.
 PYTHON ?= python3
-# What pip is asked for as torch: the pinned one, another version, or the path of a wheel.
+# pip's requirement for torch: the pinned version, another version, or the path of a wheel.
 TORCH ?= $(PINNED_TORCH)
-# Where torch alone comes from, e.g. https://download.pytorch.org/whl/cpu; empty: where everything else comes from.
+# Package index for torch only, e.g. https://download.pytorch.org/whl/cpu; empty: pip's default index.
 TORCH_INDEX ?=
-# Handed on to the command, e.g. make train ARGS="--rl.steps=10" or make test ARGS="-k countdown".
+# Arguments of the command, e.g. make train ARGS="--rl.steps=10" or make test ARGS="-k countdown".
 ARGS ?=
-# Training processes: above 1 through torchrun.
+# Training processes; more than 1 are started by torchrun.
 NPROC ?= 1
-# Test processes side by side, one thread each.
+# Test processes that run in parallel, with one thread each.
 JOBS ?= 2
 
-# One line says so where a tool is missing, and the reference ops are used; where our sources do not compile, it fails.
+# Without a compiler or a build tool, setup.py prints one line and the reference ops are used. A compile error fails.
 BUILD_NATIVE = echo 'building the native kernels' && $(BIN)/python setup.py -q build_ext --inplace && $(LIBRARIES) > .venv/.native
-# The stamp lists what was built; a library that is gone makes it old.
+# The stamp file lists the libraries that were built; if one is missing, they are built again.
 LIBRARIES := echo kernels/_native_*.so
 
 PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
@@ -26,21 +26,21 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make train      the default run: a tiny MoE learns to think (see README)'
+	@echo 'make train      the default run, which trains a tiny MoE to think (see README)'
 	@echo 'make test       the tests, minutes on 2 cores'
 	@echo 'make test-long  the long tests, and make sanitize'
-	@echo 'make native     build the kernels of csrc/, or say what is missing; the others do it where sources changed'
-	@echo 'make sanitize   the kernels under the address and undefined-behaviour sanitizers'
-	@echo 'make fuzz       ten minutes of grading nonsense: no verifier may crash, hang or leak'
-	@echo 'make bench      every op beside torch and installed peers: at small shapes on a CPU, at large ones on a GPU'
+	@echo 'make native     build the kernels of csrc/, or print what is missing; other targets build them after a change'
+	@echo 'make sanitize   the kernels' tests under the address and undefined-behaviour sanitizers'
+	@echo 'make fuzz       grade random completions for ten minutes: no verifier may crash, hang or leak'
+	@echo 'make bench      time every op against torch and installed peers: small shapes on a CPU, also large ones on a GPU'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make clean      remove .venv, caches and build products; runs/ stays'
 	@echo
 	@echo 'Variables: ARGS="--rl.steps=10"  PYTHON=python3.12  NPROC=2  JOBS=4'
 	@echo '           TORCH=torch==2.11.0  TORCH_INDEX=https://download.pytorch.org/whl/cpu'
-	@echo "           (export TORCH and TORCH_INDEX to keep them from one make to the next)"
+	@echo "           (export TORCH and TORCH_INDEX, so that every make uses the same torch)"
 
-# One process needs no launcher, and Ctrl-C then reaches it alone: torchrun would end in a traceback of its own.
+# One process starts without torchrun, which prints a traceback after Ctrl-C.
 train: .venv/.ready .venv/.native
 ifeq ($(NPROC),1)
 	@$(BIN)/python train.py $(ARGS)
@@ -76,7 +76,7 @@ clean:
 	rm -rf .venv build dist *.egg-info kernels/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# .venv/.wanted changes only when TORCH or TORCH_INDEX does, and then torch is installed anew.
+# .venv/.wanted changes only if TORCH or TORCH_INDEX changes; torch is then reinstalled.
 .venv/.wanted: always
 	@mkdir -p .venv
 	@echo '$(TORCH) $(TORCH_INDEX)' | cmp -s - $@ || echo '$(TORCH) $(TORCH_INDEX)' > $@
@@ -87,7 +87,7 @@ $(BIN)/pip: | .venv/.wanted
 	  || { echo "reason_rl needs Python 3.11 or newer; $(PYTHON) is `$(PYTHON) -V 2>&1`. Name another with PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null \
 	  || { echo '$(PYTHON) has no venv or no ensurepip: on Debian and Ubuntu, apt-get install python3-venv'; exit 1; }
-	@echo 'making .venv'
+	@echo 'creating .venv'
 	@$(PYTHON) -m venv .venv
 
 .venv/.torch: .venv/.wanted $(BIN)/pip
@@ -101,12 +101,13 @@ $(BIN)/pip: | .venv/.wanted
 	@$(PIP) install -c .venv/pins.txt cmake ninja
 	@touch $@
 
-# Again when csrc/ (its folders too: a file may go) or its build changes, or the libraries are not those that were built.
+# Built again after a change of csrc/ (folders are listed too: a file may be deleted) or of its build files, or if the
+# libraries differ from the stamp's list.
 .venv/.native: .venv/.tools setup.py CMakeLists.txt $(shell find csrc) $(shell $(LIBRARIES) | cmp -s - .venv/.native || echo always)
 	@$(BUILD_NATIVE)
 
-# The kernels first: pip would build them without a word.
+# The kernels first: pip would build them and hide the output.
 .venv/.ready: .venv/.torch pyproject.toml setup.py constraints.txt | .venv/.native
-	@echo 'installing the rest'
+	@echo 'installing the other packages'
 	@$(PIP) install -c .venv/pins.txt --no-build-isolation -e '.[dev,bench]'
 	@touch $@

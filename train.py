@@ -1,6 +1,6 @@
 """Train a language model to reason: read a recipe, run its stages in order.
 
-    torchrun train.py                                   the default recipe: pretrain a tiny MoE, then GRPO, on a plain CPU
+    torchrun train.py                                   the default recipe: pretrain a tiny MoE, then GRPO, on a CPU
     torchrun train.py configs/countdown_cpu.toml        another recipe
     torchrun train.py --rl.steps=10 --seed 1            any key of reason_rl/config
     torchrun --nproc-per-node 2 train.py                several processes, sharded with FSDP2
@@ -27,7 +27,7 @@ def main(config: Config) -> int:
         folder = open_run(config, world)  # a new run, one to resume, or a finished one
         if folder.is_finished:
             if world.is_main:
-                print(f"{folder.path} is finished: see {write_report(folder.path)}. --resume never runs it again, in a new folder.")
+                print(f"{folder.path} is finished: see {write_report(folder.path)}. --resume never repeats it in a new folder.")
             return 0
         world = as_begun(world, folder)
         recipe = plan_recipe(config)
@@ -39,7 +39,7 @@ def main(config: Config) -> int:
                     run.finish()
             except Interrupted as stopped:
                 again = "The same command" if config.run.resume == "auto" else f"train.py {folder.path}/config.toml"
-                view.message(f"Saved: {stopped}. {again} goes on from here.")
+                view.message(f"Saved: {stopped}. {again} continues from here.")
                 return 130
         if world.is_main:
             print(f"Done. The report: {folder.path}/report.html · talk to the model: {how_to_talk(folder.path, config)}")

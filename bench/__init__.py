@@ -1,1 +1,1 @@
-"""What is timed, and how: `python -m bench.<name>`. Truth lives in tests/, timing here, results in bench/results/."""
+"""Benchmarks: `python -m bench.<name>`. Recorded results are in bench/results/; correctness is tested in tests/."""

@@ -1,7 +1,7 @@
-"""Every op's bench in one go: `python -m bench [op ...] [--json [FILE]] [--plot FILE.png] [--budget-s 440]`.
+"""Runs the benchmarks of all ops: `python -m bench [op ...] [--json [FILE]] [--plot FILE.png] [--budget-s 440]`.
 
-Each op runs in a process of its own, one after the other: one that fails, loses the device or hangs takes no other with it. The
-time is shared out; what an op leaves over, the later ones get. Whole models are bench.train_step and bench.rollout.
+Each op runs in a new process, one after the other, so an op that fails, hangs or loses the device does not affect the
+others. Each op gets an equal share of the remaining time. Whole models are timed by bench.train_step and bench.rollout.
 """
 
 from __future__ import annotations
@@ -21,24 +21,28 @@ from bench.suite import options_from, options_of, write
 
 OPS = ("group_advantage", "rms_norm", "swiglu", "rope", "grpo_loss", "linear", "sample", "moe", "attention", "linear_logprob",
        "linear_grpo_loss")
-"""The costliest last: they get what the others leave."""
+"""The slowest are last: they get the time that the others did not use."""
 GRACE_S = 40.0
-"""To start, and to end the case that runs when an op's time is up; after that the op is stopped."""
+"""Added to an op's time, for its start and for the case that runs when the time is up; then the op is stopped."""
 
 
 def run_op(op: str, budget_s: float, options: argparse.Namespace) -> dict[str, Any]:
-    """bench.<op> in a fresh process -> its record; of one that failed, what it had by then, and its words."""
+    """bench.<op> in a new process -> its record; if it fails, the rows it wrote until then and a row with the error."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "record.json"
         command = [sys.executable, "-m", f"bench.{op}", "--device", options.device, "--compile", options.compile,
                    "--warmup-ms", str(options.warmup_ms), "--rep-ms", str(options.rep_ms), "--budget-s", str(budget_s),
                    "--json", str(target), *(["--tiny"] if options.tiny else [])]
+
+        # The process; its last line on stderr is the error.
         try:
             done = subprocess.run(command, cwd=CHECKOUT, stderr=subprocess.PIPE, text=True, timeout=budget_s + GRACE_S)
-            last_words = (done.stderr.strip().splitlines() or ["no word"])[-1][:200]
-            says = f"ended with {done.returncode}: {last_words}" if done.returncode else ""
+            last_line = (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
+            says = f"ended with {done.returncode}: {last_line}" if done.returncode else ""
         except subprocess.TimeoutExpired:
             says = f"stopped: it took more than {budget_s + GRACE_S:.0f} s"
+
+        # Its record, or an empty one.
         record: dict[str, Any] = json.loads(target.read_text()) if target.is_file() else {"ceilings": {}, "rows": []}
     if says:
         print(f"{op}: {says}", flush=True)
@@ -47,14 +51,17 @@ def run_op(op: str, budget_s: float, options: argparse.Namespace) -> dict[str, A
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """-> 1 where an op failed as a whole."""
+    """-> 1 if an op failed as a whole, else 0."""
+    # Options.
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)} (default: all)")
     options_of(parser, budget_s=440)
     options = options_from(parser, arguments)
     unknown = sorted(set(options.ops) - set(OPS))
     if unknown:
-        parser.error(f"no bench of {', '.join(unknown)}; there are {', '.join(OPS)}")
+        parser.error(f"no benchmark of {', '.join(unknown)}; there are {', '.join(OPS)}")
+
+    # Each op, then one record of all.
     started, ops = time.monotonic(), [op for op in OPS if op in options.ops or not options.ops]
     record: dict[str, Any] = {"bench": "kernels", "setting": describe_setting(options.device), "ceilings": {}, "rows": []}
     for number, op in enumerate(ops):

@@ -1,9 +1,11 @@
-"""`attention` and `paged_attention` (kernels/attention/) beside torch's and FlashAttention's, and what sharing the prompt buys.
+"""`attention` and `paged_attention` (kernels/attention/) against torch's and FlashAttention's.
 
-    causal    whole sequences, no prefix: what everyone can do
-    P x G     training packs of groups: a prompt of P tokens once, G completions behind it. Others know no prefix, so they, and ours
-              as "not shared", get every completion with a copy of its prompt; `percent` counts the work of the shared form for all
-    decode    a query a sequence over a paged cache; `percent` is of the bandwidth, each prompt's bytes counted once a group
+    causal    whole sequences without a prefix, which every implementation supports
+    P x G     training packs: a prompt of P tokens once, then its G completions. The others have no shared prefix: they,
+              and ours as "not shared", get a copy of the prompt with each completion. `percent` counts the work with a
+              shared prompt for all of them
+    decode    one query per sequence over a paged cache. `percent` is of the bandwidth and counts a prompt's bytes once
+              per group
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 Heads = tuple[int, int, int]
 Segments = list[tuple[int, int, int, int]]
 LARGE, SMALL, TINY = (32, 8, 128), (4, 2, 32), (2, 1, 8)
-"""(H, K, C): an 8 B model's, the default model's, a test's."""
+"""(H, K, C) of an 8 B model, the default model and a test."""
 CAUSAL = {"numbers": [(4, 4096, LARGE, BF16)], "small": [(64, 64, SMALL, BF16), (64, 64, SMALL, F32)], "tiny": [(2, 20, TINY, F32)]}
 """(sequences, length, heads, dtype)"""
 PACKS = {"numbers": [(2, 512, 16, 512, LARGE, BF16), (2, 2048, 16, 512, LARGE, BF16), (2, 2048, 4, 512, LARGE, BF16),
@@ -37,7 +39,7 @@ DECODES = {"numbers": [(batch, 1, 2048, 2048, LARGE, BF16) for batch in (1, 4, 1
            "small": [(256, 16, 16, 64, SMALL, BF16), (1, 1, 16, 64, SMALL, BF16)], "tiny": [(6, 3, 32, 16, TINY, F32)]}
 """(sequences, G, tokens of the prompt, own tokens, heads, dtype): whole blocks"""
 CHECKED = {LARGE: (4, 1, 128)}
-"""Heads that errors are taken on: the reference keeps its weights, in float64 some 50 GB of all."""
+"""LARGE -> fewer heads for the error: the reference keeps attention weights, about 50 GB of float64 for all heads."""
 WANTED = ("q", "k", "v")
 
 
@@ -111,12 +113,15 @@ def causal_case(setup: Setup, count: int, length: int, heads: Heads, dtype: torc
 
 
 def unshared(inputs: Inputs, groups: int, prompt: int, group_size: int, own: int) -> Inputs:
-    """Every completion behind a copy of its prompt."""
+    """Each completion after a copy of its prompt."""
+    # The packed index of each copied token.
     device, stride = inputs["q"].device, prompt + group_size * own
     first = torch.arange(groups, device=device)[:, None, None] * stride
     own_start = prompt + torch.arange(group_size, device=device)[:, None] * own
     place = torch.arange(prompt + own, device=device)
     index = (first + torch.where(place < prompt, place, own_start + place - prompt)).flatten()
+
+    # The tensors, and a plan without prefixes.
     length, count = prompt + own, groups * group_size
     copied = {name: inputs[name].index_select(0, index) for name in WANTED}
     plan = plan_segments(torch.tensor([(n * length, length, 0, 0) for n in range(count)], dtype=torch.int32), len(index), device)
@@ -125,7 +130,7 @@ def unshared(inputs: Inputs, groups: int, prompt: int, group_size: int, own: int
 
 
 def as_packed(out: torch.Tensor, groups: int, prompt: int, group_size: int, own: int) -> torch.Tensor:
-    """The rows of `unshared` [T', H, C] back in the pack's order, the prompt's from its first copy."""
+    """The outputs of `unshared` [T', H, C] in the pack's order; the prompt's are those of its first copy."""
     sequences = out.view(groups, group_size, prompt + own, *out.shape[1:])
     return torch.cat((sequences[:, 0, :prompt], sequences[:, :, prompt:].flatten(1, 2)), 1).flatten(0, 1)
 
@@ -146,7 +151,8 @@ def pack_case(setup: Setup, groups: int, prompt: int, group_size: int, own: int,
 def paged_inputs(
     rows: int, group_size: int, prompt: int, own: int, heads: Heads, dtype: torch.dtype, device: torch.device
 ) -> Inputs:
-    """Blocks in a random order, as a long-lived cache has them."""
+    """Blocks in random order, as in a cache that has been in use."""
+    # Sizes.
     num_heads, kv_heads, head_dim = heads
     groups, prompt_blocks, own_blocks = rows // group_size, prompt // BLOCK_SIZE, own // BLOCK_SIZE
     num_blocks = groups * prompt_blocks + rows * own_blocks
@@ -154,6 +160,8 @@ def paged_inputs(
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    # The prompt's blocks first, then those of each sequence.
     blocks = torch.randperm(num_blocks, generator=generator, device=device)
     prefix, mine = blocks[: groups * prompt_blocks], blocks[groups * prompt_blocks :]
     pages = plan_pages(
@@ -165,7 +173,7 @@ def paged_inputs(
 
 
 def contiguous(inputs: Inputs) -> Inputs:
-    """Each sequence's keys in one piece, its prompt's with them: k and v [R, K, S, C]."""
+    """Each sequence's keys and values contiguous, with its prompt's: k and v [R, K, S, C]."""
     pages = inputs["pages"]
     table = torch.cat((pages.prefix_table.index_select(0, pages.prefix_index), pages.own_table), 1)  # [R, blocks]
     k, v = (inputs[name][:, table].flatten(2, 3).transpose(0, 1).contiguous() for name in ("k_cache", "v_cache"))

@@ -1,8 +1,8 @@
-"""One op on one shape, by everyone who can: its time, memory, error against float64, and whether two runs give the same bits.
+"""One op on one shape, by all implementations: time, memory, error against float64, and whether two runs give equal bits.
 
-A `Case` names the inputs, the sides (our implementations, torch's own, torch.compile of the reference, installed peers), and the
-work that must be done at least. Each bench/<op>.py makes a list of them, the most telling first; `measure` turns one into rows, by
-timing.py; suite.py runs them and shows the rows.
+A `Case` has the inputs, the sides (our implementations, torch's, torch.compile of the reference, installed peers) and the
+least work that the op needs. Each bench/<op>.py makes a list of cases, the most important first. `measure` turns a case
+into rows with timing.py; suite.py runs the cases and prints the rows.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Side:
     call: Callable[..., Any]
-    """(**inputs) -> a tensor or a tuple of them; the first is the one that gradients come from."""
+    """(**inputs) -> a tensor or a tuple of tensors; gradients are those of the first."""
     prepare: Callable[[Inputs], Inputs] | None = None
-    """Outside the clock: the inputs in a layout of its own. Its gradients then are not compared."""
+    """Converts the inputs to the side's layout, not timed. Gradients of such a side are not compared."""
     select: Callable[[Any], Any] = lambda outputs: outputs
-    """Outside the clock: its outputs as the others give them."""
+    """Converts its outputs to the common layout, not timed."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ class Case:
     dtype: torch.dtype
     make: Callable[[], Inputs]
     sides: Mapping[str, Side | str]
-    """By name; a text says why there is none."""
+    """By name; a text is the reason why that side cannot run."""
     exact: Callable[..., Any]
-    """The reference, which is given float64."""
+    """The reference; it gets float64 inputs."""
     work: Mapping[str, tuple[float, float]]
-    """{"forward": (FLOPs, bytes), "backward": ..}: what none can do without; "full" is their sum where it is not given."""
+    """{"forward": (FLOPs, bytes), "backward": ..}: the least work; "full" defaults to the sum of both."""
     wanted: tuple[str, ...] = ()
-    """The inputs that gradients are taken of; without any, forward is all there is."""
+    """The inputs that get gradients; empty: forward only."""
     directions: tuple[str, ...] = ()
-    """By default all there are."""
+    """Default: forward, and with `wanted` backward and full."""
     check: Callable[[], Inputs] | None = None
-    """Smaller inputs to take the errors on, where float64 would not fit."""
+    """Makes smaller inputs for the error, if float64 would not fit in memory."""
 
     @property
     def ways(self) -> tuple[str, ...]:
@@ -71,7 +71,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Setup:
-    """Where and how much: what each bench/<op>.py makes its cases for."""
+    """Device and scale that a bench/<op>.py makes its cases for."""
 
     device: torch.device
     scale: str = "small"
@@ -85,7 +85,7 @@ class Setup:
         return [*shapes["numbers"], *shapes["small"]] if self.scale == "numbers" else list(shapes[self.scale])
 
     def ours(self, op: str, call: Callable[..., Any], dtype: torch.dtype) -> dict[str, Side | str]:
-        """`call(**inputs, impl=name)` for each implementation that is meant for this device, by its name."""
+        """Name -> `call(**inputs, impl=name)`, for each implementation of this device."""
         found: dict[str, Side | str] = {}
         for implementation in REGISTRY[op].implementations:
             reason = implementation.refusal(self.device, dtype)
@@ -94,12 +94,12 @@ class Setup:
         return found
 
     def compiled(self, call: Callable[..., Any]) -> dict[str, Side | str]:
-        """torch.compile of `call`, at its first use."""
+        """torch.compile of `call`, compiled at its first use."""
         if not self.with_compile:
             return {}
         import torch._functorch.config
 
-        torch._functorch.config.donated_buffer = False  # a graph of the backward pass alone runs it twice on one forward pass
+        torch._functorch.config.donated_buffer = False  # timing runs backward twice on one forward pass
         return {COMPILED: Side(torch.compile(call, dynamic=False))}
 
 
@@ -116,7 +116,7 @@ def in_double(inputs: Inputs) -> Inputs:
 
 
 class Upstream:
-    """One gradient for each shape and dtype of a first output: the same for all sides."""
+    """The gradient of a first output, by its shape and dtype: the same for all sides."""
 
     def __init__(self) -> None:
         self.made: dict[Any, torch.Tensor] = {}
@@ -135,7 +135,7 @@ def leaves(inputs: Inputs, wanted: Sequence[str]) -> Inputs:
 
 
 def call_of(call: Callable[..., Any], inputs: Inputs, wanted: Sequence[str], direction: str, upstream: Upstream) -> Call:
-    """The direction of `call` on `inputs`; gradients are with respect to leaves of its own."""
+    """The timed function of one direction of `call` on `inputs`, which it detaches from other calls' graphs."""
     own = leaves(inputs, wanted)
 
     def gradients(outputs: Any, again: bool) -> tuple[torch.Tensor, ...]:
@@ -150,7 +150,7 @@ def call_of(call: Callable[..., Any], inputs: Inputs, wanted: Sequence[str], dir
 
 
 def error_of(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float | None:
-    """The largest over results of |got - want| / |want| (Euclidean; of integers, the share that differs); None if not finite."""
+    """max over results of |got - want| / |want| (L2 norms; integers: the share that differs); None if not finite."""
     errors = []
     for mine, true in zip(got, want, strict=False):
         if not true.numel():
@@ -177,7 +177,7 @@ def free_memory(device: torch.device) -> None:
 
 
 class PeakMemory:
-    """The most that a GPU held within the block, above what it held before; None of a CPU."""
+    """Peak GPU memory within the block, minus the memory allocated before it; None on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.before_bytes = device, 0
@@ -195,7 +195,7 @@ class PeakMemory:
 
 
 class Measurement:
-    """One case on one device: its inputs, the truth, and what each side does with them."""
+    """One case on one device: its inputs, the float64 results, and the rows of its sides."""
 
     def __init__(self, case: Case, setup: Setup, effort: Effort, deadline_s: float) -> None:
         self.case, self.device, self.effort, self.deadline_s = case, setup.device, effort, deadline_s
@@ -210,7 +210,7 @@ class Measurement:
 
     @functools.cached_property
     def copies(self) -> list[Inputs]:
-        """Inputs enough for a graph to go round, the first of them the case's own."""
+        """Enough copies of the inputs for a GraphTimer; the first is the original."""
         num_bytes = sum(x.nbytes for x in self.inputs.values() if isinstance(x, torch.Tensor))
         return [self.inputs, *(map_tensors(torch.clone, self.inputs) for _ in range(num_copies(num_bytes, self.device) - 1))]
 
@@ -219,16 +219,19 @@ class Measurement:
         return call_of(side.call, own, self.case.wanted, direction, self.upstream)
 
     def result(self, side: Side, direction: str, inputs: Inputs) -> list[torch.Tensor]:
-        """The outputs, or of the other directions the gradients: what the timed call gives."""
+        """The outputs of "forward", the gradients of the other directions."""
         call = self.call(side, direction, inputs)
         given = call.run(call.before(), False)
         return [x.detach() for x in as_tuple(side.select(given) if direction == "forward" else given)]
 
     def facts(self, side: Side, direction: str) -> Row:
-        """Error, bits and memory; and the call has run twice, so what is compiled at its first use is compiled."""
+        """Error, equality of two runs, and memory. The runs also trigger compilation, before anything is timed."""
+        # The error.
         part = "forward" if direction == "forward" else "backward"
         is_alike = part == "forward" or side.prepare is None
         error = error_of(self.result(side, direction, self.check), self.truth[part]) if self.truth and is_alike else None
+
+        # Two runs.
         call = self.call(side, direction, self.inputs)
         first = as_tuple(call.run(call.before(), False))
         free_memory(self.device)
@@ -237,7 +240,8 @@ class Measurement:
         return {"error": error, "same_bits": same_bits(first, second), "peak_bytes": memory.peak_bytes}
 
     def timers(self, sides: Mapping[str, Side], direction: str, failures: dict[str, str]) -> dict[str, Timer]:
-        """One a side; all by graph where the quickest is short, except those that cannot be captured."""
+        """A timer per side. If the fastest is short, all are timed by CUDA graphs, except those that cannot be captured."""
+        # The clock on a CPU, events on a GPU.
         found: dict[str, Any] = {}
         cache = torch.empty(1 << 28, dtype=torch.uint8, device=self.device) if self.device.type == "cuda" else None
         for name, side in sides.items():
@@ -249,6 +253,8 @@ class Measurement:
                 failures[name] = in_words(error)
         if cache is None or min((timer.estimate_s for timer in found.values()), default=1.0) >= SHORT_S:
             return found
+
+        # Graphs.
         for name in found:
             try:
                 found[name] = GraphTimer([self.call(sides[name], direction, x) for x in self.copies], self.effort.warmup_s)
@@ -262,6 +268,7 @@ class Measurement:
         if self.no_truth:
             yield base | {"direction": "all", "side": "float64", "says": self.no_truth}
         for direction in case.ways:
+            # Facts of the sides that can run; `says` has the reasons of the others.
             says = {name: side for name, side in case.sides.items() if isinstance(side, str)}
             facts: dict[str, Row] = {}
             for name, side in case.sides.items():
@@ -274,9 +281,13 @@ class Measurement:
                     facts[name] = self.facts(side, direction)
                 except Exception as error:
                     says[name] = in_words(error)
+
+            # Times, in turn.
             sides = {name: side for name, side in case.sides.items() if name in facts and not isinstance(side, str)}
             timers = self.timers(sides, direction, says)
             seconds = take_turns(timers, self.effort, says)
+
+            # A row per side.
             flops, num_bytes = case.least(direction)
             for name in case.sides:
                 row = base | {"direction": direction, "side": name}
@@ -288,11 +299,13 @@ class Measurement:
 
 
 def measure(case: Case, setup: Setup, effort: Effort, deadline_s: float = math.inf) -> list[Row]:
-    """Every side in every direction; `deadline_s` is on the monotonic clock. A side that fails says so in its row, and so does the
-    case where its inputs cannot be made."""
+    """Rows of every side and direction. After `deadline_s` (time.monotonic) nothing more is measured. A side that fails has
+    the error in its row; a case whose inputs cannot be made has one row with the error."""
     base = {"op": case.op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch."), "direction": "all", "side": "all"}
     if time.monotonic() > deadline_s:
         return [base | {"says": "left out: no time was left"}]
+
+    # The rows; those before an error are kept.
     rows: list[Row] = []
     if setup.with_compile:
         torch._dynamo.reset()
@@ -301,8 +314,10 @@ def measure(case: Case, setup: Setup, effort: Effort, deadline_s: float = math.i
             rows.append(row)
     except Exception as error:
         rows.append(base | {"says": in_words(error)})
+
+    # Memory for the next case.
     try:
         free_memory(setup.device)
-    except RuntimeError as error:  # the device is lost, and so are the cases to come: each will say so
+    except RuntimeError as error:  # the device is lost, so every later case will have a row with an error
         rows.append(base | {"says": in_words(error)})
     return rows

@@ -1,12 +1,10 @@
-"""Gradings a second through the verifier service, with the workers' round trip; and math-verify's, if it is
-installed.
+"""Gradings per second of the verifier service, round trip to the workers included, and of math-verify if installed.
 
     .venv/bin/python -m bench.grading [--json bench/results/grading_cpu.json]
 
-A request is a completion of about 100 words and its right answer, as the trainer sends it; workers are warm.
-The result is the best of several rounds, since other programs on the machine can only slow a round down.
-math-verify runs in this process, without the service, on the same answers; and the command lists answers on
-which the two differ.
+A request is a completion of about 100 words and its right answer, in the trainer's format; workers are warm. The result
+is the fastest of several rounds, because other programs on the machine only slow a round down. math-verify runs in this
+process, without the service, on the same answers; answers that the two grade differently are printed.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from reason_rl.config import RewardConfig
 from reason_rl.reward.grade import reward_kinds
 from reason_rl.reward.pool.service import VerifierService
 
-# (right answer, completion's answer); the last pair of each list is wrong, all others are right.
+# (right answer, completion's answer); in each list the last pair is wrong and all others are right.
 COMMON = [("18", "18"), ("1080", "1,080"), ("-7", "-7"), ("2.50", "2.5"), (r"\frac{3}{4}", r"\frac{3}{4}"), ("3/4", "0.75"),
           ("18", r"\$18"), ("5", "x = 5"), ("25", r"25\%"), ("17", "18")]
 SYMBOLIC = [(r"\frac{\sqrt3}{3}", r"\frac{1}{\sqrt{3}}"), ("x^2+2x+1", "(x+1)^2"),
@@ -33,7 +31,7 @@ SYMBOLIC = [(r"\frac{\sqrt3}{3}", r"\frac{1}{\sqrt{3}}"), ("x^2+2x+1", "(x+1)^2"
             ("2x-y+3=0", "4x - 2y = -6"),
             (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"), (r"2\pi", "6.28")]
 DISPUTED = [("72", "48+24"), ("1/3", "0.333333"), ("3:1", "3"), ("5", "6 = 5"), (r"5 \text{ cm}", r"5 \text{ m}"), ("4t", "4")]
-"""Wrong by our rules, right by math-verify 0.9."""
+"""Wrong by our rules, right for math-verify 0.9."""
 THOUGHT = "<think>" + "so we take the first and the second and see that it goes on " * 8 + "</think>"
 
 
@@ -81,20 +79,22 @@ def peer() -> dict[str, Any] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.grading", description="Gradings a second.")
-    parser.add_argument("--count", type=int, default=4000, help="requests a round")
+    parser = argparse.ArgumentParser(prog="python -m bench.grading", description="Gradings per second of the verifier service.")
+    parser.add_argument("--count", type=int, default=4000, help="requests per round")
     parser.add_argument("--rounds", type=int, default=7)
     add_json_option(parser)
     options = parser.parse_args()
+
+    # Measure.
     record = {"bench": "grading", "gradings_per_s": our_rates(options.count, options.rounds), "workers": 2, "math-verify": peer(),
               **describe_setting()}
 
-    # Our rates, math-verify's, and the answers on which the two differ.
+    # Print our rates, math-verify's, and the answers on which the two differ.
     for name, value in record["gradings_per_s"].items():
         print(f"{name:16} {value:9,.0f} gradings/s")
     if record["math-verify"]:
         for name, value in record["math-verify"]["gradings_per_s"].items():
-            print(f"{name:16} {value:9,.0f} a second by math-verify {record['math-verify']['version']}, in one process")
+            print(f"{name:16} {value:9,.0f} gradings/s of math-verify {record['math-verify']['version']}, in one process")
         for dispute in record["math-verify"]["disputed"]:
             print("{given:>12} for {answer:14} ours {reason_rl:6} math-verify {math-verify}".format(**dispute))
     write_json(record, options.json)

@@ -1,4 +1,4 @@
-"""`grpo_loss` (kernels/grpo_loss/), clip-higher with TIS weights: a pass over a few f32 a token."""
+"""`grpo_loss` (kernels/grpo_loss/), clip-higher with TIS weights: one pass over a few f32 per token."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cases(setup: Setup) -> list[Case]:
             op="grpo_loss", shape=f"{name} N{n}, ratio by {level}", dtype=torch.float32, wanted=("logprobs",),
             exact=functools.partial(call, impl="reference"), make=functools.partial(draw, name, setup.device),
             sides={**setup.ours("grpo_loss", call, torch.float32), **setup.compiled(functools.partial(call, impl="reference"))},
-            # Four f32 and an index in, the gradient out; backward scales it.
+            # Bytes per token: forward reads four f32 and an index and writes the gradient, which backward scales.
             work={"forward": (0, 24 * n), "backward": (0, 8 * n)}))
     return found
 

@@ -1,6 +1,6 @@
-"""What every bench shares: the machine in words, the `--json [FILE]` convention, memory, GEMM and copy rates, medians.
+"""Shared by all benchmarks: a description of the machine, the `--json [FILE]` option, memory, GEMM and copy rates, medians.
 
-Needs torch alone. Leaves out what is measured: each `bench/<name>.py` has its own workloads and peers.
+Needs only torch. Left out: workloads and peers, which are in each `bench/<name>.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def describe_setting(device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Device, versions and commit: what a reader needs to know before believing a number."""
+    """Device, versions and commit, recorded with every result."""
     device = torch.device(device)
     setting: dict[str, Any] = {
         "device": device.type,
@@ -47,7 +47,7 @@ def describe_setting(device: torch.device | str = "cpu", dtype: torch.dtype | No
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The model name as Linux has it, else what Python knows."""
+    """The model name in /proc/cpuinfo, else platform.processor()."""
     if cpuinfo.is_file():
         for line in cpuinfo.read_text().splitlines():
             key, _, value = line.partition(":")
@@ -57,8 +57,8 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def commit(checkout: Path = CHECKOUT) -> str:
-    """The checkout's commit, with "-dirty" where tracked files differ from it. Without git, "unknown", or what REASON_RL_COMMIT
-    says: for a copy of the checkout on another machine."""
+    """The checkout's commit, with "-dirty" if tracked files differ from it. Without git: REASON_RL_COMMIT, for a copy of
+    the checkout on another machine, or "unknown"."""
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -67,13 +67,13 @@ def commit(checkout: Path = CHECKOUT) -> str:
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
-    """`--json FILE` writes the record there, `--json` alone prints it as one line, last on stdout."""
+    """`--json FILE` writes the record to FILE; `--json` prints it as the last line of stdout."""
     parser.add_argument("--json", nargs="?", const="-", default=None, metavar="FILE",
-                        help="write the results to FILE, or as one line last on stdout")
+                        help="write the results to FILE, or as the last line of stdout")
 
 
 def write_json(record: Mapping[str, Any], target: str | None) -> None:
-    """`target` is args.json: None writes nothing. NaN and infinity are refused, for they are not JSON."""
+    """`target` is args.json; None writes nothing. Raises for NaN and infinity, which are not JSON."""
     if target is None:
         return
     if target == "-":
@@ -87,10 +87,10 @@ def write_json(record: Mapping[str, Any], target: str | None) -> None:
 
 
 def peak_rss_bytes(process: int | str = "self") -> int:
-    """The most memory that this process (or another, by its number) has held so far. Take it after the start-up and at the end, and
-    give the difference.
+    """Peak resident memory of this process, or of another by its id, since it started. A benchmark reports the difference
+    between the values at the end and after start-up.
 
-    From /proc where there is one: getrusage's ru_maxrss starts a child at its parent's peak, even across exec.
+    Read from /proc if it exists: getrusage's ru_maxrss starts a child at its parent's peak, even across exec.
     """
     status = Path(f"/proc/{process}/status")
     if status.is_file():
@@ -102,7 +102,7 @@ def peak_rss_bytes(process: int | str = "self") -> int:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """{"median", "p20", "p80"}, with linear interpolation between the sorted values."""
+    """{"median", "p20", "p80"}; quantiles are interpolated linearly."""
     if not values:
         raise ValueError("spread needs at least one value, got none")
     ordered = sorted(values)
@@ -117,7 +117,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def time_calls(call: Callable[[], object], repeats: int, warmup: int = 1) -> list[float]:
-    """Seconds of each of `repeats` calls, after `warmup` uncounted ones; on CUDA the clock waits for the device."""
+    """Seconds of each of `repeats` calls, after `warmup` untimed ones; on CUDA, synchronized before and after."""
     for _ in range(warmup):
         call()
     seconds = []
@@ -138,11 +138,11 @@ def synchronize() -> None:
 GEMM_SIZE = {"cuda": 8192, "cpu": 2048}
 COPY_BYTES = {"cuda": 1 << 32, "cpu": 1 << 27}
 BURST = {"cuda": 4, "cpu": 1}
-"""Calls between two looks at the clock: looking costs a GPU some 20 us."""
+"""Calls per timing: synchronizing with a GPU costs about 20 us."""
 
 
 def gemm_gflops(dtype: torch.dtype, device: torch.device | str = "cpu", size: int | None = None, repeats: int = 5) -> float:
-    """GFLOP/s of the best of several size^3 matrix products on random data: the ceiling that a step is held against."""
+    """GFLOP/s of the fastest of several size^3 matrix products on random data: the compute ceiling."""
     device = torch.device(device)
     size, burst = size or GEMM_SIZE[device.type], BURST[device.type]
     generator = torch.Generator(device).manual_seed(0)
@@ -153,7 +153,7 @@ def gemm_gflops(dtype: torch.dtype, device: torch.device | str = "cpu", size: in
 
 
 def copy_gbytes(device: torch.device | str = "cpu", repeats: int = 5) -> float:
-    """GB/s of the best of several large copies within the device's memory, read and written."""
+    """GB/s of the fastest of several large copies in device memory; counts bytes read and bytes written."""
     device = torch.device(device)
     num_bytes, burst = COPY_BYTES[device.type], BURST[device.type]
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
@@ -163,5 +163,5 @@ def copy_gbytes(device: torch.device | str = "cpu", repeats: int = 5) -> float:
 
 
 def gemm_rates(device: torch.device | str = "cpu", size: int | None = None) -> dict[str, float]:
-    """{"float32": GFLOP/s, "bfloat16": GFLOP/s} at size^3, by default 2048 on a CPU, 8192 on a GPU."""
+    """{"float32": GFLOP/s, "bfloat16": GFLOP/s} of size^3 products; default size: 2048 on a CPU, 8192 on a GPU."""
     return {str(dtype).removeprefix("torch."): gemm_gflops(dtype, device, size) for dtype in (torch.float32, torch.bfloat16)}

@@ -1,11 +1,11 @@
-"""Trains a preset from random weights on several seeds and compares the results with the project's promises.
+"""Trains a preset from random weights with several seeds and compares the results with the project's promises.
 
     python -m bench.learning --json bench/results/program_cpu.json --plot docs/program.png
     python -m bench.learning --preset countdown --json bench/results/countdown_cpu.json --plot docs/countdown.png
 
-Each seed is one process of train.py in an empty folder, so its base model is pretrained too; for a change of
-RL alone, --bases reuses the base models of an earlier run. The record holds every seed's summary and
-evaluation curve, and the machine. Left out: selection of seeds; all that are named are run and shown.
+Each seed is one process of train.py in an empty folder, so pretraining is included. To test a change of RL only, --bases
+reuses the base models of an earlier call. The record has the summary and evaluation curve of every seed, and the
+machine. Left out: a selection of seeds; all seeds are reported.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Promise:
     least_format_rate: float
     most_wall_s: float
     most_logprob_gap: float = 1e-4
-    """In nats, sampler against trainer, over all steps."""
+    """Nats between sampler and trainer, the largest over all steps."""
     least_problems: int = 500
-    """Held-out, of the first and of the last evaluation, each with at least `least_samples` samples."""
+    """Held-out problems of the first and of the last evaluation, each with at least `least_samples` samples."""
     least_samples: int = 4
 
 
@@ -50,6 +50,7 @@ SHOWN = ("base_accuracy", "final_accuracy", "base_mean_thinking_tokens", "final_
 
 def run_seed(preset: str, promise: Promise, seed: int, out_dir: Path, extra: list[str]) -> tuple[dict[str, Any], Path]:
     """Trains one seed -> (its summary, with the evaluation curve of the last stage; its run folder)."""
+    # Train.
     name = f"{preset}-seed{seed}"
     command = [sys.executable, "train.py", *([promise.config] if promise.config else []), "--seed", str(seed), "--name", name,
                f"--run.out_dir={out_dir}", *extra]
@@ -57,6 +58,8 @@ def run_seed(preset: str, promise: Promise, seed: int, out_dir: Path, extra: lis
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"train.py exited with status {done.returncode}:\n{done.stderr[-2000:]}")
+
+    # Read the results.
     folder = out_dir / name
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     keys = ("step", "problems", "samples", "accuracy", "mean_thinking_tokens", "thinks_share", "accuracy_given_thought",
@@ -65,10 +68,13 @@ def run_seed(preset: str, promise: Promise, seed: int, out_dir: Path, extra: lis
 
 
 def unkept(summary: dict[str, Any], promise: Promise) -> list[str]:
-    """The promises that a seed broke, in words. A missing figure breaks its promise."""
+    """The promises that a seed broke, as text. A missing number breaks its promise."""
+    # Numbers that the summary does not have.
     base_tokens, final_tokens = summary.get("base_mean_thinking_tokens"), summary.get("final_mean_thinking_tokens")
     ratio = None if base_tokens is None or final_tokens is None else final_tokens / max(base_tokens, 1e-9)
     ends = [summary["curve"][0], summary["curve"][-1]] if summary.get("curve") else []
+
+    # Upper limits, then lower limits.
     at_most = (("base accuracy", summary.get("base_accuracy"), promise.most_base_accuracy),
                ("logprob gap", summary.get("max_abs_logprob_gap"), promise.most_logprob_gap),
                ("seconds", summary.get("wall_s"), promise.most_wall_s))
@@ -86,7 +92,7 @@ def shown(value: float | None) -> str:
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """-> (options, the arguments that go on to train.py)"""
+    """-> (options, the arguments for train.py)"""
     parser = argparse.ArgumentParser(prog="python -m bench.learning", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", choices=sorted(PROMISES), default="program")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
@@ -98,16 +104,18 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     options, extra = parser.parse_known_args(arguments)
     options.out_dir = options.out_dir or Path(tempfile.mkdtemp(prefix="reason_rl-"))
     if options.out_dir.exists() and any(options.out_dir.iterdir()):
-        parser.error(f"--out-dir: expected an empty folder, so that no stage is reused, got {options.out_dir}")
+        parser.error(f"--out-dir: must be an empty folder, so that no stage is reused, got {options.out_dir}")
     return options, extra
 
 
 def main(arguments: list[str] | None = None) -> int:
+    # Options, and base models to reuse.
     options, extra = parse(arguments)
     promise, setting = PROMISES[options.preset], describe_setting()
     for base in sorted(options.bases.glob("pretrain-*")) if options.bases else ():
         shutil.copytree(base, options.out_dir / "stages" / base.name)
 
+    # Each seed.
     summaries, folders, num_broken = [], [], 0
     for seed in options.seeds or promise.seeds:
         summary, folder = run_seed(options.preset, promise, seed, options.out_dir, extra)
@@ -118,6 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"seed {seed}: " + "  ".join(f"{key} {shown(summary.get(key))}" for key in SHOWN) + "  "
               + ("kept" if not failures else "NOT KEPT: " + "; ".join(failures)), flush=True)
 
+    # Plot and record.
     if options.plot:
         plot_runs(folders, options.plot)
     write_json({"bench": "learning", "preset": options.preset, "arguments": extra,

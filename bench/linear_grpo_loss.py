@@ -1,6 +1,6 @@
-"""From hidden states to the loss and its gradients, the whole of it: ours as one op and as two, beside plain torch and Liger.
+"""`linear_grpo_loss` (kernels/linear_grpo_loss/), from hidden states to gradients, against plain torch and Liger.
 
-Only `full` is timed: where the loss is folded in, the forward pass has made the gradients already.
+Only `full` is timed: an implementation with the loss folded in computes the gradients in its forward pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MOST_CHECKED = 512
 
 
 def draw(num_sequences: int, length: int, d: int, v: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Old logprobs near the current ones, as after an update or two, so that some tokens are clipped."""
+    """Old logprobs near the current ones, as after a few updates, so that some tokens are clipped."""
     inputs: Inputs = make_inputs(num_sequences * length, d, v, dtype, str(device))
     generator = torch.Generator(device).manual_seed(3)
 
@@ -49,7 +49,7 @@ def by_torch(
     hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor,
     **rest: Any,
 ) -> torch.Tensor:
-    """As it is written without kernels: the logits rounded to hidden's dtype."""
+    """Without our kernels; the logits are rounded to hidden's dtype."""
     logprobs = -F.cross_entropy(F.linear(hidden, weight).float(), target_ids, reduction="none")
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - SPEC.clip_low, 1 + SPEC.clip_high)

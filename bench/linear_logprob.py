@@ -1,6 +1,6 @@
-"""`linear_logprob` (kernels/linear_logprob/) beside torch's cross-entropies, Liger's and Apple's; those give no entropy.
+"""`linear_logprob` (kernels/linear_logprob/) against cross-entropies of torch, Liger and Apple, which give no entropy.
 
-Backward is held against 4NDV FLOPs, what it takes with the softmax kept; computing the logits again makes it 6NDV.
+`percent` of backward counts 4NDV FLOPs, as if the softmax was saved; recomputing the logits takes 6NDV.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SHAPES = {"numbers": [((8192, 4096, 131072), BF16), ((4096, 1024, 151936), BF16)
           "tiny": [((9, 12, 33), F32)]}
 """(N, D, V)"""
 MOST_CHECKED = 512
-"""Rows that errors are taken on: float64 logits of all would be gigabytes."""
+"""Most rows for the error: float64 logits of all rows would take gigabytes."""
 
 
 def by_reference(hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -28,7 +28,7 @@ def by_reference(hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.T
 
 
 def by_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
-    """The logits rounded to hidden's dtype, then in f32."""
+    """The logits are rounded to hidden's dtype; the cross-entropy is in f32."""
     return -F.cross_entropy(F.linear(hidden, weight).float(), target_ids, reduction="none")
 
 

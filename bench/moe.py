@@ -1,4 +1,4 @@
-"""`experts` and `route` (kernels/moe/) beside F.grouped_mm and peers: 128 experts, training and decoding; the default model."""
+"""`experts` and `route` (kernels/moe/) against F.grouped_mm and peers: 128 experts, training and decode; the default model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPES = {"numbers": [((8192, 128, 8, 2048, 768), BF16), ((64, 128, 8, 2048, 768
 def by_grouped_mm(
     x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """torch's grouped GEMM between a sort by expert and a sum over each token's choices."""
+    """Sort by expert, torch's grouped GEMMs, weighted sum over each token's experts."""
     order = torch.sort(expert_ids.flatten(), stable=True).indices
     ends = torch.bincount(expert_ids.flatten(), minlength=len(gate_up)).cumsum(0).int()
     gate, up = F.grouped_mm(x.index_select(0, order // expert_ids.shape[1]), gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
@@ -57,7 +57,7 @@ def route_weights(router_logits: torch.Tensor, k: int, impl: str) -> tuple[torch
 
 
 def by_topk(router_logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Its ties fall as they may."""
+    """Without a rule for ties."""
     scores = router_logits.softmax(-1)
     weights = scores.topk(k, -1).values
     return weights / weights.sum(-1, keepdim=True), scores

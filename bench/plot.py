@@ -1,10 +1,10 @@
-"""Draws the README's picture: held-out accuracy, thinking length and pass@k of several runs.
+"""Draws held-out accuracy, thinking length and pass@k of several runs, as in the README.
 
     python -m bench.plot OUT.png RUN [RUN ...]          one run per seed
-    python -m bench.plot --stage grpo-2 OUT.png RUN     another stage than the last one with evaluations
+    python -m bench.plot --stage grpo-2 OUT.png RUN     this stage; default: the last one with evaluations
 
-Every run is a line; nothing is averaged. matplotlib comes with the extra `bench`. Left out: every other
-metric of a run (reason_rl/report/page.py).
+Each run is a line; nothing is averaged. Needs matplotlib (extra `bench`). Left out: other metrics of a run, which its
+report shows (reason_rl/report/page.py).
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ def plot_runs(run_folders: Sequence[str | Path], out_png: str | Path, stage: str
     if not run_folders:
         raise ValueError("plot_runs needs at least one run folder, got none")
     runs = [(_label(Path(folder)), stage_evaluations(Path(folder), stage)) for folder in run_folders]
+
+    # A panel per metric, a line per run.
     ks = sorted({int(k) for _, rows in runs for row in rows for k in row.get("pass_at_k") or {}})
     out = Path(out_png)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +59,7 @@ def plot_runs(run_folders: Sequence[str | Path], out_png: str | Path, stage: str
 
 
 def stage_evaluations(folder: Path, stage: str = "") -> list[dict[str, Any]]:
-    """The evaluations of one stage, by step; of the last stage that has any if none is named."""
+    """The evaluations of a stage, by step; default: of the last stage that has any."""
     lines = [line for line in read_log(folder, METRICS, stage=stage, phase="eval") if line.get("accuracy") is not None]
     if not lines:
         raise ValueError(f"nothing to draw: {folder / METRICS} holds no evaluation" + (f" of stage {stage!r}" if stage else ""))
@@ -96,7 +98,8 @@ def _pass_at_k(axis: Axes, rows: Sequence[dict[str, Any]], colour: str) -> None:
 
 
 def _dress(axes: Sequence[Axes], ks: Sequence[int]) -> None:
-    """Titles, ranges and legends; without `ks` there is no third panel."""
+    """Titles, ranges and legends. axes[2] exists only with `ks`."""
+    # Accuracy and thinking tokens.
     for axis, title in zip(axes, ("Held-out accuracy", "Thinking tokens, mean")):
         axis.set(title=title, xlabel="step", ylim=(0, None))
         axis.set_xlim(left=0)
@@ -105,6 +108,8 @@ def _dress(axes: Sequence[Axes], ks: Sequence[int]) -> None:
     axes[0].legend(loc="lower right")
     if not ks:
         return
+
+    # pass@k.
     axes[2].set(title="pass@k", xlabel="k samples of each problem", xscale="log", ylim=(0, 1))
     axes[2].xaxis.set_major_locator(FixedLocator(ks))
     axes[2].xaxis.set_minor_locator(NullLocator())
@@ -116,7 +121,7 @@ def _dress(axes: Sequence[Axes], ks: Sequence[int]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.plot", description="Draw runs into one picture.")
+    parser = argparse.ArgumentParser(prog="python -m bench.plot", description="Draw the evaluations of runs.")
     parser.add_argument("out", metavar="OUT.png")
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder, e.g. runs/program")
     parser.add_argument("--stage", default="", help="default: the last stage with evaluations")

@@ -1,7 +1,10 @@
-"""What each Triton kernel takes on each architecture, compiled without a GPU: `python -m bench.resources [op ...] [--json FILE]`.
+"""Resources of each Triton kernel on each architecture, compiled without a GPU.
 
-Registers a thread, bytes spilled, shared memory of a program, matrix instructions and asynchronous copies in its code. The record
-bench/results/triton_resources.json is what tests/kernels/test_ahead_of_time.py compares with: run this again after a change.
+    python -m bench.resources [op ...] [--json FILE]
+
+Registers per thread, bytes spilled, shared memory per program, matrix instructions and asynchronous copies.
+tests/kernels/test_ahead_of_time.py compares them with bench/results/triton_resources.json: write it again after a change
+of a kernel.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ def measure(ops: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    # Options.
     parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.splitlines()[0])
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(ops_with_triton())} (default: all)")
     add_json_option(parser)
@@ -33,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = sorted(set(options.ops) - set(ops_with_triton()))
     if unknown:
         parser.error(f"no Triton kernel of {', '.join(unknown)}; there are {', '.join(ops_with_triton())}")
+
+    # Compile, print and record.
     import triton
 
     rows = measure(options.ops or ops_with_triton())

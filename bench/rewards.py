@@ -1,4 +1,4 @@
-"""The reward of the timed steps, cheap and never constant; a module of its own: a verifier's worker starts without torch."""
+"""The reward of timed steps: cheap, and not constant within a group. A separate module, so that workers need no torch."""
 
 from __future__ import annotations
 

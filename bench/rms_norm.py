@@ -1,4 +1,4 @@
-"""`rms_norm` (kernels/rms_norm/) beside torch's own and Liger's: bytes are all it is about."""
+"""`rms_norm` and `add_rms_norm` (kernels/rms_norm/) against torch's and Liger's; memory-bound."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EPS = 1e-6
 SHAPES = {"numbers": [((8192, 4096), torch.bfloat16)],
           "small": [((4096, 128), torch.bfloat16), ((4096, 4, 32), torch.bfloat16), ((4096, 128), torch.float32)],
           "tiny": [((3, 33), torch.float32)]}
-"""The default model's residual stream, and the heads of its q."""
+"""small: the default model's residual stream, and the heads of its q."""
 
 
 def by_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,13 @@
-"""Time the rollout alone: tokens per second of the engine, natively and op by op, on a GPU also by CUDA graphs of whole steps.
+"""Time the engine's rollout: tokens per second of each decoder.
+
+native: several tokens per C++ call, on a CPU. ops: op by op. graphs: CUDA graphs of whole decode steps, on a GPU.
 
     python -m bench.rollout                        workload W1 of bench.train_step, each decoder in turn
     python -m bench.rollout --workload W2 --dtype float32 --decoder native --json rollout.json
 
-`percent_of_gemm` is the model's arithmetic (2 FLOPs a weight that a token meets, attention not counted) over the time, beside
-the rate of a large product measured in the same run; on a GPU `percent_of_decode_floor` stands with it (workloads.py). Each decoder
-runs in a process of its own. All must draw the same tokens with the same logprobs: that is checked.
+`percent_of_gemm` is the model's FLOP rate (2 FLOPs per active weight and token, attention not counted) in percent of the
+rate of a large product, measured in the same run. On a GPU there is also `percent_of_decode_floor` (workloads.py). Each
+decoder runs in a new process. The command fails if they draw different tokens or logprobs.
 """
 
 from __future__ import annotations
@@ -26,19 +28,24 @@ from reason_rl.model.transformer import num_active_parameters
 
 
 def measure(options: argparse.Namespace) -> Record:
-    """Medians over the rounds of one decoder, each a rollout of the same problems."""
+    """Medians over the rounds of one decoder; all rounds sample the same problems."""
+    # The engine.
     has_graphs = options.decoder == "graphs"
     config = workload_config(options.workload, options.dtype, options.device, with_graphs=has_graphs,
                              decoder="ops" if has_graphs else options.decoder)
     stage = workload_stage(config, options.workload)
     startup_bytes = peak_rss_bytes()
     problems = stage.problems.train(0, config.rl.prompts_per_step)
+
+    # The rounds.
     seconds, groups = [], []
     for _ in range(options.warmup + options.rounds):
         start = time.perf_counter()
         groups = stage.engine.generate(problems, config.rl.group_size, stage.sampling, step=0)
         seconds.append(time.perf_counter() - start)
     peak_bytes = peak_rss_bytes()
+
+    # The record; the hash is equal for all decoders.
     drawn = [(c.token_ids, c.logprobs) for group in groups for c in group.completions]
     tokens = sum(len(ids) for ids, _ in drawn)
     median = statistics.median(seconds[options.warmup :])
@@ -53,7 +60,7 @@ def measure(options: argparse.Namespace) -> Record:
 
 
 def measure_each(options: argparse.Namespace) -> list[Record]:
-    """Every decoder that can run here, each in a fresh process."""
+    """Every decoder that can run on the device, each in a new process."""
     reason = cpu_unsupported_reason(torch.device(options.device))
     if reason:
         print(f"native: {reason}")
@@ -85,7 +92,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.rounds < 1 or options.warmup < 0:
         parser.error("--rounds must be at least 1, --warmup at least 0")
     if options.decoder == "graphs" and torch.device(options.device).type != "cuda":
-        parser.error(f"--decoder graphs captures CUDA graphs: it cannot go with --device {options.device}")
+        parser.error(f"--decoder graphs needs CUDA graphs, so it cannot go with --device {options.device}")
+
+    # Measure, compare the drawn tokens, record.
     if options.decoder == "all":
         rows = measure_each(options)
     else:

@@ -1,4 +1,4 @@
-"""`rope` (kernels/rope/): bytes are all it is about."""
+"""`rope` (kernels/rope/); memory-bound."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`sample` (kernels/sample/) from the last hidden states: untruncated, and with top-k and top-p, which need the logits.
+"""`sample` (kernels/sample/) from last hidden states: untruncated, and with top-k and top-p, which need the logits.
 
-`error` is the share of rows whose token is not the one that float64 draws with the same noise.
+`error` is the share of rows whose token differs from the one that float64 draws with the same noise.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""A bench/<op>.py as a command: its cases are measured, shown as a table, written as JSON, and drawn.
+"""The command of a bench/<op>.py: measures its cases, prints tables, writes JSON, draws.
 
     python -m bench.rms_norm [--json [FILE]] [--plot FILE.png] [--device cpu] [--budget-s 120]
 
-The ceilings (a large copy, a large product in each dtype) are measured in the same process; `percent` is the time that the slower
-of them would need for the case's least work, over the time taken: above 100 where small inputs stay in the cache.
-Needs torch alone; --plot needs matplotlib.
+The ceilings, a large copy and a large product in each dtype, are measured in the same process. `percent` is the time that
+the case's least work takes at its ceiling, over the measured time. It can exceed 100 if small inputs stay in the cache.
+Needs only torch; --plot needs matplotlib.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def find_ceilings(device: torch.device) -> Ceilings:
 
 
 def with_rates(row: Row, ceilings: Ceilings) -> Row:
-    """The row with what it reached: GB/s or TFLOP/s, whichever ceiling it is under, and the percent of that."""
+    """Adds GB/s, TFLOP/s, the binding ceiling (memory or compute), and the percent of it."""
     if "says" in row:
         return row
     moving_s = row["bytes"] / ceilings["copy"] / 1e9
@@ -60,7 +60,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """A table for each case. A row that says something instead of numbers has it in the column of the first number."""
+    """A table per case; a row with a reason or an error instead of numbers is a line below the table."""
     for (op, shape, dtype), group in groupby(rows, key=lambda row: (row["op"], row["shape"], row["dtype"])):
         measured, other = [], []
         for row in group:
@@ -74,15 +74,15 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def options_of(parser: argparse.ArgumentParser, budget_s: float) -> None:
-    """What one op and all of them take alike."""
+    """The options of both bench.<op> and bench."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="the smallest shapes only, for a test of the bench itself")
+    parser.add_argument("--tiny", action="store_true", help="only the smallest shapes, to test the benchmark itself")
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
                         help="torch.compile of the reference; auto: on a GPU")
-    parser.add_argument("--warmup-ms", type=float, default=100)
-    parser.add_argument("--rep-ms", type=float, default=500, help="for each side, shape and direction")
-    parser.add_argument("--budget-s", type=float, default=budget_s, help="what is not begun by then is left out, and said so")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw a roofline and the bars")
+    parser.add_argument("--warmup-ms", type=float, default=100, help="untimed ms per side, shape and direction")
+    parser.add_argument("--rep-ms", type=float, default=500, help="timed ms per side, shape and direction")
+    parser.add_argument("--budget-s", type=float, default=budget_s, help="seconds; cases that have not started by then are left out, with a row that says so")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw a roofline, and bars with percents")
     add_json_option(parser)
 
 
@@ -95,22 +95,25 @@ def options_from(parser: argparse.ArgumentParser, arguments: Sequence[str] | Non
 
 def write(record: dict[str, Any], options: argparse.Namespace) -> None:
     if options.plot:
-        from bench.drawing import draw  # matplotlib, only here
+        from bench.drawing import draw  # needs matplotlib
 
         draw(record, options.plot)
     write_json(record, options.json)
 
 
 def main(op: str, cases: Callable[[Setup], list[Case]], arguments: Sequence[str] | None = None) -> None:
-    """The command of one bench/<op>.py."""
-    parser = argparse.ArgumentParser(prog=f"python -m bench.{op}", description=f"`{op}` beside torch and installed peers.")
+    """Runs one bench/<op>.py as a command."""
+    # Options, and the scale of the cases.
+    parser = argparse.ArgumentParser(prog=f"python -m bench.{op}", description=f"Times `{op}`, torch and installed peers.")
     options_of(parser, budget_s=120)
     options = options_from(parser, arguments)
     started, device = time.monotonic(), torch.device(options.device)
     if device.type == "cpu":
-        print("CPU implementations at small shapes" + ("" if torch.cuda.is_available() else ": no CUDA device here"))
+        print("CPU implementations at small shapes" + ("" if torch.cuda.is_available() else ": no CUDA device"))
     has_compile = options.compile == "on" or (options.compile == "auto" and device.type == "cuda")
     setup = Setup(device, "tiny" if options.tiny else "numbers" if device.type == "cuda" else "small", has_compile)
+
+    # The ceilings, then each case.
     ceilings = find_ceilings(device)
     rows: list[Row] = []
     record = {"bench": op, "setting": describe_setting(device), "ceilings": {op: ceilings}, "rows": rows}
@@ -120,7 +123,9 @@ def main(op: str, cases: Callable[[Setup], list[Case]], arguments: Sequence[str]
         show(found)
         rows += found
         if options.json not in (None, "-"):
-            write_json(record, options.json)  # what there is by now, should a later case end the process
+            write_json(record, options.json)  # so far, in case a later case ends the process
+
+    # Summary and files.
     print(f"\nceilings: copy {ceilings['copy']:,.0f} GB/s, "
           + ", ".join(f"{name} {ceilings[name]:,.0f} GFLOP/s" for name in ("bfloat16", "float32")))
     write(record, options)

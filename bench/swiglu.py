@@ -1,4 +1,4 @@
-"""`swiglu` (kernels/swiglu/) beside torch's silu and Liger's: bytes are all it is about."""
+"""`swiglu` (kernels/swiglu/) against torch's silu and Liger's; memory-bound."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""How one call is timed: by events over a cleared cache, by a CUDA graph where calls are short, by the clock on a CPU.
+"""Timers of a call: CUDA events with a cold cache, CUDA graphs for short calls, the clock on a CPU.
 
-Events stand on the device's own time line, before and after the call; the cache is cleared before them, so that inputs come from
-memory. Below SHORT_S that measures launches and not kernels: then many calls on inputs of their own, together COLD times the cache,
-are captured in a graph, and a replay's time is shared out among them. Leaves out what is timed, and beside what (cases.py).
+Events are recorded on the GPU before and after a call. The L2 cache is overwritten before each call, so inputs come from
+memory. For calls below SHORT_S, events would measure launches instead of kernels. Such calls are captured in a graph,
+each with a different copy of the inputs, COLD times the cache in total; the time of a replay is divided by the calls.
+Left out: cases and sides (cases.py).
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ import torch
 
 SHORT_S = 50e-6
 COLD = 3
-"""Times the L2 cache that a graph's inputs come to."""
+"""Total size of a graph's inputs, in multiples of the L2 cache."""
 MAX_COPIES = 256
-"""Inputs too small to come to that even so stay in the cache, as a step would leave them there."""
+"""Most copies of the inputs. Very small inputs stay in the cache, as they do in a training step."""
 MAX_REPEATS = 200
-"""Calls of one round."""
+"""Most calls (or replays) of one round."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Seconds a side gets in one direction, shared out over rounds in which the sides take turns."""
+    """Seconds per side and direction; rep_s is divided equally among rounds, in which the sides take turns."""
 
     warmup_s: float = 0.1
     rep_s: float = 0.5
@@ -35,7 +36,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Call:
-    """`run(before(), again)`, timed without `before`. `again`: the same state will be run once more."""
+    """`run(before(), again)`; `before` is not timed. `again`: `run` will be called again with the same state."""
 
     run: Callable[[Any, bool], object]
     before: Callable[[], Any] = lambda: None
@@ -45,7 +46,7 @@ class Timer(Protocol):
     how: str
 
     def round(self, seconds: float) -> list[float]:
-        """Seconds of each call of a round that takes about so long."""
+        """Seconds of each call, in a round that takes about `seconds`."""
         ...
 
 
@@ -92,7 +93,7 @@ class EventTimer:
 
 
 def refuse_to_wait(run: Callable[[], object]) -> None:
-    """Raises where `run` would wait for the device: that cannot be captured, and torch's allocator would not get over it."""
+    """Raises if `run` synchronizes with the GPU: capturing it would fail, and break torch's allocator."""
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -105,13 +106,16 @@ class GraphTimer:
     how = "graph"
 
     def __init__(self, calls: Sequence[Call], warmup_s: float) -> None:
+        # The forward passes of "backward" run before the capture; calls that synchronize are refused.
         self.num_calls = len(calls)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # a backward pass runs on the stream of its forward pass: that of the capture
+        with torch.cuda.stream(stream):  # the capture's stream, because backward runs on the stream of its forward
             self.states = [call.before() for call in calls]
             refuse_to_wait(lambda: calls[0].run(self.states[0], True))
         torch.cuda.synchronize()
+
+        # Capture, warm up.
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):
             for call, state in zip(calls, self.states, strict=True):
@@ -137,7 +141,7 @@ def _count(seconds: float, each_s: float) -> int:
 
 
 def num_copies(input_bytes: int, device: torch.device) -> int:
-    """How many inputs a graph goes round."""
+    """The number of copies of the inputs in a graph."""
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     return max(1, min(MAX_COPIES, math.ceil(COLD * cache_bytes / max(input_bytes, 1))))
 
@@ -147,8 +151,8 @@ def in_words(error: Exception) -> str:
 
 
 def take_turns(timers: dict[str, Timer], effort: Effort, failures: dict[str, str]) -> dict[str, list[float]]:
-    """Every timer's seconds, over rounds in which each has its turn: what drifts (clocks, heat) drifts for all. One that fails is
-    left out from then on, its words in `failures`."""
+    """Seconds of every timer. In each round every timer has a turn, so drift (clocks, heat) affects all equally. A timer that
+    fails is left out from then on, and its error is added to `failures`."""
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(effort.rounds):
         for name, timer in timers.items():

@@ -1,19 +1,19 @@
-"""Time the trainer's own GRPO step on a fixed workload, beside TRL's GRPOTrainer where it is installed.
+"""Time the trainer's GRPO step on a fixed workload, and TRL's GRPOTrainer if it is installed.
 
-    python -m bench.train_step --workload W1                          ours, and TRL in turn where it can be imported
-    python -m bench.train_step --peer trl --peer-python P --json F    TRL from another environment's Python, record to F
-    python -m bench.train_step --peer none                            ours alone
-    python -m bench.train_step --peer exact                           ours in turn: run.exact "on", "on" decoded op by op, and "off"
-    python -m bench.train_step --trace step.json                      ours alone, and where the time goes (chrome://tracing)
+    python -m bench.train_step --workload W1                          ours and TRL in turn, if TRL can be imported
+    python -m bench.train_step --peer trl --peer-python P --json F    TRL in another environment's Python, record to F
+    python -m bench.train_step --peer none                            only ours
+    python -m bench.train_step --peer exact                           ours with run.exact "on", "on" op by op, and "off"
+    python -m bench.train_step --trace step.json                      only ours, with a profile (chrome://tracing)
     python -m bench.train_step --workload 1b --device cuda --steps 2 --warmup 1
 
-The workloads and their models stand in workloads.py; TRL knows W1 and W2 only.
-Temperature 1, no KL, one update a step; rollout, reward, loss, backward, optimizer and logging are all in `step_s`.
-`percent_of_gemm`: the step's products (2 FLOPs for each weight that a sampled token meets, 6 for a trained one; attention is not
-counted) over its time, beside the rate of a large product in the same dtype, measured in the same process: on a GPU, the MFU.
-`percent_of_decode_floor`: on a GPU, the least time of the rollout's reading over its time. `peak_mb` is of the machine's memory,
-the verifiers' processes with it, `peak_gpu_mb` of the GPU's.
-A peer's `train_s` is its step without its generation. TRL: `pip install trl transformers accelerate datasets`.
+workloads.py has the workloads and their models; TRL runs only W1 and W2. Temperature 1, no KL, one update per step.
+`step_s`: rollout, reward, loss, backward, optimizer and logging.
+`percent_of_gemm`: the step's FLOP rate (2 FLOPs per active weight and sampled token, 6 per trained token; attention is not
+counted) in percent of the rate of a large product in the same dtype and process. On a GPU this is the MFU.
+`percent_of_decode_floor`: on a GPU, the least time to read the rollout's weights and keys, in percent of the rollout's time.
+`peak_mb`: main memory, verifier processes included. `peak_gpu_mb`: GPU memory.
+`train_s` of TRL is its step minus generation. To install TRL: `pip install trl transformers accelerate datasets`.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ PEERS = ("trl float32", "trl bfloat16")
 OURS, OURS_F32 = "reason_rl", "reason_rl float32"
 COMPARED = ((OURS, PEERS[0]), (OURS, PEERS[1]), (OURS_F32, PEERS[0]), ("exact on", "exact off"),
             ("exact on, op by op", "exact off"))
-"""Pairs whose ratios are printed, where both ran."""
+"""Pairs of sides whose ratios are printed if both ran."""
 
 Record = dict[str, Any]
 
 
 def timed_step(stage: Grpo, step: int, log: RunLog) -> tuple[dict[str, float], StepStats]:
-    """One step with its logging -> (its timings; `step_s` holds the logging too, what it did)."""
+    """One step and its logging -> (timings, with the logging in `step_s`; the step's stats)."""
     start = time.perf_counter()
     stats = stage.step(step)
     log.metrics("grpo", "train", step + 1, stats.metrics)
     log.timings("grpo", "train", step + 1, stats.timings)
-    synchronize()  # the last update still runs
+    synchronize()  # the GPU may still run the last update
     return stats.timings | {"step_s": time.perf_counter() - start}, stats
 
 
@@ -72,11 +72,14 @@ def measure(
     workload: str, dtype: str, device: str, steps: int, warmup: int, trace: str | None = None, exact: str = "auto",
     decoder: str = "auto",
 ) -> Record:
-    """Medians over `steps` steps after `warmup` uncounted ones; the gap is the largest of them all."""
+    """Medians over `steps` steps after `warmup` untimed ones; the gap is the largest of all steps."""
+    # The stage.
     config = workload_config(workload, dtype, device, exact, decoder)
     stage = workload_stage(config, workload)
     startup_bytes = peak_rss_bytes()
     num_prompts, prompt_tokens, group_size, new_tokens = WORKLOADS[workload]
+
+    # The steps.
     timings, gaps = [], []
     before = stage.policy.model.head_weight.detach().clone()
     with tempfile.TemporaryDirectory() as folder, RunLog(folder) as log:
@@ -90,6 +93,8 @@ def measure(
     assert not torch.equal(before, stage.policy.model.head_weight.detach()), "the step must change the weights"
     if trace:
         write_trace(stage, warmup + steps, trace)
+
+    # The record.
     tokens = num_prompts * group_size * new_tokens
     active = num_active_parameters(stage.policy.sampling_model)
     flops = 2 * active * tokens + 6 * active * (tokens + num_prompts * prompt_tokens)
@@ -107,7 +112,7 @@ def measure(
 
 
 def kernels_of(stage: Grpo) -> str:
-    """What the ops run by."""
+    """The implementations that the ops use."""
     if stage.world.device.type == "cpu":
         return ISA or "reference ops"
     return ", ".join(f"{name} {picked}" for name, _, picked, _ in table(stage.world.device, stage.world.dtype))
@@ -121,7 +126,7 @@ def write_trace(stage: Grpo, step: int, path: str) -> None:
 
 
 def run_child(command: list[str]) -> Record:
-    """A fresh process, so that neither side warms the other's memory; its last line is its record."""
+    """Runs the command in a new process, so that sides do not share memory; its last line of stdout is its record."""
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
@@ -137,7 +142,7 @@ def peer_is_installed(python: str) -> bool:
 
 
 def side_commands(options: argparse.Namespace) -> dict[str, list[str]]:
-    """Each side's command, ours first."""
+    """Name of a side -> its command, ours first."""
     ours = [sys.executable, "-m", "bench.train_step", "--peer", "none", "--no-gemm", "--json"]
     same = ["--workload", options.workload, "--steps", str(options.steps), "--warmup", str(options.warmup),
             "--device", options.device]
@@ -151,13 +156,16 @@ def side_commands(options: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def alternate(options: argparse.Namespace) -> Record:
-    """Each side in turn, several rounds -> every record, each side's medians over the rounds, and the ratios."""
+    """Runs the sides in turn for several rounds -> all records, each side's medians, and the ratios."""
+    # The rounds.
     commands = side_commands(options)
     records: dict[str, list[Record]] = {name: [] for name in commands}
     for round_number in range(options.rounds):
         for name, command in commands.items():
             records[name].append(run_child(command))
             print(f"round {round_number + 1}  {name:18} step {records[name][-1]['step_s']:.3f} s", flush=True)
+
+    # Medians and ratios.
     sides = {name: over_rounds(rounds) for name, rounds in records.items()}
     pairs = [pair for pair in COMPARED if set(pair) <= set(sides)]
     ratios = {f"{ours} / {theirs}": compare(sides[ours], sides[theirs]) for ours, theirs in pairs}
@@ -167,7 +175,7 @@ def alternate(options: argparse.Namespace) -> Record:
 
 
 def over_rounds(rounds: list[Record]) -> dict[str, float]:
-    """Medians of what is shown; `step_s` also with the least and the most of the rounds."""
+    """Medians over the rounds; of `step_s` also the least and the most."""
     steps = [record["step_s"] for record in rounds]
     above = statistics.median(record["peak_mb"] - record["startup_mb"] for record in rounds)
     shown = (*SHOWN, *(key for key in OURS_ONLY if key in rounds[0]))
@@ -176,9 +184,9 @@ def over_rounds(rounds: list[Record]) -> dict[str, float]:
 
 
 def compare(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float | None]:
-    """Speedups are above 1 where ours is faster; memory is below 1 where ours takes less.
+    """Ratios: speedups are above 1 if ours is faster, memory is below 1 if ours takes less.
 
-    `train_speedup` takes the step without the rollout on both sides: TRL's cannot be had more finely.
+    `train_speedup` compares the step minus the rollout on both sides, because TRL's step cannot be split further.
     """
     memory = theirs["peak_above_startup_mb"]
     return {
@@ -190,7 +198,7 @@ def compare(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float
 
 
 def print_sides(record: Record) -> None:
-    """A line for each figure, a column for each side; then the ratios."""
+    """A line per number, a column per side; then the ratios."""
     sides: dict[str, dict[str, float]] = record["sides"]
     print(f"{'':22}" + "".join(f"{name:>19}" for name in sides))
     for key in next(iter(sides.values())):
@@ -202,24 +210,26 @@ def print_sides(record: Record) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.train_step", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="W1")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="ours; TRL runs in both")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of ours; TRL runs in float32 and bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--exact", choices=["auto", "on", "off"], default="auto", help="run.exact of ours")
     parser.add_argument("--decoder", choices=["auto", "native", "ops"], default="auto", help="engine.decoder of ours")
     parser.add_argument("--peer", choices=["trl", "exact", "none"],
-                        help="whom to alternate with (default: trl where it is installed); exact: ours, with and without")
+                        help="run in turn with TRL (default: if it is installed) or, exact, with other settings of run.exact")
     parser.add_argument("--peer-python", default=sys.executable, help="the Python that has the peer installed")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each side runs, with a peer")
-    parser.add_argument("--trace", help="write a torch profiler trace of one step to this file; ours alone")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side, with a peer")
+    parser.add_argument("--trace", help="write a torch profiler trace of one step of ours to this file")
     parser.add_argument("--no-gemm", action="store_true", help="leave out the table of matrix product rates")
     add_json_option(parser)
     options = parser.parse_args(arguments)
+
+    # Combinations that contradict each other.
     if options.trace and options.peer in ("trl", "exact"):
-        parser.error(f"--trace is of our own step: it takes no --peer {options.peer}")
+        parser.error(f"--trace profiles our step, so it cannot go with --peer {options.peer}")
     if options.peer in ("trl", "exact") and (options.exact, options.decoder) != ("auto", "auto"):
-        parser.error("--exact and --decoder are for ours alone: they take --peer none")
+        parser.error("--exact and --decoder need --peer none")
     if options.peer == "trl" and options.workload not in PEERS_KNOW:
         parser.error(f"TRL runs the workloads {', '.join(PEERS_KNOW)}, not {options.workload}")
     if min(options.steps, options.rounds) < 1 or options.warmup < 0:
@@ -228,6 +238,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    # Ours and a peer in turn, or only ours.
     options = parse(arguments)
     is_wanted = options.peer != "none" and not options.trace and (options.workload in PEERS_KNOW or options.peer == "exact")
     has_peer = is_wanted and (options.peer == "exact" or peer_is_installed(options.peer_python))
@@ -241,6 +252,8 @@ def main(arguments: list[str] | None = None) -> None:
         print("  ".join(f"{key} {record[key]:.4g}" for key in (*SHOWN, *OURS_ONLY) if key in record))
         if is_wanted:
             print("trl: not installed")
+
+    # The record.
     rates = None if options.no_gemm else gemm_rates(options.device)
     setting = describe_setting(options.device)
     write_json({"bench": "train_step", **record, "gemm_gflops": rates, "setting": setting}, options.json)

@@ -1,11 +1,12 @@
-"""The fixed work that bench.train_step and bench.rollout time, and the model that each workload is for.
+"""The workloads of bench.train_step and bench.rollout, and the model of each.
 
     W1       16 prompts of   6 tokens x  8 completions of exactly  64 tokens   V64 D128 I128 L4 H4 K2 C32 E8 top-2, tied, in
     W2        4 prompts of 256 tokens x 16 completions of exactly 128 tokens   Qwen3-MoE's shape: 1.78 M parameters, 0.6 M active
     default  16 prompts of  16 tokens x 16 completions of exactly  80 tokens   the default preset's model and batch
     1b       16 prompts of 512 tokens x 16 completions of exactly 512 tokens   V151936 D2048 I1024 L16 H16 K4 C128 E32 top-4, tied:
                                                                                3.7 B parameters, 0.9 B active; 70 GB to train
-Weights and prompts are random, and no token ends a completion; the reward counts a completion's distinct characters.
+
+Weights and prompts are random, and no token ends a completion. The reward is a completion's number of distinct characters.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from reason_rl.stages.base import StageStart
 from reason_rl.stages.grpo import Grpo
 
 WORKLOADS = {"W1": (16, 6, 8, 64), "W2": (4, 256, 16, 128), "default": (16, 16, 16, 80), "1b": (16, 512, 16, 512)}
-"""prompts, tokens a prompt, completions a prompt, tokens a completion"""
+"""(prompts, tokens per prompt, completions per prompt, tokens per completion)"""
 PEERS_KNOW = ("W1", "W2")
 MODELS = {
     "default": (),
-    "1b": ("--model.num_hidden_layers=16", "--model.hidden_size=2048", "--model.num_attention_heads=16", "--model.num_key_value_heads=4",
-           "--model.head_dim=128", "--model.num_experts=32", "--model.num_experts_per_tok=4", "--model.moe_intermediate_size=1024",
+    "1b": ("--model.num_hidden_layers=16", "--model.hidden_size=2048", "--model.num_attention_heads=16",
+           "--model.num_key_value_heads=4", "--model.head_dim=128", "--model.num_experts=32", "--model.num_experts_per_tok=4", "--model.moe_intermediate_size=1024",
            "--optim.microbatch_tokens=16384")}
-"""By workload; the others have PEERS_MODEL."""
+"""Overrides by workload; workloads that are not listed have PEERS_MODEL."""
 PEERS_MODEL = ("--model.num_hidden_layers=4", "--model.moe_intermediate_size=128")
 VOCAB_SIZES = {"1b": 151936}
 
@@ -44,7 +45,8 @@ def workload_config(
     num_prompts, prompt_tokens, group_size, new_tokens = WORKLOADS[workload]
     return load_config(None, [
         f"--rl.prompts_per_step={num_prompts}", f"--rl.group_size={group_size}", "--rl.num_minibatches=1",
-        "--rl.drop_no_signal=false", f"--sampling.max_tokens={new_tokens}", f"--model.max_position_embeddings={prompt_tokens + new_tokens}",
+        "--rl.drop_no_signal=false", f"--sampling.max_tokens={new_tokens}",
+        f"--model.max_position_embeddings={prompt_tokens + new_tokens}",
         "--model.expert_bias=false", "--optim.lr=1e-6",
         "--reward.accuracy=0", "--reward.format=0", "--reward.custom=bench.rewards:distinct_characters",
         f"--run.dtype={dtype}", f"--run.device={device}", f"--run.exact={exact}",
@@ -55,7 +57,7 @@ def workload_config(
 
 @dataclass(frozen=True)
 class RandomStart(StageStart):
-    """A stage's start from random weights, which no folder has."""
+    """A StageStart with random weights instead of a folder's."""
 
     vocab_size: int = 0
 
@@ -65,7 +67,7 @@ class RandomStart(StageStart):
 
 @dataclass(frozen=True)
 class RandomProblems:
-    """Prompts of random characters, as the `Problems` of a stage."""
+    """Prompts of random characters, with the method of `Problems` that a GRPO step calls."""
 
     tokenizer: Tokenizer
     prompt_tokens: int
@@ -77,7 +79,7 @@ class RandomProblems:
 
 
 def workload_stage(config: Config, workload: str) -> Grpo:
-    """The GRPO stage as a run has it; no token ends a completion."""
+    """The GRPO stage of a run, without stop tokens."""
     tokenizer, world = char_tokenizer(), init_world(config.run)
     problems = RandomProblems(tokenizer, WORKLOADS[workload][1])
     stage = Grpo(RandomStart(config, world, tokenizer, problems, folder=None, checkpoint=None,  # type: ignore[arg-type]
@@ -87,13 +89,15 @@ def workload_stage(config: Config, workload: str) -> Grpo:
 
 
 def decode_floor_s(model: Transformer, workload: str, bytes_per_s: float) -> float:
-    """Least seconds of a rollout's decoding: at every step the weights that some sequence meets are read once, each sequence's own
-    keys, and a prompt's keys once for its group. The prompts' own pass, which gives the first tokens, is left out."""
+    """Least seconds of a rollout's decode steps, by bytes read. Each step reads the weights once (of experts, those that some
+    sequence can use), each sequence's own keys and values, and each prompt's once per group. Prefill, which gives the
+    first tokens, is left out."""
+    # Bytes of weights per step.
     num_prompts, prompt_tokens, group_size, new_tokens = WORKLOADS[workload]
     config, num_rows, num_steps = model.config, num_prompts * group_size, new_tokens - 1
-    share_met = min(1.0, num_rows * config.num_experts_per_tok / config.num_experts) if config.num_experts > 1 else 1.0
+    used_share = min(1.0, num_rows * config.num_experts_per_tok / config.num_experts) if config.num_experts > 1 else 1.0
     weight_bytes = sum(
-        parameter.nbytes * (share_met if parameter.dim() == 3 else 1.0)  # the experts' are stacked
+        parameter.nbytes * (used_share if parameter.dim() == 3 else 1.0)  # the experts' are stacked
         for name, parameter in model.named_parameters() if config.tie_word_embeddings or not name.startswith("embedding"))
     key_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.compute_dtype.itemsize
     keys = num_steps * num_prompts * prompt_tokens + num_rows * num_steps * (num_steps + 1) // 2

@@ -1,6 +1,7 @@
-"""Other projects' kernels as sides of a case: called as their authors do, on our inputs. One that is not installed says so.
+"""Other projects' kernels as sides of a case, called as their authors do, on our inputs.
 
-Each function takes the device and gives a `Side`, or in words why there is none. Nothing is imported before it is found.
+Each function takes the device and returns a `Side`, or the reason why it cannot run, such as "not installed". A package
+is imported only if it is installed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Maker = Callable[..., Side]
 
 
 def peer(package: str) -> Callable[[Maker], Callable[..., Side | str]]:
-    """What a maker gives where `package` is installed and loads; all of them run on a GPU only."""
+    """Wraps a maker: the reason instead of its Side if `package` is missing or fails to load, or without a GPU."""
 
     def wrap(make: Maker) -> Callable[..., Side | str]:
         @functools.wraps(make)
@@ -70,7 +71,7 @@ def cut_cross_entropy() -> Side:
 
 @peer("liger_kernel")
 def liger_grpo(group_size: int, clip_low: float, clip_high: float) -> Side:
-    """The advantages of `hidden`'s rows, taken by sequence: group_size of equal length."""
+    """`hidden` is group_size sequences of equal length; it takes one advantage per sequence."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="dapo", epsilon_low=clip_low, epsilon_high=clip_high)
@@ -93,7 +94,7 @@ def liger_experts() -> Side:
 
 @peer("scattermoe")
 def scatter_experts() -> Side:
-    """Its gate and up stand the other way round in one matrix."""
+    """Its matrix has up before gate."""
     from scattermoe.mlp import GLUMLP
 
     def swap(inputs: Inputs) -> Inputs:
@@ -110,7 +111,7 @@ def scatter_experts() -> Side:
 
 @peer("flash_attn")
 def flash_attention(prepare: Callable[[Inputs], Inputs] | None, select: Callable[[Any], Any]) -> Side:
-    """Of whole sequences, laid end to end: `prepare` gives cu_seqlens i32[S + 1] and max_length where the inputs have none."""
+    """For concatenated sequences: cu_seqlens i32[S + 1] and max_length are in the inputs, or `prepare` adds them."""
     from flash_attn import flash_attn_varlen_func
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_length: int, **rest: Any) -> Any:

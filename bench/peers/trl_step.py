@@ -1,9 +1,9 @@
-"""TRL's GRPOTrainer on the workloads of bench/train_step.py: one JSON line with the same fields.
+"""TRL's GRPOTrainer on the workloads of bench/train_step.py; prints one JSON line with the same fields.
 
-Run by `python -m bench.train_step --peer trl`, with a Python that has trl, transformers, accelerate and datasets; imports nothing
-of this project. Every completion has exactly the workload's length (the end token is forbidden until then), and a step's time is
-the wall-clock between the ends of two optimizer steps, so it holds generation, reward, loss and update.
-`train_s` is the step without its generation.
+`python -m bench.train_step --peer trl` runs it with a Python that has trl, transformers, accelerate and datasets. It imports
+nothing of this project. Every completion has exactly the workload's length, because the end token is forbidden before. A
+step's time is the wall-clock between the ends of two optimizer steps: generation, reward, loss and update. `train_s` is
+the step's time minus its generation.
 """
 
 import argparse
@@ -58,6 +58,7 @@ def distinct_characters(completions: list[str], **kwargs: object) -> list[float]
 
 
 def main() -> None:
+    # Options and prompts.
     parser = argparse.ArgumentParser()
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="W1")
     parser.add_argument("--steps", type=int, default=8)
@@ -68,6 +69,8 @@ def main() -> None:
     num_prompts, prompt_tokens, group_size, new_tokens = WORKLOADS[options.workload]
     rng = random.Random(0)
     prompts = Dataset.from_dict({"prompt": ["".join(rng.choices("0123456789+", k=prompt_tokens)) for _ in range(4096)]})
+
+    # TRL's trainer on the workload.
     clock = StepClock()
     trainer = GRPOTrainer(
         model=build_model(), reward_funcs=distinct_characters, train_dataset=prompts, processing_class=build_tokenizer(),
@@ -79,6 +82,7 @@ def main() -> None:
             beta=0.0, temperature=1.0, learning_rate=1e-6, gradient_checkpointing=False, save_strategy="no",
             logging_strategy="no", disable_tqdm=True, report_to=[], generation_kwargs={"min_new_tokens": new_tokens}))
 
+    # Time generation by itself.
     generate_s: list[float] = []
     generated: list[int] = []
     plain_generate = trainer.model.generate
@@ -93,6 +97,8 @@ def main() -> None:
     trainer.model.generate = timed_generate
     startup = peak_mb()
     trainer.train()
+
+    # Medians over the steps after the warm-up.
     step_s = [b - a for a, b in zip(clock.ends, clock.ends[1:])][max(0, options.warmup - 1):]
     rollout = statistics.median(generate_s[options.warmup:])
     step = statistics.median(step_s)

@@ -1,4 +1,10 @@
-"""The run's configuration: schema.py its sections, load.py TOML and command line, checks.py what cannot run, help.py `--help`."""
+"""The configuration of a run.
+
+    schema.py, task.py, reward.py   its sections
+    load.py                         reads TOML and the command line, writes TOML
+    checks.py                       refuses a config that cannot run
+    help.py                         the text of `train.py --help`
+"""
 
 from reason_rl.config.load import (
     config_difference,
@@ -24,5 +30,7 @@ from reason_rl.config.task import TaskConfig
 from reason_rl.records import ConfigError
 
 __all__ = [
-    "Config", "ConfigError", "EngineConfig", "EvalConfig", "ModelConfig", "OptimConfig", "PretrainConfig", "RLConfig", "RewardConfig", "RunConfig",
-    "StageConfig", "TaskConfig", "config_difference", "config_of_stage", "dump_config", "load_config", "parse_command_line", "table_of"]
+    "Config", "ConfigError", "EngineConfig", "EvalConfig", "ModelConfig", "OptimConfig", "PretrainConfig", "RLConfig",
+    "RewardConfig", "RunConfig", "StageConfig", "TaskConfig", "config_difference", "config_of_stage", "dump_config", "load_config",
+    "parse_command_line", "table_of",
+]

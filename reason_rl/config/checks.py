@@ -1,7 +1,7 @@
-"""What `check_config` can know to fail before work starts: it goes through a resolved config and raises `ConfigError`.
+"""`check_config` raises `ConfigError` for a config that cannot run; `load_config` calls it before it returns.
 
-Called by `load_config` at the end. Leaves out what only a room can know: whether a task exists and has problems,
-whether a checkpoint can be read, whether a prompt fits.
+Left out, because it needs more than the config: whether a task exists and has problems, whether a checkpoint can be
+read, whether prompts fit the context.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 # The ranges, by dotted key.
 POSITIVE = (
     "model.num_hidden_layers", "model.hidden_size", "model.num_attention_heads", "model.num_key_value_heads", "model.head_dim",
-    "model.num_experts", "model.num_experts_per_tok", "model.moe_intermediate_size", "model.max_position_embeddings", "model.rope_theta",
+    "model.num_experts", "model.num_experts_per_tok", "model.moe_intermediate_size", "model.max_position_embeddings",
+    "model.rope_theta",
     "model.rms_norm_eps", "model.routed_scaling_factor", "model.partial_rotary_factor",
     "pretrain.tokens_per_step", "optim.microbatch_tokens", "pretrain_optim.microbatch_tokens",
     "sampling.max_tokens", "rl.prompts_per_step", "rl.group_size", "rl.num_minibatches", "engine.max_num_seqs",
@@ -50,51 +51,63 @@ SHARES = (
 
 
 def check_config(config: Config) -> None:
-    """Everything about a config that can be known to fail before work starts."""
+    """Raises ConfigError for values out of range, and for keys that contradict each other."""
+    # Each section by itself.
     _check_ranges(config)
     _check_names(config)
     _check_levels_and_shares(config)
+
+    # Groups, minibatches and the model's sizes.
     rl, model, sampling, loss = config.rl, config.model, config.sampling, config.loss
     if rl.group_size < 2:
         raise ConfigError(f"rl.group_size must be at least 2 with rl.advantage={rl.advantage!r}, got {rl.group_size}: "
-                          "a lone completion has nothing to be compared with")
+                          "an advantage compares the completions of a group")
     if rl.prompts_per_step * rl.group_size % rl.num_minibatches:
         raise ConfigError(f"rl.prompts_per_step * rl.group_size = {rl.prompts_per_step * rl.group_size} "
                           f"must be divisible by rl.num_minibatches = {rl.num_minibatches}")
     check_model(model)
+
+    # Sampling: room for a prompt, and groups whose completions differ.
     if sampling.max_tokens >= model.max_position_embeddings and not model.init_from:
         raise ConfigError(f"sampling.max_tokens = {sampling.max_tokens} leaves no room for a prompt in "
                           f"model.max_position_embeddings = {model.max_position_embeddings}")
     if sampling.temperature <= 0 and rl.steps > 0:
-        raise ConfigError("sampling.temperature must be above 0 for RL: greedy groups hold G equal completions")
+        raise ConfigError(f"sampling.temperature must be above 0 for RL, got {sampling.temperature}: greedy groups hold G equal completions")
+
+    # run.exact, the decoder and CUDA graphs.
     if config.engine.decoder == "native" and config.run.exact == "off":
-        raise ConfigError("engine.decoder='native' has its own products: it cannot go with run.exact='off'")
+        raise ConfigError("engine.decoder='native' computes its own GEMMs, so it cannot go with run.exact='off'")
     if config.engine.cuda_graph_batch and config.run.exact == "off" and model.num_experts > 1:
         raise ConfigError(f"engine.cuda_graph_batch={config.engine.cuda_graph_batch} cannot go with run.exact='off' and experts: "
-                          "torch's own products wait to hear how many rows each has, and no graph can wait")
+                          "torch's grouped GEMM reads the rows per expert back from the GPU, which cannot be captured")
+
+    # Truncated sampling, and the overlong penalty.
     truncates = sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0
     if truncates and loss.importance == "none":
         raise ConfigError("sampling.top_k/top_p/min_p needs loss.importance='tis' or 'icepop': ratios are taken over the "
                           "full softmax, which is not the truncated policy that sampled")
     if config.reward.overlong and not 0 < config.reward.overlong_buffer <= sampling.max_tokens:
-        raise ConfigError(f"reward.overlong_buffer must be in 1..{sampling.max_tokens} (sampling.max_tokens) where "
-                          f"reward.overlong is on, got {config.reward.overlong_buffer}")
+        raise ConfigError(f"reward.overlong_buffer must be in 1..{sampling.max_tokens} (sampling.max_tokens) with "
+                          f"reward.overlong = {config.reward.overlong}, got {config.reward.overlong_buffer}")
 
 
 def check_model(model: ModelConfig) -> None:
-    """What a model's sizes must be to each other, from a config or from a checkpoint's config.json."""
+    """Raises ConfigError for sizes that do not fit each other, from a config or from a checkpoint's config.json."""
+    # Heads, experts per token, and the dimensions that RoPE rotates.
     if model.num_attention_heads % model.num_key_value_heads:
         raise ConfigError(f"model.num_attention_heads = {model.num_attention_heads} must be divisible by "
                           f"model.num_key_value_heads = {model.num_key_value_heads}")
-    if model.num_experts_per_tok > model.num_experts > 1:  # 1 expert is a dense layer, without a choice
+    if model.num_experts_per_tok > model.num_experts > 1:  # with 1 expert the layer is dense and the key is ignored
         raise ConfigError(f"model.num_experts_per_tok must be at most model.num_experts = {model.num_experts}, "
                           f"got {model.num_experts_per_tok}")
     if model.head_dim % 2:
-        raise ConfigError(f"model.head_dim must be even (RoPE turns pairs), got {model.head_dim}")
+        raise ConfigError(f"model.head_dim must be even (RoPE rotates pairs), got {model.head_dim}")
     rotary_dim = int(model.head_dim * model.partial_rotary_factor)
     if model.partial_rotary_factor > 1 or rotary_dim < 2 or rotary_dim % 2:
-        raise ConfigError(f"model.partial_rotary_factor must leave an even number of the {model.head_dim} dimensions of a head, at least 2, "
-                          f"got {model.partial_rotary_factor}: {rotary_dim}")
+        raise ConfigError(f"model.partial_rotary_factor must leave an even number of the {model.head_dim} dimensions of a head, "
+                          f"at least 2, got {model.partial_rotary_factor}: {rotary_dim}")
+
+    # Dense layers.
     if model.num_dense_layers and model.num_experts == 1:
         raise ConfigError(f"model.num_dense_layers = {model.num_dense_layers} needs experts in the other layers; "
                           "with model.num_experts = 1 every layer is dense")
@@ -118,7 +131,7 @@ def _check_names(config: Config) -> None:
 
 def _check_levels_and_shares(config: Config) -> None:
     task, pretrain = config.task, config.pretrain
-    if pretrain.direct_share + pretrain.worked_share > 1 + 1e-9:  # decimal shares may add up to one and a rounding
+    if pretrain.direct_share + pretrain.worked_share > 1 + 1e-9:  # 1e-9: the sum of decimal shares may round to above 1
         raise ConfigError("pretrain.direct_share + pretrain.worked_share must be at most 1, got "
                           f"{pretrain.direct_share} + {pretrain.worked_share}")
     if task.heldout_share + task.rl_share >= 1:

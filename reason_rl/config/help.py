@@ -1,4 +1,4 @@
-"""`train.py --help`: every key with its default and the words that stand under it in config.py."""
+"""`train.py --help`: every config key with its default and its docstring."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from reason_rl.config.schema import Config
 
 USAGE = """usage: torchrun train.py [CONFIG.toml] [--section.key=value ...]
 
-Defaults < TOML < command line. Without arguments: the default run, a tiny MoE that learns to think on a plain CPU.
+Defaults < TOML < command line. Without arguments: the default run, which trains a tiny MoE to think on a CPU.
 Shorthands: {shorthands}.
 """
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """Field name -> the docstring under it in the class's source, on one line; "" where there is none."""
+    """Field name -> the docstring below it in the class's source, on one line; "" for a field without one."""
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(body, ast.ClassDef)
     docs = {}

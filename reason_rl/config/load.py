@@ -1,4 +1,4 @@
-"""Reads a config: defaults < TOML < `--section.key=value`, as checked frozen dataclasses; and writes one back."""
+"""Reads a config into checked frozen dataclasses (defaults < TOML < `--section.key=value`), and writes one as TOML."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ from reason_rl.config.schema import Config, StageConfig
 from reason_rl.records import ConfigError
 
 SECTIONS = tuple(field.name for field in dataclasses.fields(Config) if field.metadata.get("is_section", True))
-# Shorthands that every trainer has: --device cpu, --dtype float32, --seed 1, ... stand for --run.device=cpu, ...
+# --device cpu is short for --run.device=cpu, --seed 1 for --run.seed=1, ...
 SHORTHANDS = {key: f"run.{key}" for key in ("name", "seed", "device", "dtype", "resume")}
 
 
 def load_config(toml_path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the TOML file, then `--section.key=value` or `--stage.section.key=value` strings, checked as a whole."""
+    """Defaults, then the TOML file, then `--section.key=value` or `--stage.section.key=value` strings -> the checked config."""
+    # The tables of the file, with the overrides.
     values = {} if toml_path is None else _read_toml(Path(toml_path))
     tables = values.pop("stage", [])
     stages = _stage_tables(tables)
     for override in overrides:
         path, text = _split_override(override)
         _override(values, stages, path, text)
+
+    # The recipe's sections, then each stage's keys on top of them.
     config = _build(values)
     config = dataclasses.replace(config, stages=tuple(_build_stage(config, table) for table in stages))
     for stage in config.stages or (None,):
@@ -39,7 +42,7 @@ def load_config(toml_path: str | Path | None = None, overrides: Sequence[str] = 
 
 
 def config_of_stage(config: Config, stage: StageConfig) -> Config:
-    """The sections as one stage sees them: the recipe's, with the stage's own keys in place of theirs."""
+    """The config of one stage: the recipe's sections, overridden by the stage's keys."""
     own = {name: dataclasses.replace(getattr(config, name), **keys) for name, keys in stage.sections.items()}
     return dataclasses.replace(config, **own, stages=())
 
@@ -56,6 +59,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _stage_tables(tables: Any) -> list[dict[str, Any]]:
     """The [[stage]] tables, each with a kind and a name that is unique in the recipe."""
+    # Their type, and the keys that say which stage each is.
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise ConfigError(f"stages are written as [[stage]] tables, got stage = {tables!r}")
     stages = [dict(table) for table in tables]
@@ -65,16 +69,20 @@ def _stage_tables(tables: Any) -> list[dict[str, Any]]:
         stage.setdefault("name", stage["kind"])
         for key in ("name", "after"):
             if not re.fullmatch(r"[\w-]+", str(stage.get(key, "x"))):
-                raise ConfigError(f"[[stage]] number {number}: {key} must be a word of letters, digits, - and _, got {stage[key]!r}")
+                raise ConfigError(f"[[stage]] number {number}: {key} must be a word of letters, digits, - and _, "
+                                  f"got {stage[key]!r}")
+
+    # Unique names.
     names = [stage["name"] for stage in stages]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"{names.count(name)} stages are named {name!r}: give each [[stage]] a name that no other has")
+            raise ConfigError(f"{names.count(name)} stages are named {name!r}: give each [[stage]] a unique name")
     return stages
 
 
 def _override(values: dict[str, Any], stages: list[dict[str, Any]], path: list[str], text: str) -> None:
-    """Sets one key from the command line: for one stage, or for all of them (a stage's own value gives way too)."""
+    """Sets one key from the command line, for one stage or for all; "for all" also replaces values of single stages."""
+    # stage.section.key
     if len(path) == 3:
         stage = next((stage for stage in stages if stage["name"] == path[0]), None)
         if stage is None:
@@ -82,6 +90,8 @@ def _override(values: dict[str, Any], stages: list[dict[str, Any]], path: list[s
             raise ConfigError(f"--{'.'.join(path)}: no stage is named {path[0]!r}" + (_nearest(path[0], names) if names else ""))
         _set(stage, path[1], path[2], text)
         return
+
+    # section.key
     section, key = path
     _set(values, section, key, text)
     for stage in stages:
@@ -103,7 +113,7 @@ def _build_stage(config: Config, table: dict[str, Any]) -> StageConfig:
         raise ConfigError(f"stage {table['name']!r}: {error}") from error
     sections = {name: {key: getattr(getattr(built, name), key) for key in keys} for name, keys in given.items()}
     if "run" in sections:
-        raise ConfigError(f"stage {table['name']!r}: [run] holds for the whole recipe, not for one stage; "
+        raise ConfigError(f"stage {table['name']!r}: [run] holds for the whole recipe, not for one stage: "
                           f"set {', '.join(f'run.{key}' for key in sections['run'])} at the top")
     return StageConfig(table["kind"], table["name"], table.get("after", ""), sections)
 
@@ -129,7 +139,7 @@ def parse_command_line(arguments: Sequence[str]) -> Config:
 
 
 def _split_override(override: str) -> tuple[list[str], str]:
-    """`--rl.steps=10` -> (["rl", "steps"], "10"); with a stage's name before them, three names."""
+    """`--rl.steps=10` -> (["rl", "steps"], "10"); `--base.rl.steps=10` of stage base -> (["base", "rl", "steps"], "10")."""
     name, equals, text = override.removeprefix("--").partition("=")
     *stage, section, key = SHORTHANDS.get(name, name).split(".") if "." in SHORTHANDS.get(name, name) else ("", "")
     if not equals or not section or len(stage) > 1:
@@ -143,7 +153,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _build(values: Mapping[str, Any], base: Config | None = None) -> Config:
-    """`base` (by default all defaults) with the given sections' keys converted and put in place."""
+    """`base` (default: all defaults) with the given keys, converted to the types of their fields."""
     base = base or Config()
     sections = {name: getattr(base, name) for name in SECTIONS}
     all_keys = [f"{s}.{key}" for s, v in sections.items() for key in keys_of(v)]
@@ -152,6 +162,8 @@ def _build(values: Mapping[str, Any], base: Config | None = None) -> Config:
             raise ConfigError(f"unknown config section [{section}]{_nearest(section, list(sections))}")
         if not isinstance(given, Mapping):
             raise ConfigError(f"[{section}] must be a table of keys, got {given!r}{_nearest(section, all_keys)}")
+
+        # Known keys only, then their values.
         hints = typing.get_type_hints(type(sections[section]))
         for key in given:
             if key not in keys_of(sections[section]):
@@ -166,6 +178,7 @@ def _build(values: Mapping[str, Any], base: Config | None = None) -> Config:
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
     """A TOML value, or the text of a command-line override, as the field's type."""
+    # Choices, and texts from the command line.
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
             raise ConfigError(f"{name} must be one of {list(typing.get_args(hint))}, got {value!r}")
@@ -177,6 +190,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             value = json.loads(value.lower() if hint is bool else value)
         except ValueError:
             raise ConfigError(f"{name} must be {hint.__name__}, got {value!r}") from None
+
+    # A number may be written 1 for 1.0, or 1.0 for 1; every other type must match.
     if hint is float and type(value) is int:
         value = float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
@@ -189,7 +204,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
 
 
 def keys_of(section: Any) -> list[str]:
-    """The config keys of a section: its fields, but for those that are filled in at run time."""
+    """The config keys of a section: its fields, except those that are filled in at run time."""
     return [field.name for field in dataclasses.fields(section) if field.metadata.get("is_key", True)]
 
 
@@ -206,7 +221,8 @@ def dump_config(config: Config) -> str:
         lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
         lines.append("")
     for stage in config.stages:
-        lines += ["[[stage]]", *(f"{key} = {_toml(getattr(stage, key))}" for key in ("kind", "name", "after") if getattr(stage, key))]
+        given = [key for key in ("kind", "name", "after") if getattr(stage, key)]
+        lines += ["[[stage]]", *(f"{key} = {_toml(getattr(stage, key))}" for key in given)]
         for section, keys in stage.sections.items():
             lines += [f"[stage.{section}]", *(f"{key} = {_toml(value)}" for key, value in keys.items())]
         lines.append("")
@@ -214,7 +230,7 @@ def dump_config(config: Config) -> str:
 
 
 def _toml(value: bool | int | float | str) -> str:
-    """JSON's form is TOML's too, but for two points: TOML has no surrogate pairs, and wants DEL escaped."""
+    """JSON's syntax is TOML's too, with two exceptions: TOML has no surrogate pairs, and DEL must be escaped."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -232,4 +248,4 @@ def _stages_in_words(config: Config) -> str:
         own = [f"{section}.{key}={value!r}" for section, keys in stage.sections.items() for key, value in keys.items()]
         return f"{stage.name} ({', '.join([stage.kind, *own])})"
 
-    return ", ".join(map(words, config.stages)) or "the default ones"
+    return ", ".join(map(words, config.stages)) or "the default stages"

@@ -1,4 +1,4 @@
-"""The sections of a run's configuration: frozen dataclasses with a docstring under each field."""
+"""The sections of a run's configuration: frozen dataclasses. `train.py --help` prints the docstrings of their fields."""
 
 from __future__ import annotations
 
@@ -17,196 +17,222 @@ class RunConfig:
     name: str = "program"
     """The run's folder is out_dir/name."""
     out_dir: str = "runs"
+    """The folder of all runs. Outputs of stages are in out_dir/stages; runs with equal stages share them."""
     seed: int = 0
-    """Keys every random draw of the run: weights, corpus, problems, sampling."""
+    """Seeds every random draw of the run: weights, corpus, problems, sampling."""
     device: str = "auto"
-    """"auto" (cuda where there is one, else cpu), "cpu", "cuda" or "cuda:1"."""
+    """"auto" (cuda if available, else cpu), "cpu", "cuda" or "cuda:1"."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; master weights stay float32. "auto": bfloat16 on CUDA, and on a CPU whose bf16 products are twice as fast
-    (AVX-512-BF16, with the native kernels built); float32 elsewhere."""
+    """Compute dtype; master weights are float32. "auto": bfloat16 on CUDA, and on a CPU with AVX-512-BF16 if the native
+    kernels are built; else float32."""
     exact: Literal["auto", "on", "off"] = "auto"
-    """Whether the sampler's logprobs are the trainer's to the bit. "auto": wherever the ops are batch-invariant; the gap is logged
-    at every step. "on": the run stops where the gap on policy is not 0. "off": projections, experts and the trainer's head by
-    torch's own GEMMs, which may round a row by the batch it stands in."""
+    """Whether the sampler's logprobs equal the trainer's bit for bit. "auto": batch-invariant ops on devices that have
+    them; each step logs the gap. "on": the same, and the run stops if the gap on policy is not 0. "off": torch's GEMMs
+    in projections, experts and the trainer's head; their rounding may depend on the batch."""
     num_threads: int = 0
-    """CPU threads of torch in each process; 0 shares the machine's cores among the processes (a single process goes by
-    OMP_NUM_THREADS where that is set)."""
+    """torch's CPU threads in each process. 0 divides the cores equally among the machine's processes; a single process
+    uses OMP_NUM_THREADS if it is set."""
     resume: Literal["auto", "never"] = "auto"
-    """"auto" continues an unfinished run of the same config; "never" starts afresh in a new folder."""
+    """"auto" continues an unfinished run of the same config; "never" starts over in a new folder, name-2, name-3, ..."""
     checkpoint_every: int = 20
-    """RL steps between checkpoints; 0 keeps only the one at the end."""
+    """RL steps between checkpoints; 0: only timed ones. A checkpoint is also due 300 s after the last one."""
     keep_checkpoints: int = 2
-    """How many step checkpoints to keep, the newest ones."""
+    """Newest step checkpoints that are kept for each stage."""
     rollout_samples: int = 8
-    """Groups written to rollouts/ at each logged step, for the report's viewer."""
+    """Groups written to rollouts/ at each step that writes them; the report shows them."""
     rollout_every: int = 10
-    """RL steps between two writes of sampled rollouts."""
+    """RL steps between writes of sampled rollouts; the first and the last step always write them."""
     tensorboard: bool = True
+    """Also log to TensorBoard event files in the run's folder."""
     wandb_project: str = ""
-    """Log to this Weights & Biases project too; needs `pip install wandb`."""
+    """Also log to this Weights & Biases project; needs `pip install wandb`. Empty: off."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     init_from: str = ""
-    """A checkpoint folder to start RL from; empty builds and pretrains the model below."""
+    """A Hugging Face checkpoint folder to start RL from; the keys below then have no effect. Empty: a model of the
+    shape below is pretrained first."""
     family: Literal["auto", "llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "olmoe", "dots1", "glm4_moe"] = "auto"
-    """Whose names and keys checkpoints are written in (Hugging Face's model_type). "auto": qwen3_moe, or qwen3 without experts."""
+    """Hugging Face's model_type: weight names and config keys of written checkpoints. "auto": qwen3_moe, or qwen3
+    without experts."""
     num_hidden_layers: int = 3
     hidden_size: int = 128
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
+    """Must divide num_attention_heads."""
     head_dim: int = 32
     attention_bias: Literal["none", "qkv", "all"] = "none"
-    """Which projections of attention have a bias: none, q, k and v, or the output too."""
+    """Attention projections with a bias: none, q, k and v, or these and the output projection."""
     qk_norm: Literal["none", "head", "full"] = "head"
-    """RMSNorm of q and k: each head by itself, or all heads as one row."""
+    """RMSNorm of q and k: over each head's dimensions, or over the dimensions of all heads together."""
     num_experts: int = 8
-    """1 makes every layer dense."""
+    """Routed experts of a MoE layer; 1 makes every layer dense."""
     num_experts_per_tok: int = 2
-    """Ignored when dense."""
+    """Routed experts of each token. Ignored if dense."""
     moe_intermediate_size: int = 96
-    """Width of one expert. Ignored when dense."""
+    """Width of one expert. Ignored if dense."""
     num_shared_experts: int = 0
-    """Experts that every token goes through, beside the routed ones."""
+    """Experts of a MoE layer that process every token, in addition to its routed experts."""
     router_score: Literal["softmax", "sigmoid"] = "softmax"
+    """Function from router logits to expert scores."""
     norm_topk_prob: bool = True
-    """Make the k chosen weights sum to one."""
+    """Normalise the weights of a token's chosen experts to sum 1."""
     routed_scaling_factor: float = 1.0
-    """Times the chosen weights, after that."""
+    """Factor on the weights of the chosen experts, after the normalisation."""
     expert_bias: bool = False
-    """Aux-loss-free balancing (arXiv:2408.15664): a bias per expert, in the choice only, nudged against its load."""
+    """Load balancing without a loss (arXiv:2408.15664): a bias per expert, used only to choose experts. Pretraining
+    moves it against the expert's load."""
     num_dense_layers: int = 0
-    """The first so many layers have one MLP in place of the experts."""
+    """The first num_dense_layers layers have one MLP instead of experts."""
     intermediate_size: int = 0
     """Width of a dense layer's MLP."""
     tie_word_embeddings: bool = True
+    """The LM head uses the embedding's weights."""
     rope_theta: float = 10000.0
+    """Base of RoPE's frequencies."""
     partial_rotary_factor: float = 1.0
-    """The share of a head's dimensions that is turned by its position, the first ones."""
+    """Share of a head's dimensions, counted from the first, that RoPE rotates."""
     rope_scaling: str = ""
-    """Hugging Face's rope_scaling table as JSON (linear, dynamic, yarn or llama3); empty: the angles as they are."""
+    """Hugging Face's rope_scaling table as JSON (linear, dynamic, yarn or llama3); empty: no scaling."""
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 256
-    """Context: prompt plus completion must fit."""
+    """Context length in tokens, prompt and completion together."""
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """The base model: next-token prediction on a synthetic corpus, most problems answered straight away."""
+    """The base model: next-token prediction on a synthetic corpus in which most documents answer without a thought."""
 
     tokenizer: Literal["char", "byte"] = "char"
-    """"char": a token for each of the 52 characters that our own tasks are written in. "byte": a token a byte, for any text."""
+    """"char": a token for each of the 52 characters of our own tasks. "byte": a token per byte, for any text."""
     steps: int = 1200
+    """Optimizer updates."""
     tokens_per_step: int = 2048
+    """Most tokens of one update, in whole documents."""
     direct_share: float = 0.82
-    """Documents that answer at once."""
+    """Share of problem documents that have an empty thought, at levels from task.min_level up."""
     worked_share: float = 0.09
-    """Documents with all of the work between the tags; the rest work up to a random line, then answer."""
+    """Share of problem documents with the whole work as the thought, at the same levels. In the remaining ones the
+    thought stops after a random line."""
     fact_share: float = 0.2
-    """Documents that are single facts (`7*3=1`), taken first; the three kinds above share what is left."""
+    """Share of all documents that are single facts (`7*3=1`); the others are problem documents."""
     min_level: int = 1
-    """The corpus also holds easier problems than RL's, from this level on."""
+    """Smallest level of problems in the corpus; it may be below task.min_level."""
     easy_worked_share: float = 0.4
-    """Worked share among the problems below the task's min_level."""
+    """Replaces worked_share at levels below task.min_level; direct documents are reduced by as many."""
     direct_noise: float = 0.0
-    """Share of direct answers that are wrong (a guesser's corpus)."""
+    """Share of documents with an empty thought whose answer is wrong."""
     balance_coef: float = 0.0
-    """Weight of the classic load-balance loss (Switch, arXiv:2101.03961)."""
+    """Coefficient of the load-balance loss (Switch, arXiv:2101.03961)."""
     z_loss_coef: float = 0.0
-    """Weight of the router z-loss, which keeps its logits small (ST-MoE, arXiv:2202.08906)."""
+    """Coefficient of the router z-loss, which keeps router logits small (ST-MoE, arXiv:2202.08906)."""
     expert_bias_rate: float = 0.0001
-    """Step of the expert bias per update, where model.expert_bias is on. At 8 experts 0.001
-    was seen to slow learning."""
+    """Change of an expert's bias per update if model.expert_bias is on. With 8 experts, 0.001 slowed learning."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adamw", "muon"] = "adamw"
-    """"muon": torch's own Muon on the hidden matrices, AdamW on embeddings, router, norms and head."""
+    """"muon": torch.optim.Muon on matrices of attention, MLPs and experts, AdamW on embedding, router, norms, biases
+    and head."""
     lr: float = 3e-4
     """Peak learning rate of AdamW."""
     muon_lr: float = 0.02
+    """Peak learning rate of Muon."""
     beta1: float = 0.9
+    """AdamW's."""
     beta2: float = 0.99
+    """AdamW's."""
     eps: float = 1e-8
+    """AdamW's."""
     weight_decay: float = 0.0
-    """On matrices; norms, biases and the embedding have none."""
+    """Decoupled weight decay of matrices; embedding, norms and biases have none."""
     clip_norm: float = 1.0
-    """Largest gradient norm, over all parameters; 0 leaves it out."""
+    """Largest L2 norm of the gradient over all parameters; 0 turns clipping off."""
     warmup_steps: int = 0
+    """Steps of linear warm-up to the peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: down towards final_lr_share of the peak, which the step after the last would have."""
+    """After the warm-up. "linear" and "cosine" decay to final_lr_share of the peak, reached one step after the last."""
     final_lr_share: float = 0.0
+    """End of the decay as a share of the peak learning rate."""
     microbatch_tokens: int = 16384
-    """Most packed tokens in one forward pass; a longer step accumulates gradients."""
+    """Most packed tokens in one forward pass; a step with more accumulates gradients."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     max_num_seqs: int = 256
-    """Sequences decoded together."""
+    """Most sequences that one process decodes at a time."""
     num_blocks: int = 0
-    """KV blocks of 16 tokens; 0 allots what max_num_seqs sequences of the longest prompt and sampling.max_tokens need (the model's
-    own context plays no part), but no more than cache_gib."""
+    """KV cache blocks of 16 tokens. 0: enough for max_num_seqs sequences of the longest prompt and sampling.max_tokens,
+    at most cache_gib."""
     cache_gib: float = 16.0
-    """Most memory of the KV cache where num_blocks is 0; one sequence always has room. Where more is needed, sequences wait and the
-    youngest give way: slower, but the same tokens."""
+    """Most GiB of KV cache if num_blocks is 0; it always fits one sequence. If blocks run out, sequences wait and the
+    youngest are preempted: slower, but the same tokens."""
     prefill_tokens: int = 8192
-    """Most tokens in one prefill pass."""
+    """Most tokens in one prefill pass; a longer prompt has a pass to itself."""
     decoder: Literal["auto", "native", "ops"] = "auto"
-    """"native": several tokens a call, the whole model in it. "ops": one token a call, op by op through the model. Both draw the
-    same tokens. "auto": native where it can be."""
+    """"native": one C++ call runs the whole model for several tokens. "ops": one token per pass, op by op. Both draw
+    the same tokens. "auto": native if it supports the model and the device."""
     cuda_graph_batch: int = 0
-    """On CUDA, decode steps of up to this many sequences are captured as CUDA graphs, each padded to a power of two: the same
-    tokens. 0 captures none."""
+    """On CUDA, decode steps of up to this many sequences run as CUDA graphs, padded to a power of two: the same tokens.
+    0: no graphs."""
 
 
 @dataclass(frozen=True)
 class RLConfig:
     steps: int = 80
+    """Batches of rollouts; each has num_minibatches optimizer updates."""
     prompts_per_step: int = 16
+    """Problems per step, over all processes."""
     group_size: int = 16
+    """Completions per problem, G; at least 2."""
     num_minibatches: int = 2
-    """Optimizer updates on each batch of rollouts; the sequences are split evenly between them."""
+    """Optimizer updates per step; the step's completions are divided equally among them."""
     advantage: Literal["std", "mean", "leave_one_out", "batch_std"] = "std"
     """"std": (r - mean) / std of the group (GRPO). "mean": r - mean (Dr. GRPO). "leave_one_out": r - mean of the others
-    (RLOO). "batch_std": r - group mean, over the std of the batch."""
+    (RLOO). "batch_std": (r - group mean) / std of the batch."""
     drop_no_signal: bool = True
-    """Leave groups of equal rewards out of the update (they would add nothing but tokens to the denominator)."""
+    """Leave groups with equal rewards out of the update. Their advantages are 0: they only add tokens to the loss's
+    denominator, and KL terms if loss.kl_coef is above 0."""
     dynamic_sampling: int = 0
-    """DAPO: further rounds of fresh problems, at most this many a step, to replace groups without signal."""
+    """DAPO: most further rounds of new problems per step, which replace groups with equal rewards. 0: off."""
     drop_truncated: bool = False
-    """DAPO's overlong filtering: completions cut at max_tokens take no part in the update."""
+    """DAPO's overlong filtering: leave completions that were cut at max_tokens out of the update."""
     old_logprobs: Literal["rollout", "recompute"] = "rollout"
-    """Where old_logprobs come from: the engine's own record (equal to the trainer's, so no second forward is needed),
-    or a forward before the first update."""
+    """Source of old_logprobs. "rollout": the engine's record, which equals the trainer's logprobs with batch-invariant
+    ops. "recompute": a forward pass before the step's first update."""
     max_logprob_gap: float = 0.0
-    """Above 0: stop when the engine's logprobs leave the trainer's by more than this (nats) on policy. 0 goes on: the gap is
-    logged as max_abs_logprob_gap, with one warning where it is more than 0.001. run.exact = "on" allows none."""
+    """Above 0: stop if the engine's and the trainer's logprobs differ by more than this (nats) on policy. 0: never stop;
+    metric max_abs_logprob_gap has the gap, and the first one above 0.001 (0 on a CPU) prints a warning. run.exact = "on"
+    stops at any gap."""
     routing_replay: bool = False
-    """Train with the experts that the sampler chose, their weights from the trainer's own router (arXiv:2507.18071, 5.3): for
-    samplers whose routes may differ."""
+    """Train with the experts that the sampler chose, with weights from the trainer's router (arXiv:2507.18071, 5.3):
+    for samplers whose routing may differ."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     every: int = 10
-    """RL steps between evaluations on a part of the held-out problems; 0 leaves only the first and the last."""
+    """RL steps between evaluations; 0: only before the first and after the last step."""
     problems: int = 100
-    """Held-out problems of the evaluations along the way."""
+    """Held-out problems of evaluations between the first and the last, and of pass@k."""
     samples: int = 2
+    """Completions per problem of evaluations between the first and the last."""
     final_problems: int = 500
     """Held-out problems of the first and the last evaluation."""
     final_samples: int = 4
+    """Completions per problem of the first and the last evaluation."""
     pass_at_k: int = 16
-    """Samples for pass@k of base and final policy on `problems` problems; 0 leaves it out."""
+    """Completions per problem for pass@k, at the first and the last evaluation; 0: no pass@k."""
     temperature: float = 1.0
+    """Sampling temperature of evaluations; they do not use top_k, top_p and min_p."""
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A [[stage]] of a recipe: what runs, from which weights, and the keys in which it differs from the recipe's sections.
+    """A [[stage]] of a recipe: its kind, the stage whose weights it starts from, and keys that override the recipe's.
 
         [[stage]]
         kind = "grpo"
@@ -216,19 +242,19 @@ class StageConfig:
     """
 
     kind: str
-    """The kind of stage: pretrain, grpo, ... (reason_rl/stages)."""
+    """pretrain or grpo: a key of STAGES in reason_rl/stages."""
     name: str
-    """Unique in the recipe; the kind where it is left out."""
+    """Unique in the recipe; default: the kind."""
     after: str = ""
-    """The stage whose output this one starts from; the stage before it where left out."""
+    """The stage whose output this one starts from; empty: the stage before it."""
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """section -> key -> value, for this stage alone."""
+    """section -> key -> value, for this stage only."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A recipe: sections that hold for all stages, and the stages. Without stages: pretrain, then grpo; or grpo alone where
-    model.init_from names a checkpoint."""
+    """A recipe: its stages, and the sections that apply to all of them. Without stages: pretrain, then grpo; only grpo
+    if model.init_from names a checkpoint."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,5 +1,4 @@
-"""The [task] section of a run's configuration: which problems, from where, and in what words. Part of config.py, which reads and
-checks it."""
+"""The [task] section: which problems a run uses, from which source, and in which template."""
 
 from __future__ import annotations
 
@@ -12,42 +11,46 @@ class TaskConfig:
     """program, countdown and your own tasks generate problems; gsm8k, math, code and jsonl read files: docs/tasks.md."""
 
     name: str = "program"
-    """program | countdown | gsm8k | math | code | jsonl, or a generated task of your own as "module:Class"."""
+    """program | countdown | gsm8k | math | code | jsonl, or your own generated task as "module:Class"."""
     template: str = "plain"
-    """What stands around a problem: plain | r1_zero | chat | few_shot, or the path of a .toml file of your own."""
+    """Prompt text around a problem: plain | r1_zero | chat | few_shot, or the path of your own .toml file."""
     min_level: int = 5
-    """Smallest difficulty of the problems that are made, in the task's own unit (lines, digits, numbers)."""
+    """Smallest difficulty of generated problems, in the task's unit (lines, numbers)."""
     max_level: int = 8
+    """Largest difficulty of generated problems."""
     heldout_share: float = 0.05
-    """Share of all problems, by hash, that neither corpus nor RL ever sees; of a file, where no other has the held-out ones."""
+    """Share of problems, chosen by hash, that are kept for evaluation. File tasks use it only if no file of held-out
+    problems is given."""
     rl_share: float = 0.05
-    """Share of the problems that are made, by hash, kept out of the corpus for RL."""
+    """Generated tasks: share of problems, chosen by hash, that RL uses and the corpus leaves out."""
     operations: str = "+-*"
-    """countdown: the operations that problems are made from."""
+    """countdown: the operations in generated problems."""
     path: str = ""
-    """The JSONL file of the problems, or a folder with train.jsonl (code: or mbpp.jsonl), and test.jsonl for the held-out ones."""
+    """File tasks: a JSONL file of problems, or a folder with train.jsonl (code: or mbpp.jsonl) and optionally
+    test.jsonl, the held-out problems."""
     heldout_path: str = ""
-    """The file of the held-out problems, where it stands elsewhere."""
+    """File tasks: the JSONL file of held-out problems, instead of the folder's test.jsonl."""
     prompt_field: str = "prompt"
     """jsonl: the field with the problem's text."""
     answer_field: str = "answer"
     """jsonl: the field with the right answer, a text or a number."""
     math_levels: str = ""
-    """math: only these levels, as "3,4,5"."""
+    """math: keep only these levels, as "3,4,5"; empty: all."""
     math_types: str = ""
-    """math: only these types, as "Algebra,Geometry"."""
+    """math: keep only these types, as "Algebra,Geometry"; empty: all."""
     code_shown_tests: int = 1
-    """code: how many of its tests a problem shows. All of them are run, so a program cannot be written to the ones it knows."""
+    """code: tests that the prompt shows. Grading runs all tests, so passing the shown ones is not enough."""
     on_bad_row: Literal["raise", "skip"] = "raise"
-    """A row that is no problem (bad JSON, a missing field, an answer that its verifier cannot read) is an error, or is left out
-    and listed."""
+    """A row that is not a valid problem (bad JSON, a missing field, an answer that its verifier cannot read): "raise"
+    stops with an error, "skip" leaves it out and lists it."""
     max_prompt_tokens: int = 0
-    """Problems with longer prompts are left out and listed; 0: one that does not fit the context is an error."""
+    """File tasks: leave out and list problems with longer prompts. 0: no limit; a prompt that does not fit the context
+    is an error."""
     pass_rates: str = ""
-    """A file of measured pass rates, as `python -m reason_rl.eval` writes it for each problem."""
+    """File tasks: a file of measured pass rates per problem, as `python -m reason_rl.eval` writes it."""
     min_pass_rate: float = 0.0
-    """RL takes no problem that was solved less often."""
+    """Leave problems with a lower pass rate out of RL."""
     max_pass_rate: float = 1.0
-    """RL takes no problem that was solved more often."""
+    """Leave problems with a higher pass rate out of RL."""
     curriculum: Literal["none", "easy_first"] = "none"
-    """"easy_first": each epoch goes from high pass rates to low ones, a tenth at a time."""
+    """"easy_first": each epoch goes from high pass rates to low ones in bands of 0.1, shuffled within a band."""

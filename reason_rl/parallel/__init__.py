@@ -1,1 +1,1 @@
-"""Processes and sharding."""
+"""Processes of a run, and sharding of its model."""

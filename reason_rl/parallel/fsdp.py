@@ -1,4 +1,4 @@
-"""Sharding with FSDP2, and the unsharded copies that the engine and a checkpoint need."""
+"""Sharding with FSDP2, and unsharded copies for the engine and for checkpoints."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from reason_rl.records import Microbatch
 
 
 def shard(model: Transformer, world: World) -> Transformer:
-    """Shards in place for several processes: each block is an FSDP unit, the rest another. One process keeps the plain module."""
+    """Shards `model` in place over all processes. Each block is an FSDP unit, the rest is another. One process: no change."""
     if world.size > 1:
-        # The mesh names the run's device: fully_shard's default is the machine's GPU even when the run is on the CPU.
+        # An explicit mesh: fully_shard would choose the machine's GPU even if the run is on the CPU.
         mesh = init_device_mesh(world.device.type, (world.size,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
-        # The root keeps its parameters after forward: the LM head is used outside of it.
+        # The root keeps its parameters unsharded after forward: the loss uses the LM head outside of it.
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
     return model
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor, gathered whole on every rank (a collective); a plain tensor as it is."""
+    """A sharded tensor gathered on every rank (a collective); a plain tensor unchanged."""
     if isinstance(tensor, DTensor):
         whole: torch.Tensor = tensor.full_tensor()
         return whole
@@ -35,21 +35,21 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def full_state(model: Transformer) -> dict[str, torch.Tensor]:
-    """Parameters and expert biases by name, whole and detached (a collective)."""
+    """Parameters and expert biases by name, unsharded and detached (a collective)."""
     return {name: full_tensor(tensor).detach() for name, tensor in model.state_dict().items()}
 
 
 class SamplingWeights:
-    """The policy's weights as the engine reads them.
+    """The policy's weights for the engine.
 
-    One process shares the trainer's module in float32, and on the CPU also in bf16. Otherwise the engine reads a plain copy whose
-    matrices are rounded once, where the trainer's forward rounds them at each use (the router is not rounded), so both compute with
-    the same bits. `refresh` copies the weights after an update.
+    A single process uses the trainer's module itself in float32, and on the CPU also in bf16. Otherwise the engine has
+    an unsharded copy, and `refresh` updates it after each optimizer update. The copy's matrices are rounded to the compute
+    dtype once, the trainer's at each use, to the same bits; the router is rounded in neither.
     """
 
     def __init__(self, model: Transformer, world: World) -> None:
         self._trained, self._world = model, world
-        # On a GPU the time of a decode step is the time to read the weights: f32 masters would double it, and cast at every token.
+        # A decode step on a GPU is bound by reading the weights: f32 masters are twice the bytes, plus a cast per token.
         self.shares_memory = world.size == 1 and (world.dtype == torch.float32 or world.device.type == "cpu")
         if self.shares_memory:
             self.model = model
@@ -68,7 +68,7 @@ class SamplingWeights:
 
 
 def rank_share(microbatches: Sequence[Microbatch], world: World, idle: Microbatch) -> list[Microbatch]:
-    """This rank's microbatches, filled up with idle ones to the same number on every rank: a sharded forward is a collective."""
+    """This rank's microbatches, padded with idle ones to the same number on all ranks: a sharded forward is a collective."""
     rounds = -(-len(microbatches) // world.size)
     mine = world.share(microbatches)
     return mine + [idle] * (rounds - len(mine))

@@ -1,7 +1,8 @@
-"""Where a run computes, and how its processes exchange small Python objects (graded groups, metrics).
+"""A run's processes and device, and the exchange of small Python objects (graded groups, metrics) between processes.
 
-One process, or several under torchrun: gloo on the CPU, nccl on GPUs. Ranks decide alike because they decide from the same gathered
-facts. Files are rank 0's: it alone looks for checkpoints, takes locks and writes, and the others wait for its answer (`from_main`).
+One process, or several under torchrun: gloo on the CPU, nccl on GPUs. All ranks make the same decisions because they
+decide from gathered values. Only rank 0 looks for checkpoints, takes locks and writes files; the others get its result
+(`from_main`, `gather`).
 
 Left out: sharding (fsdp.py).
 """
@@ -40,7 +41,7 @@ class World:
         return list(items[self.rank :: self.size])
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in order of rank."""
+        """Every rank's value, in rank order, on every rank."""
         if self.size == 1:
             return [value]
         gathered: list[Any] = [None] * self.size
@@ -48,12 +49,12 @@ class World:
         return gathered
 
     def gather_shares(self, part: Sequence[T]) -> list[T]:
-        """The inverse of `share`: the whole list, in order, on every rank."""
+        """The inverse of `share`: the full list, in order, on every rank."""
         parts = self.gather(list(part))
         return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
 
     def from_main(self, act: Callable[[], T]) -> T:
-        """`act()` on rank 0 alone; its result on every rank, or its error, so that no rank waits for one that has failed."""
+        """Calls `act()` on rank 0 only; every rank returns its result or raises its error, so no rank hangs."""
         result: T | None = None
         error: Exception | None = None
         if self.is_main:
@@ -72,7 +73,8 @@ class World:
 
 
 def init_world(run: RunConfig) -> World:
-    """Chooses device, dtype and threads, and joins the process group, by the config and torchrun's environment."""
+    """Chooses device, dtype and threads from the config and torchrun's environment, and joins the process group."""
+    # The device.
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
     name = run.device if run.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,11 +89,13 @@ def init_world(run: RunConfig) -> World:
             raise ConfigError(f"run.device={run.device!r}, but torch {torch.__version__} sees no CUDA device; use --device cpu")
         device = torch.device("cuda", local_rank if size > 1 or device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
-            raise ConfigError(f"{device} was asked for (run.device={run.device!r}, {local_size} process(es) on this machine), but "
+            raise ConfigError(f"{device} is needed (run.device={run.device!r}, {local_size} process(es) on this machine), but "
                               f"torch sees {torch.cuda.device_count()} CUDA device(s)")
         torch.cuda.set_device(device)
-        # TF32 would round the float32 parts (router, norms' inputs) differently from the CPU reference.
+        # TF32 would round float32 GEMMs (the router's) to 10 mantissa bits, unlike the CPU reference.
         torch.backends.cuda.matmul.allow_tf32 = False
+
+    # Threads, process group, dtype.
     torch.set_num_threads(run.num_threads or _default_threads(local_size))
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -102,12 +106,12 @@ def init_world(run: RunConfig) -> World:
 
 
 def _default_threads(local_size: int) -> int:
-    """An equal number of the machine's cores for each process; a single process follows OMP_NUM_THREADS (torchrun sets that to 1
-    for several)."""
-    wished = os.environ.get("OMP_NUM_THREADS", "")
-    if local_size == 1 and wished.isdigit() and int(wished) > 0:
-        return int(wished)
-    # sched_getaffinity: the cores that this process may use, which is fewer than the machine's in a container; Linux only.
+    """The usable cores divided equally among local processes; a single process uses OMP_NUM_THREADS if it is set.
+    torchrun sets that to 1 for several processes, so they ignore it."""
+    setting = os.environ.get("OMP_NUM_THREADS", "")
+    if local_size == 1 and setting.isdigit() and int(setting) > 0:
+        return int(setting)
+    # sched_getaffinity (Linux only): the cores that this process may use; in a container these can be fewer.
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, num_cores // local_size)
 
@@ -120,8 +124,8 @@ def close_world(world: World) -> None:
 def end_process(code: int) -> NoReturn:
     """Exits with this code; under torchrun without Python's finalisation.
 
-    gloo's threads outlive destroy_process_group (DTensor's caches hold the group). One that wakes up during finalisation aborts the
-    process: seen with torch 2.13, once in about 80 runs on a busy machine.
+    gloo's threads outlive destroy_process_group, because DTensor's caches hold the group. A thread that wakes up during
+    finalisation aborts the process (torch 2.13: once in about 80 runs on a busy machine).
     """
     sys.stdout.flush()
     sys.stderr.flush()

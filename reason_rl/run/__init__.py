@@ -1,1 +1,1 @@
-"""A run from end to end."""
+"""A run: its recipe, its folder, and the loop over its stages."""

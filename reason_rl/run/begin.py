@@ -1,6 +1,6 @@
-"""Everything that can fail before work starts; then the run's folder and log are opened.
+"""Checks everything that can fail before work starts, then opens the run's folder and log.
 
-A refused run leaves no trace. Left out: the decision whether to begin or go on (folder.py).
+A refused run writes no files. Left out: the decision to begin or to continue a run (folder.py).
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from reason_rl.run.loop import Run
 from reason_rl.run.recipe import PlannedStage, key_of
 
 LEFT_OUT_FILE = "left_out.txt"
-"""The rows of the task's files that are no problems, and why."""
+"""The rows of the task's files that were left out, with reasons."""
 
 
 def begin_run(config: Config, recipe: list[PlannedStage], world: World, folder: RunFolder, view: View,
               should_stop: Callable[[], bool]) -> Run:
-    """Checks the recipe, its stages and their problems; then opens the folder and the log -> a run that is ready to go."""
+    """Checks the recipe, its stages and their problems, then opens the folder and the log -> the run."""
+    # Checks, which write nothing.
     started_s = time.perf_counter()
     tokenizer = tokenizer_of(config)
     view.recipe([stage.name for stage in recipe])
@@ -48,56 +49,67 @@ def begin_run(config: Config, recipe: list[PlannedStage], world: World, folder: 
     for line in dict.fromkeys([*lines, describe_machine(config, world)]):
         view.message(line)
 
+    # The folder and the log.
     folder = with_keys(config, folder, recipe, problems, world, view)
     log = _open(config, folder, problems) if world.is_main else None
-    world.barrier()  # all ranks see the folder
+    world.barrier()  # rank 0 has made the folder
     return Run(folder, recipe, world, tokenizer, problems, view, should_stop, log,
                seconds={"start_s": time.perf_counter() - started_s})
 
 
 def check_start(config: Config, tokenizer: Tokenizer) -> list[str]:
-    """Of a run that starts from a checkpoint: its tokenizer fits, and which [model] keys its config.json overrides."""
+    """Checks model.init_from, if set: tokenizer and weights fit -> a line that lists ignored [model] keys."""
     if not config.model.init_from:
         return []
+
+    # The checkpoint.
     shape, vocab_size = read_model_config(Path(config.model.init_from))
     check_weights(Path(config.model.init_from))
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(f"{config.model.init_from}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {vocab_size}")
+
+    # Keys that were set and differ from its config.json.
     pairs = {one.name: (getattr(config.model, one.name), getattr(shape, one.name))
              for one in fields(ModelConfig) if one.name != "init_from"}
     overridden = [f"model.{key} = {asked!r} (it has {there!r})" for key, (asked, there) in pairs.items()
                   if asked not in (there, getattr(ModelConfig(), key))]
-    return [f"The model is {config.model.init_from} as it is, so these keys have no effect: {', '.join(overridden)}."] if overridden else []
+    if not overridden:
+        return []
+    return [f"The model is {config.model.init_from}, and its config.json overrides these keys: {', '.join(overridden)}."]
 
 
 def with_keys(config: Config, folder: RunFolder, recipe: list[PlannedStage], problems: dict[str, Problems], world: World,
               view: View) -> RunFolder:
-    """The folder with its stages' keys: those that the run began with, or new ones. All ranks agree on rank 0's."""
+    """The folder with the keys of its stages: those that the run began with, or new ones (rank 0's on all ranks)."""
     digest = "/".join(dict.fromkeys(one.digest for one in problems.values()))
     kernels = ISA or "reference ops"
+
+    # A run that continues: the same problems, and the keys that it began with.
     if folder.is_begun:
         if folder.compute["problems"] != digest:
-            raise ConfigError(f"{folder.path} was begun with other problems than {config.task.path} gives now: a file, the template "
-                              "or the tokenizer has changed. --resume never begins in a new folder")
+            raise ConfigError(f"{folder.path} was begun with other problems than {config.task.path} has now: a file, the "
+                              "template or the tokenizer has changed. --resume never starts over in a new folder")
         if folder.compute["kernels"] != kernels:
-            view.message(f"This run began with {folder.compute['kernels']} and goes on with {kernels}: the same numbers to a "
-                         "rounding, other bits from here.")
+            view.message(f"This run began with {folder.compute['kernels']} and continues with {kernels}: from here on, results "
+                         "may differ in rounding from those of an uninterrupted run.")
         return folder
 
+    # A new run: a key for each stage, which includes the key of the stage before it.
     dtype = str(world.dtype).removeprefix("torch.")
     keys: dict[str, str] = {}
     for stage in recipe:
         after_key = keys[stage.after.name] if stage.after else ""
         digest_of_stage = problems[stage.name].digest if stage.name in problems else ""
         keys[stage.name] = key_of(stage, dtype, digest_of_stage, after_key)
-    if config.run.resume == "never":  # or there would be nothing to do
+    if config.run.resume == "never":  # a new key, so that the last stage is not reused but trained
         keys[recipe[-1].name] += f"-{folder.path.name}"
     compute = {"dtype": dtype, "kernels": kernels, "problems": digest}
     return dataclasses.replace(folder, compute=compute, stage_keys=world.gather(keys)[0])
 
 
 def _open(config: Config, folder: RunFolder, problems: dict[str, Problems]) -> RunLog:
-    """The log first, as it may be refused (a package that is missing); then config.toml makes the folder a run's."""
+    """Opens the log, which may fail (a missing package), then writes config.toml: a folder with it holds a run."""
+    # The log; a folder that this call made is removed if the log fails.
     was_there = folder.path.exists()
     try:
         log = RunLog(folder.path, config.run.tensorboard, config.run.wandb_project, table_of(config))
@@ -105,6 +117,8 @@ def _open(config: Config, folder: RunFolder, problems: dict[str, Problems]) -> R
         if not was_there:
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
+
+    # config.toml, and the rows that were left out.
     begin_folder(folder, config)
     left_out = list(dict.fromkeys(line for one in problems.values() for line in one.left_out))
     if left_out:
@@ -113,7 +127,7 @@ def _open(config: Config, folder: RunFolder, problems: dict[str, Problems]) -> R
 
 
 def describe_machine(config: Config, world: World) -> str:
-    """One line on where the run computes."""
+    """A line with device, kernels, dtype, processes and threads."""
     exact = {"on": "required", "off": "off"}.get(config.run.exact, "where the ops are batch-invariant")
     reason = cpu_unsupported_reason(world.device)
     kernels = f" ({ISA} kernels)" if not reason else ""

@@ -1,11 +1,12 @@
-"""The folder of a run, runs/<name>: whether to begin, to go on, or to say that it is done.
+"""The folder of a run, runs/<name>: decides whether a command begins a run, continues one, or finds it finished.
 
-It belongs to one config. The same command again goes on with an unfinished run and leaves a finished one alone; another config is
-refused with the difference; `--resume never` begins in the next free folder, <name>-2, ...
+A folder belongs to one config. The same command continues an unfinished run and does not change a finished one. A
+different config is refused, and the error lists the differences. `--resume never` begins a run in the next free folder:
+<name>-2, <name>-3, ...
 
     config.toml     the resolved recipe        metrics.jsonl timings.jsonl rollouts/ tensorboard/   the log
-    compute.json    what the run was begun on  checkpoints/<stage>, checkpoints/final               outputs
-    summary.json    written last: a run that has it is finished                     report.html
+    compute.json    dtype, kernels, stage keys  checkpoints/<stage>, checkpoints/final              outputs
+    summary.json    results; a run that has it is finished                          report.html
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class RunFolder:
     is_finished: bool = False
     is_begun: bool = False
     compute: Mapping[str, str] = field(default_factory=dict)
-    """What a run was begun on: dtype, kernels, a digest of the problems in its files."""
+    """dtype, kernels and a digest of the file tasks' problems, when the run began."""
     stage_keys: Mapping[str, str] = field(default_factory=dict)
     """Stage name -> the name of its folder."""
 
@@ -54,11 +55,12 @@ class RunFolder:
 
 
 def open_run(config: Config, world: World) -> RunFolder:
-    """Rank 0 looks and decides; all ranks get its answer or its error. Nothing is written yet."""
+    """Rank 0 decides, and all ranks get its result or its error. Writes nothing."""
     return world.from_main(lambda: _decide(config))
 
 
 def _decide(config: Config) -> RunFolder:
+    # The folder: run.name, or with --resume never the first free name.
     base = Path(config.run.out_dir) / config.run.name
     path = base
     if config.run.resume == "never":
@@ -66,27 +68,30 @@ def _decide(config: Config) -> RunFolder:
         while path.exists():
             path = base.with_name(f"{base.name}-{number}")
             number += 1
+
+    # The run in it, if any, must have the same config.
     written = path / CONFIG_FILE
     if not written.is_file():
         return RunFolder(path)
     differences = [line for line in config_difference(load_config(written), config) if not line.startswith("run.resume:")]
     if differences:
-        raise ConfigError(f"{path} holds a run of another config; give this one a --name of its own, or --resume never. "
+        raise ConfigError(f"{path} holds a run of another config: use another --name, or --resume never. "
                           "The differences:\n  " + "\n  ".join(differences))
     begun = json.loads((path / COMPUTE_FILE).read_text(encoding="utf-8"))
     return RunFolder(path, (path / SUMMARY_FILE).is_file(), True, begun["compute"], begun["stages"])
 
 
 def as_begun(world: World, folder: RunFolder) -> World:
-    """The world in the dtype that this run began in: where run.dtype is "auto", another machine or build may choose another."""
+    """The world with the dtype that the run began with: with run.dtype = "auto" it may differ on another machine or build."""
     name = folder.compute.get("dtype", "")
     return dataclasses.replace(world, dtype=getattr(torch, name)) if name else world
 
 
 def begin_folder(folder: RunFolder, config: Config) -> None:
-    """Writes compute.json, then config.toml, which makes the folder a run's.
+    """Writes compute.json, then config.toml: a folder with config.toml holds a run.
 
-    config.toml has the folder's own name and resume = "auto": a run begun with `--resume never` can be gone on with too.
+    In config.toml run.name is the folder's name and run.resume is "auto", so `train.py config.toml` continues a run that
+    began with `--resume never`.
     """
     if folder.is_begun:
         return
@@ -95,11 +100,11 @@ def begin_folder(folder: RunFolder, config: Config) -> None:
     begun = {"compute": dict(folder.compute), "stages": dict(folder.stage_keys)}
     atomic_write_text(folder.path / COMPUTE_FILE, json.dumps(begun, indent=2) + "\n")
     written = folder.path / CONFIG_FILE
-    atomic_write_text(written, f"# The run as resolved; `torchrun train.py {written}` runs it again.\n\n{dump_config(own)}")
+    atomic_write_text(written, f"# The resolved config; `torchrun train.py {written}` continues the run.\n\n{dump_config(own)}")
 
 
 def describe_source() -> dict[str, str]:
-    """Commit and whether the tree is clean; "" for both outside a git checkout."""
+    """The commit, and whether the tree is clean or changed; "" for both outside a git checkout."""
     def git(*arguments: str) -> str:
         try:
             done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
@@ -112,13 +117,13 @@ def describe_source() -> dict[str, str]:
 
 
 def how_to_talk(folder: Path, config: Config) -> str:
-    """The command that talks to the run's model, as a shell takes it."""
+    """The shell command that samples from the run's model."""
     example = ["a2,b*3,c-1,d-8?"] if config.task.name == "program" else ["--template", config.task.template]
     return shlex.join([sys.executable, "-m", cli.__name__, f"{folder}/checkpoints/final", *example])
 
 
 class StopSignal:
-    """The first Ctrl-C (or SIGTERM, as torchrun sends) asks the run to save and leave; a second one ends it at once."""
+    """The first Ctrl-C (or SIGTERM, which torchrun sends) asks the run to save and stop; a second one ends it at once."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say

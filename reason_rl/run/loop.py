@@ -1,4 +1,4 @@
-"""One loop for every stage: log, evaluate, save, resume, stop, report.
+"""The loop that every stage runs in: log, evaluate, save, resume, stop, report.
 
 `Run` holds a run's folder and the objects that its stages share. `Run.complete` completes one stage: it
 reuses the output if any run has finished a stage with the same key, else `StageRun.finish` trains it from the
@@ -46,7 +46,7 @@ class Run:
     view: View
     should_stop: Callable[[], bool]
     log: RunLog | None
-    """Rank 0 writes; the others hold None."""
+    """None on all ranks but 0."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds by part, over all sessions, reused stages included: {"pretrain_s": ..., "grpo_s": ..., "eval_s": ...}."""
 
@@ -54,7 +54,7 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.log is not None:  # after Ctrl-C too: what was logged must be on disk
+        if self.log is not None:  # flushes to disk, after Ctrl-C too
             self.log.close()
 
     def complete(self, stage: PlannedStage) -> None:
@@ -72,6 +72,8 @@ class Run:
             if self.log is not None:
                 self._take(stage.name, output, is_reused)
             self.world.barrier()
+
+        # Its seconds.
         for part, value in read_progress(here).seconds.items():
             self.seconds[part] = self.seconds.get(part, 0.0) + value
 
@@ -94,7 +96,7 @@ class Run:
         write_report(self.folder.path)
 
     def source_of(self, stage: PlannedStage) -> Path | None:
-        """The folder of the weights that a stage starts from."""
+        """The folder with the weights that a stage starts from; None: random weights."""
         if stage.after is not None:
             return self.folder.checkpoints / stage.after.name
         return Path(stage.config.model.init_from) if stage.config.model.init_from else None
@@ -104,6 +106,7 @@ class StageRun:
     """The training of one stage in one run: a stage object, its steps, its log and its checkpoints."""
 
     def __init__(self, run: Run, planned: PlannedStage, output: StageFolder) -> None:
+        # Where it starts: its newest checkpoint, and the folder of the weights before its first step.
         self.run, self.planned, self.output, self.name = run, planned, output, planned.name
         self.since_s = self.saved_s = time.perf_counter()
         self.warned: set[str] = set()
@@ -125,6 +128,8 @@ class StageRun:
         stage = self.stage
         self.run.view.stage(self.name, self.planned.kind.kind, stage.num_steps, self.first)
         self._spend("start_s")
+
+        # Step, log, evaluate, save.
         try:
             if self.first == 0:
                 self._evaluate(0)
@@ -145,6 +150,8 @@ class StageRun:
         log, view, number = self.run.log, self.run.view, stats.step + 1
         if log is None:
             return
+
+        # Numbers, warnings, rollouts.
         log.metrics(self.name, "train", number, stats.metrics)
         log.timings(self.name, "train", number, stats.timings)
         view.train(number, stats.metrics, stats.timings)
@@ -181,9 +188,11 @@ class StageRun:
         """Saves if a checkpoint is due on any rank: saving is a collective, so all ranks must agree. Raises
         Interrupted if any rank was asked to stop."""
         now_s, num_steps = time.perf_counter(), self.stage.num_steps
-        wishes = self.run.world.gather((self.run.should_stop(), now_s - self.saved_s > SAVE_EVERY_S))
-        is_stopping = any(stop for stop, _ in wishes)
-        is_late = any(late for _, late in wishes)
+        flags = self.run.world.gather((self.run.should_stop(), now_s - self.saved_s > SAVE_EVERY_S))
+        is_stopping = any(stop for stop, _ in flags)
+        is_late = any(late for _, late in flags)
+
+        # Save, stop.
         if (done < num_steps and (is_stopping or is_late)) or is_due(self.stage.checkpoint_every, done):
             self._save(self.output.step_folder(done), done)
             prune_checkpoints(self.output.path, self.planned.config.run.keep_checkpoints, self.run.world)
@@ -201,6 +210,8 @@ class StageRun:
             rollouts = run.folder.path / ROLLOUTS / self.name
             if rollouts.is_dir():
                 shutil.copytree(rollouts, self.output.rollouts, dirs_exist_ok=True)
+
+        # The checkpoint.
         save_checkpoint(
             folder, policy.model, run.world, run.tokenizer, Progress(done, policy.version, self.seconds), files=history,
             optimizer=None if is_final else policy.optimizer, source=self.source)

@@ -1,8 +1,8 @@
-"""A recipe: which stages a run has, in which order, and under which key each finished output is kept.
+"""The stages of a run in order, and the key of each stage's output.
 
-A key is a digest of all that the output follows from: the stage's kind and sections, the seed, the dtype, the output that it starts
-from, the files of the user's that its config names, and the code of the rooms that the stage names. Two runs of one key share one
-output; a run that goes on keeps the keys that it began with, whatever was edited since.
+A key is a digest of everything that the output depends on: kind and sections of the stage, seed, dtype, the output that
+it starts from, the user's files that its config names, and the code of the packages that the stage lists. Runs with
+equal keys share an output. A run that continues keeps the keys that it began with, even if files were edited since.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from reason_rl.stages import STAGES, Stage
 
 DIGEST_LENGTH = 12
 SAMPLED_BLOCKS, BLOCK_BYTES = 16, 4096
-"""A large file's digest reads so many blocks of it, evenly spaced."""
+"""The digest of a large file reads SAMPLED_BLOCKS evenly spaced blocks."""
 PACKAGE = Path(__file__).resolve().parents[1]
 FILE_KEYS = ("task.path", "task.heldout_path", "task.pass_rates", "task.template")
 FOLDER_KEYS = ("reward.model",)
@@ -33,28 +33,30 @@ class PlannedStage:
     name: str
     kind: type[Stage]
     config: Config
-    """As this stage sees it; [model] is that of the weights it starts from."""
+    """The stage's config; [model] is that of the weights it starts from."""
     after: PlannedStage | None
     """The stage whose output it starts from; None: random weights, or model.init_from."""
 
 
 def plan_recipe(config: Config) -> list[PlannedStage]:
-    """The stages in order, each checked against what comes before it."""
+    """The stages in order; raises ConfigError if a stage cannot start from the ones before it."""
     stages = config.stages or default_stages(config)
     planned: dict[str, PlannedStage] = {}
     for stage in stages:
         if stage.kind not in STAGES:
             raise ConfigError(f"stage {stage.name!r}: kind must be one of {', '.join(STAGES)}, got {stage.kind!r}")
+
+        # The stage that it starts from.
         kind, own = STAGES[stage.kind], config_of_stage(config, stage)
         if stage.after and stage.after not in planned:
-            raise ConfigError(f"stage {stage.name!r} comes after {stage.after!r}, which is no stage before it; "
-                              f"before it: {', '.join(planned) or 'none'}")
+            raise ConfigError(f"stage {stage.name!r} comes after {stage.after!r}, but no earlier stage has that name; "
+                              f"earlier stages: {', '.join(planned) or 'none'}")
         after = None
         if kind.starts_from_weights:
             after = planned[stage.after] if stage.after else next(reversed(planned.values()), None)
             if after is None and not own.model.init_from:
                 raise ConfigError(f"stage {stage.name!r} ({stage.kind}) starts from weights: put a stage before it, such as "
-                                  "kind = \"pretrain\", or name a checkpoint folder in model.init_from")
+                                  "kind = \"pretrain\", or set model.init_from to a checkpoint folder")
         elif stage.after or own.model.init_from:
             raise ConfigError(f"stage {stage.name!r} ({stage.kind}) starts from random weights, so it takes neither after nor "
                               f"model.init_from; got after = {stage.after!r}, model.init_from = {own.model.init_from!r}")
@@ -63,13 +65,13 @@ def plan_recipe(config: Config) -> list[PlannedStage]:
 
 
 def default_stages(config: Config) -> tuple[StageConfig, ...]:
-    """R1-Zero: a base model, then pure RL; from a checkpoint, RL alone."""
+    """R1-Zero: pretrain a base model, then RL. With model.init_from: only RL."""
     grpo = StageConfig("grpo", "grpo")
     return (grpo,) if config.model.init_from else (StageConfig("pretrain", "pretrain"), grpo)
 
 
 def with_model(config: Config, after: PlannedStage | None) -> Config:
-    """The shape of the weights that a stage starts from is their own, whatever [model] says."""
+    """The config with [model] as the weights have it that the stage starts from; the recipe's [model] if it starts from none."""
     if after is not None:
         return replace(config, model=after.config.model)
     if not config.model.init_from:
@@ -81,13 +83,13 @@ def with_model(config: Config, after: PlannedStage | None) -> Config:
 def key_of(stage: PlannedStage, dtype: str, problems: str, after_key: str) -> str:
     """"<name>-<digest>": the folder of the stage's output."""
     config, sections = stage.config, table_of(stage.config)
-    told = {
+    inputs = {
         "kind": stage.kind.kind, "sections": {name: sections[name] for name in stage.kind.sections}, "seed": config.run.seed,
         "exact": config.run.exact, "dtype": dtype, "problems": problems,
         "start": after_key or (folder_digest(Path(config.model.init_from)) if config.model.init_from else ""),
         "files": {str(path): file_digest(path) for path in users_files(config)},
         "code": {room: folder_digest(folder_of(room), "*.py") for room in stage.kind.rooms}}
-    text = json.dumps(told, sort_keys=True)
+    text = json.dumps(inputs, sort_keys=True)
     return f"{stage.name}-{hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]}"
 
 
@@ -119,7 +121,7 @@ def folder_digest(folder: Path, pattern: str = "*") -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Of the size and of evenly spaced blocks: a checkpoint of gigabytes is told from another in milliseconds."""
+    """A digest of the size and of evenly spaced blocks: it takes milliseconds for a checkpoint of gigabytes."""
     size, digest = path.stat().st_size, hashlib.sha256()
     digest.update(str(size).encode())
     with path.open("rb") as file:

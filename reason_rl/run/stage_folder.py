@@ -1,7 +1,7 @@
-"""The folder of one stage's output, runs/stages/<name>-<digest>: step checkpoints, `final` once it is finished, and a lock.
+"""The folder of one stage's output, runs/stages/<name>-<digest>: step checkpoints and, once finished, `final`.
 
-Runs whose stage has the same key share the folder. Of two that want it at once, the second waits for the first and then reuses
-what it made; where the first was interrupted, the second goes on from its newest checkpoint.
+Runs whose stage has the same key share the folder. A lock file next to it admits one at a time: a second run waits for
+the first and then reuses its output, or continues from its newest checkpoint if the first was interrupted.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from reason_rl.trainer.checkpoint import Progress, newest_checkpoint, read_progr
 FINAL = "final"
 LOCK_POLL_S = 1.0
 History = dict[str, list[dict[str, Any]]]
-"""The stage's lines of metrics.jsonl and timings.jsonl, by file name."""
+"""File name (metrics.jsonl, timings.jsonl) -> the stage's lines."""
 
 
 class Interrupted(Exception):
-    """Asked to stop (Ctrl-C, SIGTERM): what was done is saved."""
+    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its progress."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class StageFolder:
 
     @property
     def final(self) -> Path:
-        """The finished output: a Hugging Face folder, with the stage's history and seconds."""
+        """The finished output: a Hugging Face checkpoint with the stage's log and seconds."""
         return self.path / FINAL
 
     @property
     def rollouts(self) -> Path:
-        """The stage's sampled rollouts, for the report of a run that reuses it."""
+        """The stage's sampled rollouts; a run that reuses the output shows them in its report."""
         return self.path / ROLLOUTS
 
     def is_finished(self, world: World) -> bool:
         return world.gather(self.final.is_dir())[0]
 
     def newest_checkpoint(self, world: World) -> Path | None:
-        """As rank 0 sees it."""
+        """Rank 0's result, on all ranks."""
         return world.gather(newest_checkpoint(self.path))[0]
 
     def step_folder(self, num_done: int) -> Path:
@@ -59,18 +59,21 @@ class StageFolder:
 
     @contextmanager
     def lock(self, world: World, view: View, should_stop: Callable[[], bool]) -> Iterator[None]:
-        """Rank 0 holds a lock, which the system releases however the process ends; the other ranks wait for rank 0."""
+        """Rank 0 holds a file lock, which the system releases if the process dies; the other ranks wait for rank 0."""
+        # Wait until rank 0 has the lock.
         lock = self.path.with_name(f"{self.path.name}.lock")
         file = _try_lock(lock) if world.is_main else None
         is_ours = world.gather(file is not None)[0]
         if not is_ours:
-            view.message(f"Another run is making this stage ({lock}): waiting for it.")
+            view.message(f"Another run is making this stage ({lock}): waiting for it to finish.")
         while not is_ours:
             if any(world.gather(should_stop())):
                 raise Interrupted("stopped while waiting for another run's stage")
             time.sleep(LOCK_POLL_S)
             file = _try_lock(lock) if world.is_main else None
             is_ours = world.gather(file is not None)[0]
+
+        # Hold it for the block.
         try:
             yield
         finally:
@@ -88,7 +91,7 @@ def _try_lock(path: Path) -> TextIO | None:
     file = path.open("a", encoding="utf-8")
     with suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The holder removes the file as it releases it: a lock on a removed file would exclude no one.
+        # The holder removes the file before it releases the lock, and a lock on a removed file excludes no other run.
         if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
             return file
     file.close()

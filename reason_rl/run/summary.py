@@ -1,4 +1,4 @@
-"""summary.json: what a finished run came to. Base against final policy on held-out problems, each stage, and the time it took."""
+"""summary.json: the results of a finished run. Base and final policy on held-out problems, each stage, seconds."""
 
 from __future__ import annotations
 
@@ -23,26 +23,32 @@ from reason_rl.run.stage_folder import FINAL
 Row = Mapping[str, Any]
 COMPARED = ("accuracy", "mean_thinking_tokens", "thinks_share", "mean_thinking_tokens_among_thinkers", "format_rate",
             "accuracy_given_thought", "accuracy_given_none", "pass_at_k")
-"""Evaluation metrics that the summary has of both ends of the run."""
+"""Evaluation metrics in the summary, as base_<name> and final_<name>."""
 
 
 def summarise(folder: RunFolder, recipe: Sequence[PlannedStage], seconds: Mapping[str, float], world: World) -> dict[str, Any]:
-    """From the run's own metrics.jsonl. base: the first evaluation of the run; final: the last one."""
+    """From metrics.jsonl. base: the first evaluation of the run; final: the last one."""
+    # The log, and the model's sizes.
     rows = read_jsonl(folder.path / METRICS)
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # shapes without memory
         model = Transformer(*read_model_config(folder.checkpoints / FINAL))
     config, evaluations = recipe[-1].config, [row for row in rows if row["phase"] == "eval"]
     training = [row for row in rows if row["phase"] == "train"]
     gaps = [row["max_abs_logprob_gap"] for row in training if row.get("max_abs_logprob_gap") is not None]
+
+    # The evaluations at both ends.
     summary: dict[str, Any] = {"name": folder.path.name, "task": config.task.name, "seed": config.run.seed}
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         summary |= {"heldout_problems": last["problems"], "heldout_samples": last["samples"]}
         for name in COMPARED:
             summary |= {f"base_{name}": first.get(name), f"final_{name}": last.get(name)}
+
+    # Steps, stages, time and machine.
     summary |= {
         "max_abs_logprob_gap": max(gaps, default=None), "ungraded": int(sum(row.get("ungraded") or 0 for row in training)),
-        "rl_steps": sum(row["stage"] == recipe[-1].name for row in training), "stages": [stage_summary(stage, rows) for stage in recipe],
+        "rl_steps": sum(row["stage"] == recipe[-1].name for row in training),
+        "stages": [stage_summary(stage, rows) for stage in recipe],
         "wall_s": round(sum(seconds.values()), 2), "seconds": {key: round(value, 2) for key, value in seconds.items()},
         "parameters": num_parameters(model), "active_parameters": num_active_parameters(model),
         "device": str(world.device), "dtype": str(world.dtype).removeprefix("torch."), "kernels": ISA or "reference ops",
@@ -60,5 +66,5 @@ def stage_summary(stage: PlannedStage, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def write_summary(folder: Path, values: Mapping[str, Any]) -> None:
-    """Written last, and whole or not at all: a run with a summary is finished."""
+    """Written atomically: a run with a summary is finished."""
     atomic_write_text(folder / SUMMARY_FILE, json.dumps(values, indent=2, allow_nan=False) + "\n")

@@ -1,8 +1,9 @@
 """The stages of a recipe, one page each.
 
-    base.py       what a stage is, and what it is handed
+    base.py       the interface of a stage, and the arguments it gets
     pretrain.py   a base model from random weights: next-token prediction on a synthetic corpus
     grpo.py       reinforcement learning with verifiable rewards: the page to read first
+    heldout.py    evaluation on held-out problems
 """
 
 from reason_rl.stages.base import Stage

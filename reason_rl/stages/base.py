@@ -1,6 +1,6 @@
-"""What a stage is. `run/loop.py` drives any list of them: it logs, saves, resumes, stops and reports; a stage only learns.
+"""The interface of a stage. `run/loop.py` logs, saves, resumes, stops and reports; a stage only trains and evaluates.
 
-A new kind of stage is a class with these members in a file of this room, and a line in `STAGES` (stages/__init__.py).
+To add a kind of stage, write a class with the members of `Stage` in this folder and add it to `STAGES` in __init__.py.
 """
 
 from __future__ import annotations
@@ -20,36 +20,39 @@ from reason_rl.trainer.checkpoint import load_checkpoint
 from reason_rl.trainer.policy import Policy
 
 Metrics = Mapping[str, Any]
-"""Names and numbers; they follow from config and seed alone."""
+"""Name -> number; a function of config and seed."""
 
 
 @dataclass(frozen=True)
 class StageStart:
-    """What the loop hands to a stage: where it runs, its sections of the recipe, and the weights that it begins from."""
+    """A stage's argument: its config, the processes and device, and the weights that it starts from."""
 
     config: Config
     world: World
     tokenizer: Tokenizer
     problems: Problems | None
     folder: Path | None
-    """The checkpoint whose weights it starts from: the output of the stage before, or model.init_from; None: random weights."""
+    """The checkpoint that it starts from: an earlier stage's output, or model.init_from; None: random weights."""
     checkpoint: Path | None
-    """This stage's own newest checkpoint, where an earlier session stopped."""
+    """This stage's newest checkpoint, if an earlier session was interrupted."""
 
     def load(self) -> Transformer:
         """The weights that the stage starts from, on the CPU."""
-        assert self.folder is not None, "the loop hands weights to every stage that starts from them"
+        assert self.folder is not None, "a stage that starts from weights needs their folder"
         return load_model(self.folder)
 
     @property
     def is_exact(self) -> bool:
-        """Batch-invariant ops wherever there are any; run.exact = "off" takes torch's own GEMMs."""
+        """Batch-invariant ops; with run.exact = "off" torch's GEMMs."""
         return self.config.run.exact != "off"
 
     def policy(self, model: Transformer, optim: OptimConfig, num_steps: int) -> Policy:
-        """`model` on the run's device, sharded, with its optimizer; both as the checkpoint has them, where there is one."""
+        """`model` on the run's device, sharded, with its optimizer; both loaded from `checkpoint` if it is set."""
+        # From the start.
         if self.checkpoint is None:
             return Policy(model, optim, num_steps, self.world, self.is_exact)
+
+        # From the checkpoint: the weights before sharding, the optimizer's state after it.
         progress, optimizer_state = load_checkpoint(self.checkpoint, model)
         policy = Policy(model, optim, num_steps, self.world, self.is_exact)
         policy.optimizer.load_state_dict(optimizer_state)
@@ -58,36 +61,36 @@ class StageStart:
 
 
 class Stage(Protocol):
-    """`Stage(start)` makes it ready to step; `check` runs before any work of the recipe."""
+    """`check` runs before any stage of the recipe starts; then `Stage(start)`, and `step` until `num_steps`."""
 
     kind: ClassVar[str]
     sections: ClassVar[tuple[str, ...]]
-    """The config sections that its output depends on."""
+    """The config sections that the output depends on."""
     rooms: ClassVar[tuple[str, ...]]
-    """The packages whose code its output depends on: after a change there, a finished output is not reused."""
+    """The packages whose code the output depends on: after a change in one, a finished output is not reused."""
     starts_from_weights: ClassVar[bool]
-    """Needs a stage before it, or model.init_from."""
+    """Whether it needs an earlier stage or model.init_from."""
     uses_problems: ClassVar[bool]
-    """Samples or measures on the task's problems; a stage that does not is handed None."""
+    """Whether it needs the task's problems; if not, StageStart.problems is None."""
     log_every: ClassVar[int]
-    """Steps between two lines of metrics.jsonl."""
+    """Steps between lines of metrics.jsonl."""
 
     num_steps: int
     checkpoint_every: int
-    """Steps between two checkpoints; 0: by time alone."""
+    """Steps between checkpoints; 0: only timed ones."""
     policy: Policy
 
     def __init__(self, start: StageStart) -> None: ...
 
     @staticmethod
     def check(config: Config, tokenizer: Tokenizer, problems: Problems | None) -> list[str]:
-        """Raises for whatever can fail before work starts -> lines that the run prints."""
+        """Raises for everything that can fail before work starts -> lines that the run prints."""
 
     def step(self, index: int) -> StepStats:
-        """One optimizer step, wherever its data comes from; `index` counts from 0."""
+        """Step `index`, counted from 0."""
 
     def evaluate(self, num_done: int) -> Metrics | None:
-        """The policy after `num_done` steps, or None where no evaluation is due. Called with 0 before the first step."""
+        """Evaluates the policy after `num_done` steps; None if no evaluation is due. Called with 0 before the first step."""
 
     def close(self) -> None:
         """Ends worker processes."""

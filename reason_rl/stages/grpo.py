@@ -1,9 +1,10 @@
 """Reinforcement learning with verifiable rewards (GRPO, arXiv:2402.03300, and its family): the page to read first.
 
-`step` is the algorithm: problems -> rollouts, graded as they end -> advantages -> packed microbatches -> updates. The family's
-choices (DAPO, Dr. GRPO, GSPO, CISPO, RLOO) are keys of [rl] and [loss]; configs/algorithms has a preset of each.
+`step` is the algorithm: problems -> rollouts and rewards -> advantages -> packed microbatches -> updates. The variants
+DAPO, Dr. GRPO, GSPO, CISPO and RLOO are keys of [rl] and [loss]; configs/algorithms has a preset for each.
 
-Left out: a value model (the group is the baseline), and sampling ahead of the update (every step is on policy).
+Left out: a value model (the group's rewards are the baseline), and sampling ahead of the update (rollouts always come
+from the current weights).
 """
 
 from __future__ import annotations
@@ -43,36 +44,39 @@ class Grpo:
     log_every: ClassVar[int] = 1
 
     def __init__(self, start: StageStart) -> None:
+        # Settings that depend on the tokenizer or on another section.
         config = start.config
         assert start.problems is not None
         self.config, self.world, self.tokenizer, self.problems = config, start.world, start.tokenizer, start.problems
         self.num_steps, self.checkpoint_every = config.rl.steps, config.run.checkpoint_every
         self.sampling = replace(config.sampling, stop_ids=start.tokenizer.stop_ids)
         self.loss = replace(config.loss, constant_length=config.loss.constant_length or config.sampling.max_tokens)
+
+        # The policy, the reference policy if there is a KL penalty, the engine and the grader.
         model = start.load()
         self.reference = frozen_copy(model, start.world, start.is_exact) if config.loss.kl_coef > 0 else None
         self.policy = start.policy(model, config.optim, self.num_steps)
         self.engine = Engine(self.policy.sampling_model, config.engine, config.run.seed)
-        self.grader = Grader(config, start.tokenizer)  # its workers start with the first completion
+        self.grader = Grader(config, start.tokenizer)  # its worker processes start at the first completion
 
     def step(self, index: int) -> StepStats:
-        """Sample a group of completions for each problem, grade them, compare within each group, update the policy."""
+        """Samples and grades a group of completions per problem, compares them within the group, updates the policy."""
         rl, clock, updates = self.config.rl, Clock(), []
         with clock("step"):
-            # Problems -> rollouts and rewards: a completion is graded as it ends, while others are still sampled.
+            # Problems -> rollouts and rewards: each completion is graded when it ends, while others are still sampled.
             problems = self.problems.train(index, rl.prompts_per_step)  # the same on every rank
             sampled = self.collect(problems, rl.group_size, self.sampling, index, clock, rl.routing_replay)
             groups = self.refill(sampled, index, clock) if rl.dynamic_sampling else sampled
 
-            # Rewards -> advantages f32[B, G]: how much better a completion did than the rest of its group.
+            # Rewards -> advantages f32[B, G]: reward relative to the other completions of the group.
             advantages = compute_advantages(groups, rl, self.world.device)
 
             with clock("train"):
-                # Packing: each group's prompt once, its completions after it; one list of microbatches an update.
+                # Packing: each group's prompt once, then its completions; a list of microbatches per update.
                 minibatches = pack(groups, advantages, rl.num_minibatches, self.config.optim.microbatch_tokens)
                 minibatches = [self.with_logprobs(microbatches) for microbatches in minibatches]
 
-                # Update: forward, loss, backward, clip, optimizer step. Only the first one of a step is on policy.
+                # Update: forward, loss, backward, clip, optimizer step. Only the step's first update is on policy.
                 for number, microbatches in enumerate(minibatches):
                     updates.append(self.update(microbatches, index, max_gap=math.inf if number else self.max_gap))
         stats = step_stats(index, groups, sampled, advantages, minibatches, updates, self.tokenizer, clock,
@@ -81,9 +85,10 @@ class Grpo:
 
     def collect(self, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, key: int, clock: Clock,
                 with_routed_experts: bool = False) -> list[Group]:
-        """Groups sampled with the current weights, and graded. `key` is the step in the sampler's noise key."""
+        """Samples groups with the current weights and grades them. `key`: the step in the sampler's noise key."""
         return collect(self.engine, self.grader, problems, group_size, sampling, world=self.world, step=key, clock=clock,
-                       policy_version=self.policy.version, with_routed_experts=with_routed_experts and self.policy.model.config.num_experts > 1)
+                       policy_version=self.policy.version,
+                       with_routed_experts=with_routed_experts and self.policy.model.config.num_experts > 1)
 
     def refill(self, sampled: list[Group], index: int, clock: Clock) -> list[Group]:
         """DAPO's dynamic sampling: replaces groups without signal by groups of fresh problems, and appends
@@ -119,7 +124,7 @@ class Grpo:
 
     @property
     def max_gap(self) -> float:
-        """How far the engine's logprobs may be from the trainer's on policy, in nats."""
+        """Largest allowed gap between engine and trainer logprobs on policy, in nats."""
         return 0.0 if self.config.run.exact == "on" else self.config.rl.max_logprob_gap or math.inf
 
     def warnings(self, stats: StepStats) -> dict[str, str]:
@@ -127,13 +132,15 @@ class Grpo:
         found: dict[str, str] = {}
         causes = [score.cause for group in stats.groups for score in group.scores if not score.is_graded]
         if causes:
-            found["ungraded"] = (f"{len(causes)} completions could not be graded and take no part in the update (metric 'ungraded' "
+            found["ungraded"] = (f"{len(causes)} completions could not be graded and are left out of the update (metric 'ungraded' "
                                  f"counts them). The first: {causes[0]}")
+
+        # The gap: 0 is expected on a CPU with batch-invariant ops.
         gap = stats.metrics.get("max_abs_logprob_gap")
         should_be_exact = self.world.device.type == "cpu" and self.config.run.exact != "off"
         if gap is not None and not gap <= (0.0 if should_be_exact else NOTABLE_GAP):
-            found["gap"] = (f"sampler and trainer differ by {gap:.2g} nats on policy on this device; rl.old_logprobs='recompute' with "
-                            "loss.importance='tis' corrects for it.")
+            found["gap"] = (f"sampler and trainer differ by {gap:.2g} nats on policy on this device; rl.old_logprobs='recompute' "
+                            "with loss.importance='tis' corrects for it.")
         return found
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The policy on held-out problems, along the way and at both ends of a stage: what every stage that samples logs as "eval"."""
+"""Evaluation on held-out problems, before, during and after a stage: the log lines with phase "eval"."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ def evaluate_heldout(
     settings: EvalConfig, problems: Problems, sampling: SamplingParams, tokenizer: Tokenizer,
     collect: Callable[..., list[Group]], num_done: int, num_steps: int,
 ) -> Mapping[str, Any] | None:
-    """After `num_done` of `num_steps` steps, or None where none is due. The first and the last evaluation take eval.final_problems
-    and add pass@k, those in between eval.problems.
+    """Metrics after `num_done` of `num_steps` steps; None if no evaluation is due. The first and the last evaluation use
+    eval.final_problems and add pass@k, the others use eval.problems.
 
     collect: (problems, group_size, sampling, noise key, clock) -> graded groups.
     """
+    # Which evaluation this is.
     is_whole = num_done in (0, num_steps)
     if not is_whole and (settings.every == 0 or num_done % settings.every):
         return None
     count, num_samples = ((settings.final_problems, settings.final_samples) if is_whole
                           else (settings.problems, settings.samples))
-    # Nothing is cut from the distribution: accuracy here is the policy's own.
+
+    # Accuracy, sampled without truncation.
     sampling = replace(sampling, temperature=settings.temperature, top_k=0, top_p=1.0, min_p=0.0)
     heldout, clock = problems.heldout(count), Clock()
     groups = collect(heldout, num_samples, sampling, EVAL_KEY + num_done, clock)
     metrics: dict[str, Any] = {"split": "heldout", **eval_metrics(groups, tokenizer)}
+
+    # pass@k, from more samples. A noise key contains the step, so these need a step that no other evaluation uses.
     if is_whole and settings.pass_at_k:
-        # Noise keys differ by the step alone, so these samples need a step that no other evaluation has.
         more = collect(heldout[: settings.problems], settings.pass_at_k, sampling, 2 * EVAL_KEY + num_done, clock)
         metrics["pass_at_k"] = pass_at_powers(more)
     return metrics

@@ -1,6 +1,6 @@
-"""Stage 1 of the default recipe: a base model, by next-token prediction from random weights on the synthetic corpus.
+"""Pretraining: a base model from random weights, by next-token prediction on the synthetic corpus.
 
-Left out: an evaluation (the next stage measures its start), and a validation loss (no document is seen twice).
+Left out: an evaluation (grpo evaluates before its first step), and a validation loss (every step draws new documents).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from reason_rl.trainer.update import supervised_update
 DOCUMENTS_PER_DRAW = 512
 
 Document = tuple[tuple[int, ...], int]
-"""Token ids, and how many of them are a prompt without loss: none in a corpus."""
+"""Token ids, and the number of leading ones without loss (a prompt): 0 in a corpus."""
 
 
 class Pretrain:
@@ -32,13 +32,14 @@ class Pretrain:
     log_every: ClassVar[int] = 10
 
     def __init__(self, start: StageStart) -> None:
+        # The model.
         config = start.config
         self.config, self.world = config, start.world
         self.num_steps, self.checkpoint_every = config.pretrain.steps, 0
         model = Transformer(config.model, start.tokenizer.vocab_size, start.world.dtype).initialise(config.run.seed)
         self.policy = start.policy(model, config.pretrain_optim, self.num_steps)
 
-        # The corpus is a function of its index: going on means to draw again what was trained on, and to skip it.
+        # The corpus always has the same order, so a resumed stage draws the documents that it has trained on and skips them.
         self._batches = document_batches(config, start.tokenizer)
         skipped = [next(self._batches) for _ in range(self.policy.num_steps_done)]
         self._num_tokens = sum(map(num_tokens_of, skipped))
@@ -46,11 +47,12 @@ class Pretrain:
 
     @staticmethod
     def check(config: Config, tokenizer: Tokenizer, problems: Problems | None) -> list[str]:
-        corpus_documents(config, tokenizer, 0, DOCUMENTS_PER_DRAW)  # raises for a document that does not fit the context
+        corpus_documents(config, tokenizer, 0, DOCUMENTS_PER_DRAW)  # raises if a document does not fit the context
         return []
 
     def step(self, index: int) -> StepStats:
-        """One batch of whole documents, packed; cross-entropy on every token but the first."""
+        """One update on a packed batch of whole documents: cross-entropy on every token but a document's first."""
+        # The update.
         started_s = time.perf_counter()
         settings, optim = self.config.pretrain, self.config.pretrain_optim
         batch = next(self._batches)
@@ -60,6 +62,7 @@ class Pretrain:
             balance_coef=settings.balance_coef, z_loss_coef=settings.z_loss_coef,
             expert_bias_rate=settings.expert_bias_rate if self.config.model.expert_bias else 0.0)
 
+        # Metrics and timings.
         self._num_tokens += num_tokens_of(batch)
         timings = self._timings(index, time.perf_counter() - started_s, num_tokens_of(batch))
         return StepStats(index, metrics | {"lr": factor * optim.lr, "tokens": self._num_tokens}, timings)
@@ -86,7 +89,7 @@ def num_tokens_of(batch: list[Document]) -> int:
 
 
 def document_batches(config: Config, tokenizer: Tokenizer) -> Iterator[list[Document]]:
-    """Batches of whole documents of at most pretrain.tokens_per_step tokens, in the corpus's order, without end."""
+    """Endless batches of whole documents in corpus order, each of at most pretrain.tokens_per_step tokens."""
     batch: list[Document] = []
     used = start = 0
     while True:

@@ -1,6 +1,6 @@
-"""The optimizer of a phase: AdamW with parameter groups, or torch's Muon on the hidden matrices and AdamW on the rest.
+"""The optimizer of a stage: AdamW, or torch's Muon on the hidden matrices and AdamW on the rest.
 
-Warm-up and schedule scale every group's learning rate by one factor. Master weights and states are float32.
+Warm-up and schedule scale all learning rates by one factor. Master weights and optimizer states are float32.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def lr_factor(config: OptimConfig, step: int, num_steps: int) -> float:
 
 
 def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """What Muon takes: projections and experts, not embedding, head or router."""
+    """Whether Muon updates the parameter: matrices of attention, MLPs and experts, not embedding, head or router."""
     return parameter.dim() >= 2 and not name.startswith(("embedding", "head")) and not name.endswith("router")
 
 
 class MatrixMuon:
-    """torch.optim.Muon over matrices that are stacked ([E, out, in] is E matrices) or sharded (a whole copy is updated).
+    """torch.optim.Muon for stacked matrices ([E, out, in] is E matrices) and for sharded ones.
 
-    torch's Muon takes 2-D parameters only, so it is given views that share the parameter's memory. Under FSDP a matrix lies in
-    pieces, and orthogonalising needs it whole: each rank then keeps whole copies and does the same update. That costs the memory
-    that sharding saved, for these matrices; use adamw where it matters.
+    torch's Muon accepts only 2-D parameters, so it gets 2-D views of a stack, which share its memory. Muon
+    orthogonalises whole matrices, so under FSDP each rank keeps an unsharded copy of them and does the same update. For
+    these matrices sharding then saves no memory; adamw has no such copies.
     """
 
     def __init__(self, parameters: list[nn.Parameter], config: OptimConfig) -> None:
@@ -50,33 +50,37 @@ class MatrixMuon:
 
     @torch.no_grad()
     def step(self) -> None:
+        # Unsharded gradients for the 2-D views.
         for parameter, matrices in zip(self.parameters, self.matrices, strict=True):
             if parameter.grad is None:
                 continue
             gradient = full_tensor(parameter.grad)
-            for matrix, part in zip(matrices, gradient.unbind(0) if gradient.dim() == 3 else [gradient], strict=True):
-                matrix.grad = part
+            for matrix, grad in zip(matrices, gradient.unbind(0) if gradient.dim() == 3 else [gradient], strict=True):
+                matrix.grad = grad
+
+        # One update, then back into the shards.
         self.inner.step()
-        self.inner.zero_grad()  # or a parameter without a gradient next time would be moved by this one again
+        self.inner.zero_grad()  # a parameter without a gradient in the next step must not reuse this one
         for parameter, whole in zip(self.parameters, self.whole, strict=True):
             if isinstance(parameter, DTensor):
                 parameter.to_local().copy_(_reshard(whole, parameter).to_local())
 
     def reload(self) -> None:
-        """After the parameters were set from outside (a checkpoint), the whole copies follow."""
+        """Refreshes the unsharded copies after a checkpoint set the parameters."""
         for parameter, whole in zip(self.parameters, self.whole, strict=True):
             whole.copy_(full_tensor(parameter.detach()))
 
 
 def _reshard(whole: torch.Tensor, like: DTensor) -> DTensor:
-    # Every rank holds the same whole tensor, so each cuts its own piece and nothing is sent.
+    # Every rank has the same unsharded tensor, so each slices its shard without communication.
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 class Optimizer:
-    """`step(factor)` clips, updates and clears the gradients; state goes to and from plain whole tensors on the CPU."""
+    """`step(factor)` clips, updates and clears the gradients; `state_dict` has unsharded tensors on the CPU."""
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        # Trainable parameters in three sets: Muon's, AdamW's with weight decay, AdamW's without.
         self.config = config
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
@@ -85,6 +89,8 @@ class Optimizer:
         decayed = [p for name, p in named if id(p) not in taken and p.dim() >= 2 and not name.startswith("embedding")]
         taken |= {id(p) for p in decayed}
         plain = [p for p in self.parameters if id(p) not in taken]
+
+        # AdamW; fused unless parameters are sharded.
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps,
@@ -93,11 +99,14 @@ class Optimizer:
 
     def step(self, factor: float) -> float:
         """One update at `factor` of the peak learning rates -> the gradient's norm before clipping."""
+        # Clip; a gradient that is not finite ends the run.
         limit = self.config.clip_norm or math.inf
         norm = float(full_tensor(nn.utils.clip_grad_norm_(self.parameters, limit)))
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm}: the update would destroy the weights; "
-                                     "lower the learning rate, or look at the loss in metrics.jsonl")
+                                     "lower the learning rate, or check the loss in metrics.jsonl")
+
+        # Update and clear.
         for group in self.adamw.param_groups:
             group["lr"] = self.config.lr * factor
         self.adamw.step()
@@ -113,7 +122,7 @@ class Optimizer:
         return [self.adamw] + ([self.muon.inner] if self.muon is not None else [])
 
     def state_dict(self) -> list[dict[int, dict[str, Any]]]:
-        """Per inner optimizer: parameter's number -> its state, whole tensors on the CPU (a collective when sharded)."""
+        """Per inner optimizer: index of a parameter -> its state, unsharded on the CPU (a collective if sharded)."""
         states = []
         for inner in self._inner():
             parameters = [p for group in inner.param_groups for p in group["params"]]

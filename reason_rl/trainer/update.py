@@ -31,8 +31,8 @@ OnLoss = Callable[[Microbatch, LossInputs, torch.Tensor, float], None]
 def fill_logprobs(
     model: Transformer, microbatches: Sequence[Microbatch], world: World, *, temperature: float, name: str
 ) -> list[Microbatch]:
-    """The microbatches with `name` (old_logprobs or ref_logprobs) computed by a plain `model`; each rank fills only its share.
-    Routing replay does not apply to the reference policy."""
+    """The microbatches with field `name` (old_logprobs or ref_logprobs) computed by `model`. Each rank fills only the
+    microbatches that it trains on. Routing replay does not apply to the reference policy."""
     def seen(m: Microbatch) -> Microbatch:
         return (replace(m, routed_expert_ids=None) if name == "ref_logprobs" else m).to(world.device)
 
@@ -44,14 +44,18 @@ def fill_logprobs(
 
 
 def supervised_update(
-    policy: Policy, microbatches: Sequence[Microbatch], *, lr_factor: float, balance_coef: float = 0.0, z_loss_coef: float = 0.0, expert_bias_rate: float = 0.0,
+    policy: Policy, microbatches: Sequence[Microbatch], *, lr_factor: float, balance_coef: float = 0.0,
+    z_loss_coef: float = 0.0, expert_bias_rate: float = 0.0,
 ) -> dict[str, float]:
-    """Next-token cross-entropy on every target, plus the routers' losses -> loss, grad_norm, balance, num_loss_tokens."""
+    """Cross-entropy on every target, plus the router losses -> loss, grad_norm, balance, num_loss_tokens."""
+    # Denominators over all microbatches and ranks.
     model, world = policy.model, policy.world
     total = sum(m.num_loss_tokens for m in microbatches)
     total_rows = sum(m.num_tokens for m in microbatches)
     loss_sum = balance_sum = 0.0
     counts: torch.Tensor | None = None
+
+    # Forward and backward of this rank's microbatches.
     for local in rank_share(microbatches, world, idle_microbatch(microbatches[0])):
         microbatch = local.to(world.device)
         logprob, _, router = token_logprobs(model, microbatch, with_stats=True)
@@ -122,6 +126,8 @@ def policy_update(
     gathered = world.gather((loss_sum, gaps, parts))
     gap = float(torch.tensor([value for g in gathered for value in g[1]]).max())  # max() propagates NaN
     _check_gap(gap, max_gap)
+
+    # Optimizer step and metrics.
     grad_norm = policy.optimizer.step(lr_factor)
     policy.updated()
     merged = finish_metrics(merge_metrics([part for _, _, rank_parts in gathered for part in rank_parts]))
@@ -135,10 +141,9 @@ def _check_gap(gap: float, max_gap: float) -> None:
         return
     if max_gap == 0:
         raise FloatingPointError(
-            f"the engine's logprobs left the trainer's by {gap:.3g} nats on policy, and run.exact='on' allows none: "
-            "an op gives a row other bits in another batch (`python -m kernels` lists what runs). "
-            "run.exact='auto' goes on with the gap logged")
+            f"logprobs of engine and trainer differ by {gap:.3g} nats on policy, but run.exact='on' requires 0: "
+            "the result of some op depends on the batch (`python -m kernels` lists the implementations). "
+            "run.exact='auto' only logs the gap")
     raise FloatingPointError(
-        f"the engine's logprobs left the trainer's by {gap:.3g} nats on policy, more than rl.max_logprob_gap = {max_gap}: "
-        "sampler and trainer no longer agree. A run with rl.max_logprob_gap=0 goes on all the same, and "
-        "rl.old_logprobs='recompute' with loss.importance='tis' then allows for the gap")
+        f"logprobs of engine and trainer differ by {gap:.3g} nats on policy, more than rl.max_logprob_gap = {max_gap}. "
+        "rl.max_logprob_gap=0 does not stop at a gap; rl.old_logprobs='recompute' with loss.importance='tis' corrects for it")

@@ -188,6 +188,6 @@ def test_ctrl_c_under_torchrun_saves_and_one_process_goes_on(one: Path, tmp_path
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=120)
-    assert "goes on from here" in text, text
+    assert "continues from here" in text, text
     steps = len(rows(tmp_path / "tiny", stage="grpo", phase="train"))
     assert (tmp_path / "tiny" / "checkpoints" / f"step_{steps:06d}" / "trainer.pt").exists() and steps < 400

@@ -302,7 +302,7 @@ def test_resume_never_begins_afresh_beside_the_old_run_and_can_itself_be_gone_on
     shutil.copytree(finished, with_base / "tiny")
     stop_after(monkeypatch, 2)  # the base model is reused, so it asks in RL alone
     code, text = said(capsys, lambda: run_here(with_base, "--resume=never"))
-    assert code == 130 and f"train.py {with_base}/tiny-2/config.toml goes on from here" in text
+    assert code == 130 and f"train.py {with_base}/tiny-2/config.toml continues from here" in text
     never_stop(monkeypatch)
     assert train.main(load_config(with_base / "tiny-2" / "config.toml")) == 0
     assert fingerprints(with_base / "tiny-2") == fingerprints(finished) == fingerprints(with_base / "tiny")
@@ -405,7 +405,7 @@ def test_ctrl_c_saves_and_leaves_and_the_same_command_goes_on_to_the_same_bits(f
     assert process.returncode in (0, 130) and "Asked to stop: finishing this step and saving" in text, text
     assert "Traceback" not in text
     if process.returncode == 130:  # a machine that was slow to deliver the signal may have finished first
-        assert "goes on from here" in text
+        assert "continues from here" in text
         assert run_apart(with_base).returncode == 0
     assert fingerprints(with_base / "tiny") == fingerprints(finished)
 
