@@ -1,4 +1,4 @@
-"""`.ci/gpu` beside a Python of paper: which commands its stages run, and that one which fails keeps no other from running."""
+"""`.ci/gpu` with a fake Python: the commands of its stages, and that a failed stage stops no other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ esac
 
 
 def run(folder: Path, *stages: str, fails: str = "nothing at all", no_gpu: str = "0") -> tuple[int, str, list[str]]:
-    """-> (exit code, what it printed, the arguments of each call of Python)"""
+    """-> (exit code, output, the arguments of each call of Python)"""
     python, calls = folder / "python", folder / "calls"
     python.write_text(PYTHON)
     python.chmod(0o755)

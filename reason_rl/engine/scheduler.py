@@ -54,7 +54,7 @@ class Sequence:
     routed_expert_ids: list[torch.Tensor] = field(default_factory=list)
     """i32[n, M, k] of each decode call, if recorded, for the n tokens that it computed."""
     blocks: list[int] = field(default_factory=list)
-    """Of its own tokens; the prompt's are in `prompt.blocks`."""
+    """The blocks of its completion's tokens; the prompt's are in `prompt.blocks`."""
 
     @property
     def num_cached(self) -> int:

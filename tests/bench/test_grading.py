@@ -1,4 +1,4 @@
-"""bench/grading.py: it measures what it says, on verdicts that are right."""
+"""bench/grading.py: its cases get the right verdicts, and it measures every kind that it names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The ops' benches: every op's tiny cases on the CPU; and what fails, is missing or comes too late says so and stops nothing."""
+"""The ops' benches: every op's tiny cases run on the CPU; a failure, a missing package or a timeout is
+reported and stops no other case."""
 
 from __future__ import annotations
 
@@ -174,7 +175,7 @@ def test_a_graph_goes_round_inputs_of_three_caches(monkeypatch: pytest.MonkeyPat
 
 
 class FakeCuda:
-    """A GPU's clock and graphs: a call takes as long as it says, one that is captured when the graph is replayed."""
+    """A fake GPU clock with graphs: a call takes the time it is given; a captured call takes it at replay."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s, self.captured, self.is_capturing, self.sync_mode = 0.0, [], False, "default"
@@ -244,7 +245,7 @@ def test_short_calls_are_timed_by_graph_where_they_can_be_captured(
     def syncs(x: torch.Tensor) -> torch.Tensor:
         if gpu.sync_mode == "error":
             raise RuntimeError("sync")
-        assert not gpu.is_capturing, "what waits for the device must not get as far as a capture"
+        assert not gpu.is_capturing, "a call that waits for the device must not reach a capture"
         return gpu.takes(2 * seconds) or 2 * x
     sides = {"ours": Side(lambda x: gpu.takes(seconds) or 2 * x), "syncs": Side(syncs)}
     measurement = Measurement(case(sides, wanted=()), TINY, QUICK, math.inf)

@@ -1,4 +1,4 @@
-"""bench/rollout.py: what it reports, and that it refuses decoders that do not agree."""
+"""bench/rollout.py: its report, and its refusal of decoders that do not agree."""
 
 from __future__ import annotations
 

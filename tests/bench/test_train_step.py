@@ -1,4 +1,4 @@
-"""bench/train_step.py: what a measurement holds, and that its ratios point the way their names say."""
+"""bench/train_step.py: the figures of a measurement, and that each ratio has the direction of its name."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_a_measurement_holds_every_figure_shown_and_changes_the_weights(monkeypa
 
 
 def test_the_decode_floor_by_hand(monkeypatch: pytest.MonkeyPatch):
-    """Two prompts of 3 tokens x 2 completions of 3 tokens, so two steps of four rows: keys of 2 x 3 prompt tokens at each, and of
-    one own token a row at the first, of two at the second."""
+    """2 prompts of 3 tokens x 2 completions of 3 tokens, so two decode steps of 4 sequences. Each step reads
+    the keys of 2 x 3 prompt tokens; the first also reads 1 generated token a sequence, the second 2."""
     monkeypatch.setitem(workloads.WORKLOADS, "tiny", (2, 3, 2, 3))
     config = ModelConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, num_key_value_heads=1, head_dim=4, num_experts=16,
                          num_experts_per_tok=2, moe_intermediate_size=4)
@@ -65,7 +65,8 @@ def test_the_decode_floor_by_hand(monkeypatch: pytest.MonkeyPatch):
     rest = 10 * 8 + 16 * 8 + 8 * 8 + 16 * 8 + 3 * 8 + 2 * 4
     num_bytes = 4 * (2 * (rest + experts * 4 * 2 / 16) + (2 * 6 + 4 * (1 + 2)) * 2 * 1 * 4)
     assert workloads.decode_floor_s(model, "tiny", 1e3) == pytest.approx(num_bytes / 1e3)
-    head = Transformer(replace(config, tie_word_embeddings=False), 10)  # its rows are read, of the embedding only the newest tokens'
+    # An untied head is read whole; of the embedding only the newest tokens' rows are read.
+    head = Transformer(replace(config, tie_word_embeddings=False), 10)
     assert workloads.decode_floor_s(head, "tiny", 1e3) == pytest.approx(num_bytes / 1e3)
 
 
@@ -111,10 +112,11 @@ def test_sides_take_turns_and_ratios_point_the_way_their_names_say(
     ours = record["sides"]["reason_rl"]
     assert (ours["step_s"], ours["step_s_least_round"], ours["step_s_most_round"]) == (0.5, 0.5, 1.5)
     plain, half = record["ratios"]["reason_rl / trl float32"], record["ratios"]["reason_rl / trl bfloat16"]
-    # theirs 2 s, ours 0.5; ours 3000 tokens a second, theirs 1000; 0.8 s beside the rollout, ours 0.2; 50 MB, theirs 200
+    # Ours and theirs: 0.5 and 2 s a step; 3000 and 1000 tokens a second; 0.2 and 0.8 s without the rollout;
+    # 50 and 200 MB.
     assert plain == pytest.approx(
         {"step_speedup": 4.0, "rollout_speedup": 3.0, "train_speedup": 4.0, "memory_ours_over_theirs": 0.25})
-    assert half["step_speedup"] == 2.0 and half["memory_ours_over_theirs"] is None  # its peak was its start-up's
+    assert half["step_speedup"] == 2.0 and half["memory_ours_over_theirs"] is None  # its peak was at start-up
     assert record["faster_peer"] == "trl bfloat16"
     json.dumps(record, allow_nan=False)
     train_step.print_sides(record)

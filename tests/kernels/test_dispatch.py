@@ -1,4 +1,4 @@
-"""kernels/dispatch.py, checks.py and `python -m kernels`: what is chosen, what is refused, what is printed."""
+"""kernels/dispatch.py, checks.py and `python -m kernels`: the choice, the refusals, the printed table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ X = torch.tensor(3.0)
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ops of these tests stay out of the real registry."""
+    """Keeps the ops of these tests out of the real registry."""
     monkeypatch.setattr(dispatch, "REGISTRY", {})
 
 

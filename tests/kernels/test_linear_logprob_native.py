@@ -16,8 +16,8 @@ from tests.kernels.test_linear_logprob import definition
 pytestmark = pytest.mark.skipif(not ISA, reason="needs the native library")
 F32, BF16 = torch.float32, torch.bfloat16
 native = partial(linear_logprob, impl="native")
-# (N, D, V): the vocabulary is taken 1024 tokens at a time; rows in blocks; odd everything. A few
-# rows by a long sum are left out, for test_linear.py's reason.
+# (N, D, V): the vocabulary is taken 1024 tokens at a time; rows in blocks; odd sizes. Few rows
+# with a long sum are left out, for test_linear.py's reason.
 SHAPES = [(1, 1, 1), (47, 47, 123), (123, 3, 1024), (20, 16, 1025), (600, 8, 2100)]
 
 

@@ -1,4 +1,4 @@
-"""kernels/native.py: which library is loaded, the reason if none is, and that an explicit request works or raises."""
+"""kernels/native.py: the library that it loads, the reason if it loads none, and that an explicit request works or raises."""
 
 from __future__ import annotations
 

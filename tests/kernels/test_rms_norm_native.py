@@ -1,4 +1,4 @@
-"""The native rms_norm and rope: heads read where they lie, bits of the gradients, poisoned outputs, bad arguments."""
+"""The native rms_norm and rope: strided heads read without a copy, bits of the gradients, poisoned outputs, bad arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A surrogate of the user's: one function, named in the config or registered. The reference runs it, and one line says so."""
+"""A user's surrogate: one function, named in the config or registered. The reference runs it, and prints one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The config: what overrides what, what is refused in which words, and that writing and reading give the same config."""
+"""The config: the order of overrides, refusals and their messages, and that a written config reads back equal."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_last_override_wins():
 
 
 def test_a_section_given_in_part_keeps_its_own_defaults():
-    # pretrain_optim's defaults are not OptimConfig's: a key given must not reset the others to the class's.
+    # pretrain_optim's defaults are not OptimConfig's: a given key must not reset the others to the class's.
     got = load_config(None, ["--pretrain_optim.lr=0.5", "--loss.clip_low=0.1"])
     assert got.pretrain_optim == dataclasses.replace(Config().pretrain_optim, lr=0.5)
     assert got.loss == dataclasses.replace(Config().loss, clip_low=0.1)
@@ -141,7 +141,8 @@ def test_a_choice_takes_its_words_and_refuses_others_by_listing_them(dotted: str
 
 
 @pytest.mark.parametrize(("override", "nearest"), [
-    ("rl.group_sizes=4", "'rl.group_size'"), ("rl.stpes=4", "'rl.steps'"), ("model.num_hidden_layer=2", "'model.num_hidden_layers'"),
+    ("rl.group_sizes=4", "'rl.group_size'"), ("rl.stpes=4", "'rl.steps'"),
+    ("model.num_hidden_layer=2", "'model.num_hidden_layers'"),
     ("samplin.top_k=4", "'sampling'"), ("sed=1", "'seed'"), ("divice=cpu", "'device'"),
     ("optim.learning_rate=1", "known"),
 ])  # fmt: skip
@@ -199,8 +200,10 @@ def test_a_malformed_command_line_says_what_is_wrong(arguments: list[str], words
     ("rl.group_size=1 rl.advantage=leave_one_out", "at least 2 with rl.advantage='leave_one_out'"),
     ("rl.group_size=1 rl.advantage=batch_std", "at least 2 with rl.advantage='batch_std'"),
     ("rl.prompts_per_step=3 rl.group_size=3 rl.num_minibatches=2", "= 9 must be divisible by rl.num_minibatches = 2"),
-    ("model.num_attention_heads=6 model.num_key_value_heads=4", "model.num_attention_heads = 6 must be divisible by model.num_key_value_heads = 4"),
-    ("model.num_attention_heads=2 model.num_key_value_heads=4", "model.num_attention_heads = 2 must be divisible by model.num_key_value_heads = 4"),
+    ("model.num_attention_heads=6 model.num_key_value_heads=4",
+     "model.num_attention_heads = 6 must be divisible by model.num_key_value_heads = 4"),
+    ("model.num_attention_heads=2 model.num_key_value_heads=4",
+     "model.num_attention_heads = 2 must be divisible by model.num_key_value_heads = 4"),
     ("model.num_experts=4 model.num_experts_per_tok=5", "at most model.num_experts = 4, got 5"),
     ("model.head_dim=33", "model.head_dim must be even (RoPE turns pairs), got 33"),
     ("sampling.max_tokens=256", "leaves no room for a prompt in model.max_position_embeddings = 256"),
@@ -255,7 +258,7 @@ def test_each_range_is_held(dotted: str, value: int):
 
 def test_every_number_of_the_config_has_a_range_or_a_reason_to_have_none():
     ranged = {*config_checks.POSITIVE, *config_checks.NOT_NEGATIVE, *config_checks.BETAS, *config_checks.SHARES}
-    free = {"task.max_level"}  # held above min_level
+    free = {"task.max_level"}  # checked to be above min_level
     free |= {k for k in DOTTED if k.startswith("reward.")}  # weights may punish
     free |= {k for k in DOTTED if k.startswith("loss.")}  # LossSpec checks its own
     numbers = set()
@@ -280,7 +283,7 @@ def test_the_dump_of_any_config_loads_to_an_equal_one(tmp_path: Path):
 def test_any_text_and_number_survives_the_dump(text: str, number: float, count: int):
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # lone surrogates cannot stand in a file
+    except UnicodeEncodeError:  # lone surrogates cannot be written to a file
         return
     run = dataclasses.replace(Config().run, wandb_project=text, seed=count)
     config = dataclasses.replace(Config(), run=run, optim=dataclasses.replace(Config().optim, lr=number))

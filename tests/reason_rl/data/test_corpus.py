@@ -113,7 +113,7 @@ def test_a_document_longer_than_the_context_is_refused() -> None:
 
 
 def test_documents_are_those_of_the_record() -> None:
-    """A changed record means that the same config pretrains on other documents than it used to."""
+    """If the record changes, the same config pretrains on other documents than before."""
     digests = []
     for config in (Config(), COUNTDOWN):
         text = repr([(d.token_ids, d.kind, d.level) for d in corpus_documents(config, TOKENIZER, 0, 200)])

@@ -375,7 +375,7 @@ def recorded_config(name: str, folder: Path) -> Config:
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_problems_are_those_of_the_record(name: str, tmp_path: Path) -> None:
-    """A changed record means that the same config trains on other problems than it used to."""
+    """If the record changes, the same config trains on other problems than before."""
     problems = load_problems(recorded_config(name, tmp_path), TOKENIZER if name in TASKS else byte_tokenizer())
     train = []
     for step in range(3):

@@ -223,7 +223,7 @@ def test_a_stream_of_bytes_that_are_no_text_goes_on_after_them() -> None:
     assert [stream.push(token) for token in BYTES.encode("a数")] == ["a", "", "", "数"]
     assert stream.push(broken[0]) == "" and stream.push(BYTES.encode("b")[0]) == "\ufffdb"
     texts = [stream.push(token) for token in broken * 40]
-    assert "\ufffd" in "".join(texts)  # it does not hold them back for ever
+    assert "\ufffd" in "".join(texts)  # it holds them back for a limited time only
     assert ("".join(texts) + stream.push(BYTES.encode("!")[0])) == "\ufffd" * 40 + "!"
     assert stream.push(broken[0]) == "" and stream.flush() == "\ufffd" and stream.flush() == ""
     whole = BYTES.pieces(broken * 17 + BYTES.encode("🙂")[1:] + BYTES.encode("x"))  # held back too long
@@ -247,7 +247,7 @@ def test_thinking_tokens_stand_between_the_tags_whether_those_are_tokens_or_not(
     assert not pieces.has_token("<think>")
     assert tokenizer.thinking_tokens(tokenizer.encode(text), prefix) == count
     assert pieces.thinking_tokens(by_character(pieces, text), prefix) == count
-    ids = [*tokenizer.encode(text), tokenizer.eos_id]  # an end token in a thought that never closed is of it
+    ids = [*tokenizer.encode(text), tokenizer.eos_id]  # an end token in a thought that never closes belongs to the thought
     assert tokenizer.thinking_tokens(ids, prefix) == pieces.thinking_tokens([*by_character(pieces, text), 2], prefix)
 
 

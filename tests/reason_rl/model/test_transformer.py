@@ -1,4 +1,4 @@
-"""The network against a plain float64 transcription; packing, gradients, balancing and initialisation of every variant."""
+"""The network against a plain float64 version; packing, gradients, balancing and initialisation of every variant."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Segment = tuple[int, int, int, int]
 
 
 def lively(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Transformer:
-    """A model whose every part shows in its output: norm weights away from 1, and matrices far from zero."""
+    """A model with norm weights away from 1 and large matrices, so that every parameter changes the output."""
     model = tiny_model(config, seed, dtype)
     with torch.no_grad():
         for index, parameter in enumerate(model.parameters()):
@@ -66,7 +66,7 @@ def document(length: int, seed: int) -> list[int]:
     return torch.randint(VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-# --- a float64 transcription, by Hugging Face's tensor names -------------------------------------------------------------
+# --- a float64 version, by Hugging Face's tensor names -------------------------------------------------------------------
 
 def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
@@ -140,7 +140,7 @@ def test_the_model_is_its_float64_transcription(name: str):
     model, tokens = lively(VARIANTS[name]), document(20, seed=3)
     output = run(model, tokens, range(20), [(0, 20, 0, 0)])
     hidden, chosen = by_hand(model, tokens)
-    # f32 through two layers of some 10 products each, values up to 10: seen 3e-6 at most
+    # f32 through two layers of about 10 products each, values up to 10: at most 3e-6, measured
     torch.testing.assert_close(output.hidden.double(), hidden, rtol=0, atol=2e-5)
     if output.router is not None:
         counts = [[sum(experts.count(e) for experts in layer) for e in range(model.config.num_experts)] for layer in chosen]
@@ -157,7 +157,7 @@ def test_the_rope_table_is_cos_and_sin_of_position_times_frequency():
     assert table.shape == (2, 300, 4) and table.dtype == torch.float32
     for position, c in ((0, 0), (1, 0), (299, 0), (299, 3), (17, 2)):
         angle = position * 10000.0 ** (-2 * c / 8)
-        # worked out in f64 and rounded once: half an ulp of 1
+        # computed in f64 and rounded once: half an ulp of 1
         assert table[:, position, c].tolist() == pytest.approx([math.cos(angle), math.sin(angle)], abs=6e-8)
 
 
@@ -183,7 +183,7 @@ def test_gradients_reach_every_parameter(name: str, dtype: torch.dtype):
 
 
 def test_the_heads_of_one_token_are_normed_with_the_strides_of_many(monkeypatch: pytest.MonkeyPatch):
-    """A kernel is compiled by them; a reshape would give the only token others, and its row might be summed in another order."""
+    """Kernels are compiled by stride; a reshape could give a single token others, and so another order of its sums."""
     seen: list[tuple[int, ...]] = []
 
     def note(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Weights on disk: round trips of every variant to the bit, Qwen3-MoE's names and config, and damage that is named."""
+"""Weights on disk: exact round trips of every variant, Qwen3-MoE's names and config, and errors that name the damage."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_config_json_holds_the_whole_architecture(name: str):
 
 
 def test_a_foreign_config_is_read_in_both_spellings():
-    """The keys of a published Qwen3-MoE config, and the ones that transformers 5 writes."""
+    """The keys of a published Qwen3-MoE config, and those that transformers 5 writes."""
     foreign = {
         "model_type": "qwen3_moe", "vocab_size": 151936, "num_hidden_layers": 48, "hidden_size": 2048,
         "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
@@ -204,7 +204,7 @@ DEEPSEEK_V3 = {"model_type": "deepseek_v3", "kv_lora_rank": 512}
     ({"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported"),
     ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not supported"),
-    ({"auto_map": {"AutoModel": "m.M"}}, "auto_map = .* is not supported: a model with code of its own"),
+    ({"auto_map": {"AutoModel": "m.M"}}, "auto_map = .* is not supported: custom model code"),
     ({"mlp_bias": True}, "mlp_bias must be False, got True"),
     ({"attention_dropout": 0.1}, "attention_dropout must be 0.0, got 0.1"),
     ({"hidden_act": "gelu"}, "hidden_act must be 'silu' or 'swish', got 'gelu'"),

@@ -201,7 +201,7 @@ def request_of(row: dict[str, Any], program: str) -> dict[str, Any]:
 
 
 def function_of(row: dict[str, Any]) -> str:
-    """The name that the tests call; `set(...)` and `int(...)` stand around it in some."""
+    """The name that the tests call; some wrap it in `set(...)` or `int(...)`."""
     calls = [node.func.id for node in ast.walk(ast.parse(row["test_list"][0]))
              if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     return next(name for name in calls if name not in ("set", "int"))
@@ -219,7 +219,7 @@ def grade_mbpp(rows: list[dict[str, Any]], every: int, every_swapped: int) -> No
         verdicts = service.grade("code", requests)
     right, wrong = verdicts[: len(chosen)], verdicts[len(chosen) :]
     assert [(rows[i]["task_id"], verdict) for i, verdict in zip(chosen, right) if verdict.status != "right"] == []
-    same_problem = {(677, 850), (929, 666)}  # both: do these angles make a triangle; how often does an item occur
+    same_problem = {(677, 850), (929, 666)}  # the same problem twice: angles of a triangle; count of an item
     passed = {(rows[i]["task_id"], other["task_id"])
               for i, other, verdict in zip(swapped, others, wrong) if verdict.status != "wrong"}
     assert passed <= same_problem

@@ -216,7 +216,7 @@ FORMS = [("18", "18"), ("1080", "1,080"), ("-7", "-7"), ("2.50", "2.5"), ("\\fra
 
 
 def test_two_thousand_gradings_a_second_and_more_with_the_workers_round_trip() -> None:
-    """The best of several, as a machine that is busy with other tests is slower; a tenth of what an idle one does."""
+    """The best of several runs, as other tests slow the machine down; the limit is a tenth of an idle machine's rate."""
     requests = [{"text": f"<think>{'so it goes on ' * 40}</think> It is \\boxed{{{given_text}}}.", "answer": answer}
                 for answer, given_text in FORMS] * 200
     with VerifierService(reward_kinds(RewardConfig()), num_workers=2) as service:

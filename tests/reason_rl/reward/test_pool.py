@@ -1,4 +1,4 @@
-"""The verifier service: it may not be hung, crashed, flooded or outlived by what it runs."""
+"""The verifier service: no request can hang, crash or flood it, or outlive it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BEHAVE = Kind("behave", verifier_kinds.behave, deadline_s=0.3, memory_bytes=1 <<
 
 
 def is_alive(pid: int) -> bool:
-    """A zombie is not."""
+    """A zombie is not alive."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -67,7 +67,7 @@ def test_a_worker_is_a_fresh_interpreter_without_torch_and_without_the_trainers_
 
 
 def test_the_kinds_functions_do_without_torch_and_numpy() -> None:
-    """A worker starts in a tenth of a second and takes some 20 MB, where torch alone would take ten times that."""
+    """A worker starts in a tenth of a second and takes about 20 MB; torch alone would take ten times that."""
     kinds = {kind.name: kind for kind in reward_kinds(RewardConfig(custom="bench.rewards:distinct_characters", model="a folder"))}
     light = [kind.function.__module__ for name, kind in kinds.items() if name != "model"]
     assert len(light) == 5
@@ -162,7 +162,7 @@ def test_a_machine_that_gives_no_thread_is_said_and_the_service_can_be_closed(mo
             verdict = service.submit("echo", {"x": 1}).result(timeout=10)
             assert verdict.cause == "start" and "can't start new thread" in verdict.detail
         assert service.grade("echo", [{"x": 1}])[0].status == "right"
-        with monkeypatch.context() as patch:  # one thread is there, and does the work of two
+        with monkeypatch.context() as patch:  # one thread exists, and does the work of two
             patch.setattr(threading.Thread, "start", none_left)
             assert [v.value for v in service.grade("echo", [{"x": x} for x in range(100)])] == list(range(100))
     with monkeypatch.context() as patch:
@@ -255,7 +255,7 @@ def test_the_queue_is_bounded_and_the_caller_waits() -> None:
     with VerifierService([Kind("behave", verifier_kinds.behave, 5.0, batch=1)], num_workers=1, max_queued=3) as service:
         start = time.monotonic()
         futures = [service.submit("behave", {"do": "nap", "s": 0.1}) for _ in range(10)]
-        assert time.monotonic() - start > 0.4  # six of them had to be done before the last could be handed in
+        assert time.monotonic() - start > 0.4  # six of them had to end before the last could be submitted
         assert {f.result().status for f in futures} == {"right"}
         assert service.take_metrics()["queue_peak"] == 3
 

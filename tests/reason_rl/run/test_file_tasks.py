@@ -19,7 +19,7 @@ MODEL = ModelConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, 
 
 @pytest.fixture
 def given(tmp_path: Path) -> list[str]:
-    """A checkpoint with random weights and a file of problems, one of which is none: the command line that runs them."""
+    """A checkpoint with random weights and a file of problems with one bad row -> the command line that runs them."""
     model, tokenizer = Transformer(MODEL, byte_tokenizer().vocab_size).initialise(0), byte_tokenizer()
     save_weights(tmp_path / "base", model.state_dict(), MODEL, tokenizer.vocab_size, tokenizer.eos_id)
     tokenizer.save(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""Recipes: which are refused before work, what a stage's key depends on, and a run of three stages that stops and goes on."""
+"""Recipes: refusals before any work, the inputs of a stage's key, and a run of three stages that stops and resumes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def test_without_stages_a_recipe_is_pretraining_then_grpo(tmp_path: Path):
     ('[[stage]]\nname = "x"', "number 1 needs a kind"),
     ('[[stage]]\nkind = "pretrain"\n[[stage]]\nkind = "grpo"\n[[stage]]\nkind = "grpo"', "2 stages are named 'grpo'"),
     ('[[stage]]\nkind = "grpo"', "starts from weights: put a stage before it.*model.init_from"),
-    ('[[stage]]\nkind = "pretrain"\n[[stage]]\nkind = "grpo"\nafter = "base"', "after 'base', which is no stage before it; before it: pretrain"),
+    ('[[stage]]\nkind = "pretrain"\n[[stage]]\nkind = "grpo"\nafter = "base"',
+     "after 'base', which is no stage before it; before it: pretrain"),
     ('[[stage]]\nkind = "pretrain"\n[[stage]]\nkind = "pretrain"\nname = "b"\nafter = "pretrain"', "starts from random weights"),
     ('[[stage]]\nkind = "pretrain"\n[stage.pretrian]\nsteps = 1', "stage 'pretrain': unknown config section .pretrian."),
     ('[[stage]]\nkind = "pretrain"\n[stage.pretrain]\nstepz = 1', "stage 'pretrain': unknown config key pretrain.stepz"),
@@ -98,9 +99,11 @@ def test_a_resolved_recipe_reads_back_equal(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("change", "changed"), [
-    ("--run.name=other", set()), ("--run.out_dir=elsewhere", set()), ("--run.keep_checkpoints=5", set()), ("--engine.max_num_seqs=8", set()),
+    ("--run.name=other", set()), ("--run.out_dir=elsewhere", set()), ("--run.keep_checkpoints=5", set()),
+    ("--engine.max_num_seqs=8", set()),
     ("--rl.steps=3", {"grpo"}), ("--optim.lr=1e-5", {"grpo"}), ("--loss.kl_coef=0.1", {"grpo"}),
-    ("--pretrain.steps=3", {"pretrain", "grpo"}), ("--model.hidden_size=64", {"pretrain", "grpo"}), ("--seed=1", {"pretrain", "grpo"}),
+    ("--pretrain.steps=3", {"pretrain", "grpo"}), ("--model.hidden_size=64", {"pretrain", "grpo"}),
+    ("--seed=1", {"pretrain", "grpo"}),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_key_changes_with_what_the_output_follows_from_and_with_nothing_else(change: str, changed: set[str]):
     before, after = keys(load_config()), keys(load_config(None, [change]))
@@ -110,7 +113,8 @@ def test_a_key_changes_with_what_the_output_follows_from_and_with_nothing_else(c
 def test_a_key_changes_with_the_code_of_the_stages_rooms_and_with_the_users_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     before = keys(load_config())
     real = recipe.folder_digest
-    monkeypatch.setattr(recipe, "folder_digest", lambda folder, pattern="*": real(folder, pattern) + (folder.name == "rl") * "edited")
+    monkeypatch.setattr(recipe, "folder_digest",
+                        lambda folder, pattern="*": real(folder, pattern) + (folder.name == "rl") * "edited")
     after = keys(load_config())
     assert before["pretrain"] == after["pretrain"] and before["grpo"] != after["grpo"]
 

@@ -1,4 +1,4 @@
-"""The sandbox: nothing escapes it, it leaves nothing behind, and nothing runs where it does not hold."""
+"""The sandbox: nothing escapes it, it leaves nothing behind, and no program runs if it does not hold."""
 
 from __future__ import annotations
 
@@ -191,9 +191,9 @@ def test_jails_end_with_a_worker_that_is_killed() -> None:
 
 
 
-@pytest.mark.parametrize("number", [os.getpid(), 1 << 30], ids=["own", "nobody's"])
+@pytest.mark.parametrize("number", [os.getpid(), 1 << 30], ids=["own", "unused"])
 def test_a_scratch_folder_is_an_orphan_only_once_nobody_holds_its_lock(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by its owner's number: in another process namespace it is somebody else's, or nobody's."""
+    """The owner's process id decides nothing: in another process namespace it may be another process or none."""
     monkeypatch.setattr(sandbox, "SCRATCH_PREFIX", f"reason_rl_test_{os.getpid()}_")
     monkeypatch.setattr(sandbox.os, "getpid", lambda: number)
     folder, lock = sandbox.make_scratch()
