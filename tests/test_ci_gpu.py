@@ -48,20 +48,20 @@ def test_all_stages_run_and_leave_their_logs(tmp_path: Path):
     assert logs == {"build.log", "tests.log", "bench.log", "models.log", "summary.txt"} and "no nvcc here" in said
 
 
-def test_a_stage_that_fails_is_said_and_the_next_ones_run(tmp_path: Path):
+def test_a_stage_that_fails_is_reported_and_the_next_ones_run(tmp_path: Path):
     code, said, calls = run(tmp_path, "tests", "bench", fails="-m pytest")
     assert code == 1 and modules(calls)[-1] == "bench"
     summary = (tmp_path / "out/summary.txt").read_text()
     assert summary.startswith("tests FAILED in ") and "\nbench passed in " in summary and "it broke" in said
 
 
-def test_a_workload_that_fails_keeps_no_other_from_running(tmp_path: Path):
+def test_a_failed_workload_stops_no_other(tmp_path: Path):
     code, _, calls = run(tmp_path, "models", fails="train_step --workload default")
     assert code == 1 and modules(calls) == ["bench.train_step", "bench.rollout"] * 2
 
 
 @pytest.mark.parametrize(("stages", "no_gpu", "words"), [
     (["tests"], "1", "torch sees no CUDA device here"), (["bench", "tets"], "0", "no stage tets; there are build")])
-def test_what_cannot_be_done_is_refused_before_work(tmp_path: Path, stages: list[str], no_gpu: str, words: str):
+def test_impossible_requests_are_refused_before_work(tmp_path: Path, stages: list[str], no_gpu: str, words: str):
     code, said, calls = run(tmp_path, *stages, no_gpu=no_gpu)
     assert code == 2 and words in said and not modules(calls)

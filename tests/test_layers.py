@@ -88,7 +88,7 @@ def modules() -> list[tuple[Path, str, bool]]:
     return [(p, name.removesuffix(".__init__"), name.endswith(".__init__")) for p, name in named]
 
 
-def test_no_import_leaves_the_arrows():
+def test_every_import_goes_down_or_stays_in_its_room():
     found = [v for path, name, is_package in modules() for v in violations(path.read_text(encoding="utf-8"), name, is_package)]
     assert not found, "\n".join(found)
 

@@ -43,7 +43,7 @@ def assert_side_is_right(side: Side | str, case: Case) -> None:
     assert error is not None and error < 1e-6
 
 
-def test_what_is_missing_on_the_wrong_device_or_broken_says_so(monkeypatch: pytest.MonkeyPatch):
+def test_a_peer_that_is_missing_broken_or_on_the_wrong_device_is_reported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert ops.liger_swiglu(CUDA) == "not installed"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())

@@ -71,7 +71,7 @@ def test_the_decode_floor_by_hand(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(("name", "millions", "active"), [("W1", 1.78, 0.6), ("1b", 3719, 888)])
-def test_the_workloads_models_have_the_sizes_said(name: str, millions: float, active: float):
+def test_the_workloads_models_have_the_documented_sizes(name: str, millions: float, active: float):
     config = workloads.workload_config(name, "float32", "cpu")
     with torch.device("meta"):
         model = Transformer(config.model, workloads.VOCAB_SIZES.get(name, 64))
@@ -99,7 +99,7 @@ def test_logging_is_part_of_the_step(monkeypatch: pytest.MonkeyPatch):
     assert train_step.timed_step(stage, 0, SlowLog())[0] == {"step_s": 7.0, "train_s": 0.5}  # type: ignore[arg-type]
 
 
-def test_sides_take_turns_and_ratios_point_the_way_their_names_say(
+def test_sides_take_turns_and_ratios_follow_their_names(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     rest = dict.fromkeys(train_step.SHOWN, 1.0)
     script = tmp_path / "fake.py"
@@ -133,21 +133,21 @@ def test_the_children_run_what_was_asked_for():
     assert "--dtype float32" in " ".join(train_step.side_commands(options)["reason_rl float32"])
 
 
-def test_exact_mode_is_timed_beside_its_absence():
+def test_exact_mode_is_timed_on_and_off():
     commands = train_step.side_commands(train_step.parse(["--peer", "exact", "--dtype", "bfloat16"]))
     ways = {name: (words[words.index("--exact") + 1], words[words.index("--decoder") + 1]) for name, words in commands.items()}
     assert ways == {"exact on": ("on", "auto"), "exact on, op by op": ("on", "ops"), "exact off": ("off", "auto")}
     assert all("--dtype bfloat16" in " ".join(command) for command in commands.values())
 
 
-def test_a_failing_side_ends_with_its_own_words(tmp_path: Path):
+def test_a_failing_side_ends_with_its_own_error(tmp_path: Path):
     with pytest.raises(RuntimeError, match="no such thing"):
         train_step.run_child([sys.executable, "-c", "import sys; sys.exit('no such thing')"])
 
 
 @pytest.mark.parametrize("arguments", [
     ["--trace", "x.json", "--peer", "trl"], ["--steps", "0"], ["--workload", "1b", "--peer", "trl"]])
-def test_arguments_that_cannot_be_met_are_refused(arguments: list[str]):
+def test_impossible_arguments_are_refused(arguments: list[str]):
     with pytest.raises(SystemExit):
         train_step.parse(arguments)
 

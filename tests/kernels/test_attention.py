@@ -50,7 +50,7 @@ def test_segments_of_many_sizes_follow_the_definition():
         torch.testing.assert_close(attention(**inputs).double(), exact, rtol=0, atol=4e-6)
 
 
-def test_a_prefix_may_stand_anywhere_before_its_segment():
+def test_a_prefix_may_be_anywhere_before_its_segment():
     """The prefix is the second half of an earlier segment, with another segment in between."""
     segments = [(0, 40, 0, 0), (40, 5, 0, 0), (45, 30, 20, 20), (75, 3, 45, 30)]
     inputs = make_inputs(segments, 2, 2, 8, F32)
@@ -96,7 +96,7 @@ def test_sums_over_readers_shared_out_to_programs_are_the_same_sums(heads: tuple
     assert_no_worse_than_plain(attention, plain, by_hand, list(inputs.values()))
 
 
-def test_views_are_as_good_as_copies():
+def test_strided_views_have_the_bits_of_copies():
     q, k, v, segments = make_inputs(pack([(6, [20])]), 4, 2, 16, F32).values()
     parts = torch.cat((q, k, v), dim=1).split((4, 2, 2), dim=1)
     assert same_bits(attention(*parts, segments), attention(q, k, v, segments))
@@ -115,7 +115,7 @@ def test_a_step_compiles_without_a_graph_break():
 
 
 @pytest.mark.skipif(not IS_INTERPRETED, reason="of a Triton function")
-def test_places_past_two_to_the_31_are_counted_in_64_bits():
+def test_offsets_above_two_to_the_31_have_64_bits():
     out = torch.zeros(16, dtype=torch.int64)
     token, first = (torch.tensor([value], dtype=torch.int32) for value in (900_000, 2**21))
     show_offsets_kernel[(1,)](out, token, first, K=4, R=3, C=256)
@@ -201,7 +201,7 @@ def test_segments_of_another_type_or_shape_are_refused():
             plan_segments(bad, 8)
 
 
-def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+def test_wrong_arguments_raise_with_expected_and_actual():
     q, k, v, segments = make_inputs([(0, 8, 0, 0)], 4, 2, 16, F32).values()
     with pytest.raises(ValueError, match=r"attention: q must be .*\[T, H, C\], got f32\[8, 64\] on cpu"):
         attention(q.flatten(1), k, v, segments)

@@ -75,7 +75,7 @@ def test_results_and_gradients_have_the_same_bits_with_any_number_of_threads(
             assert all(map(same_bits, values_and_gradients(native, inputs), want)), threads
 
 
-def test_a_group_has_the_same_gradients_alone_and_beside_others():
+def test_a_group_has_the_same_gradients_alone_and_with_others():
     """Holds for a pack of many groups; few groups are cut into slices, which changes the order of a sum."""
     segments = [(start + s, length, start + p, prefix) for start in range(0, 560, 56) for s, length, p, prefix in FAMILY]
     inputs = arguments(segments, (4, 2, 32), F32)
@@ -196,7 +196,7 @@ def test_paged_attention_refuses(name: str, value: torch.Tensor, message: str):
         OPS.paged_attention(*{**PAGED, name: value}.values())
 
 
-def test_entries_that_no_length_reaches_are_not_looked_at():
+def test_table_entries_beyond_the_lengths_are_not_checked():
     table = torch.tensor([[1, -7], [2, 99]])
     OPS.paged_attention(*{**PAGED, "own_table": table, "own_lens": ZEROS + 16}.values())
     with pytest.raises(RuntimeError, match=r"own_table\[0, 1\] must lie in \[0, 3\), got -7"):

@@ -159,7 +159,7 @@ def test_float64_rewards_give_float64_advantages() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_an_unmasked_reward_that_is_no_number_raises_and_is_named(bad: float) -> None:
+def test_an_unmasked_reward_that_is_not_finite_raises_and_is_named(bad: float) -> None:
     rewards = torch.zeros(3, 4)
     rewards[2, 1] = bad
     with pytest.raises(ValueError, match=r"rewards\[2, 1\]"):
@@ -168,7 +168,7 @@ def test_an_unmasked_reward_that_is_no_number_raises_and_is_named(bad: float) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_without_the_check_an_unmasked_reward_that_is_no_number_shows_in_its_group(bad: float, kind: str) -> None:
+def test_without_the_check_a_reward_that_is_not_finite_shows_in_its_group(bad: float, kind: str) -> None:
     """A GPU cannot raise without a sync: the advantages must then not hide it, even if the other rewards are equal."""
     rewards = torch.tensor([[0.5, bad, 0.5], [0.0, 1.0, 2.0], [1.0, 1.0, bad]])
     mask = torch.tensor([[True, True, True], [True, True, True], [True, True, False]])
@@ -184,7 +184,7 @@ def test_no_mask_is_a_mask_of_all(kind: str) -> None:
         assert same_bits(got, want)
 
 
-def test_wrong_inputs_raise_and_say_what_came() -> None:
+def test_wrong_inputs_raise_with_expected_and_actual() -> None:
     rewards = torch.zeros(3, 4)
     for arguments, words in (
         ({"rewards": rewards[0]}, r"rewards must be f32\|f64\[B, G\], got f32\[4\]"),

@@ -226,7 +226,7 @@ def test_merging_refuses_what_it_cannot_merge() -> None:
     ({"logprobs": torch.zeros(34, dtype=torch.bfloat16)}, {}, r"logprobs must be f32\|f64\[N\], got bf16\[34\]"),
     ({"impl": "abacus"}, {}, "impl must be one of"),
 ])
-def test_wrong_inputs_raise_and_say_what_came(changes: dict[str, Any], spec: dict[str, Any], words: str) -> None:
+def test_wrong_inputs_raise_with_expected_and_actual(changes: dict[str, Any], spec: dict[str, Any], words: str) -> None:
     given = {**uneven(), **changes}
     impl = given.pop("impl", "auto")
     with pytest.raises(ValueError, match=words):
@@ -270,7 +270,7 @@ def test_every_combination_is_the_references(ratio: Any, surrogate: Any, normali
 
 
 @pytest.mark.parametrize("name", ["one_token", "uneven", "empty", "step"])
-def test_what_is_not_given_is_not_measured(name: str) -> None:
+def test_missing_columns_have_no_metrics(name: str) -> None:
     inputs = make_inputs()[name]
     for absent in itertools.product((False, True), repeat=3):
         left_out = {key: None for key, is_out in zip(PER_TOKEN[3:], absent, strict=True) if is_out}
@@ -293,7 +293,7 @@ def test_long_sequences_empty_ones_and_wide_indices(ratio: Any, lengths: list[in
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
-def test_a_sequences_gradients_have_the_same_bits_wherever_it_stands(ratio: Any) -> None:
+def test_a_sequences_gradients_have_the_same_bits_at_any_index(ratio: Any) -> None:
     inputs = uneven(torch.float32)
     spec = LossSpec(ratio=ratio, normalizer="sequence", kl_coef=0.1, importance="icepop", entropy_coef=0.1)
     _, *whole = results(inputs, spec)[0]

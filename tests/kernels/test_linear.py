@@ -101,7 +101,7 @@ def test_no_rows_give_no_rows_and_zero_gradients():
     assert weight.grad is not None and torch.equal(weight.grad, torch.zeros(5, 7))
 
 
-def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+def test_wrong_arguments_raise_with_expected_and_actual():
     x, weight = make_inputs(3, 5, 7, F32).values()
     with pytest.raises(ValueError, match=r"linear: x must be .*\[M, K\], got f32\[3, 7, 1\] on cpu"):
         linear(x[..., None], weight)

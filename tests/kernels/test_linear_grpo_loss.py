@@ -182,7 +182,7 @@ def test_it_compiles_whole():
     assert all(map(same_bits, values_and_gradients(compiled, pair), values_and_gradients(loss, pair)))
 
 
-def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+def test_wrong_arguments_raise_with_expected_and_actual():
     inputs, spec = case(), SPECS["grpo"]
     for name, value, says in (
         ("hidden", inputs["hidden"][0], r"hidden must be .*\[N, D\], got f32\[24\] on cpu"),

@@ -261,7 +261,7 @@ def test_no_rows_give_no_results_and_zero_gradients():
     assert weight.grad is not None and not weight.grad.any()
 
 
-def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+def test_wrong_arguments_raise_with_expected_and_actual():
     hidden, weight, targets = make_inputs(3, 4, 7, F32).values()
     with pytest.raises(ValueError, match=r"linear_logprob: hidden must be .*\[N, D\], got f32\[4\] on cpu"):
         linear_logprob(hidden[0], weight, targets)

@@ -90,7 +90,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary():
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_torchs_own_gemm_is_there_by_name_and_agrees(dtype: torch.dtype):
+def test_torchs_own_gemm_is_available_by_name_and_agrees(dtype: torch.dtype):
     inputs = make_inputs(5, 16, 43, dtype)
     for got, want in zip(linear_logprob(**inputs, impl="torch"), linear_logprob(**inputs, impl="reference"), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=2e-6)  # f32 sums in another order

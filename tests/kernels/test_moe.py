@@ -257,7 +257,7 @@ def test_two_runs_have_the_same_bits(dtype: torch.dtype):
     assert all(map(same_bits, values_and_gradients(experts, arguments), values_and_gradients(experts, arguments)))
 
 
-def test_nothing_need_be_kept_where_no_gradient_is_wanted():
+def test_the_result_has_the_same_bits_without_a_gradient():
     inputs = make_inputs(20, 4, 2, 8, 4, F32)
     with_gradient = {**inputs, "x": inputs["x"].clone().requires_grad_()}
     assert same_bits(experts(**with_gradient).detach(), experts(**inputs))
@@ -269,7 +269,7 @@ def test_many_tokens_are_routed_in_one_batch():
     assert all(map(same_bits, (part[-3:] for part in route(logits, 2)), route(logits[-3:], 2)))
 
 
-def test_the_matrices_may_lie_as_a_transpose_left_them():
+def test_transposed_matrices_give_the_same_bits():
     inputs = make_inputs(20, 3, 2, 8, 6, F32)
     moved = {name: tensor.transpose(0, -1).contiguous().transpose(0, -1) for name, tensor in inputs.items()}
     assert same_bits(experts(**moved), experts(**inputs))
@@ -364,7 +364,7 @@ def test_experts_are_counted():
 
 # --- contracts -----------------------------------------------------------------------------------------------------------
 
-def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+def test_wrong_arguments_raise_with_expected_and_actual():
     logits, ids = torch.zeros(3, 4), torch.zeros(3, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"route: router_logits must be f32\|f64\[T, E\], got bf16\[3, 4\] on cpu"):
         route(logits.bfloat16(), 2)

@@ -74,7 +74,7 @@ def test_large_sizes_are_right(dtype: torch.dtype):
     assert float((got - want).abs().max()) <= (2e-2 if dtype == BF16 else 2e-6) * float(want.abs().max())  # as above
 
 
-def test_nothing_is_kept_where_no_gradient_is_wanted():
+def test_nothing_is_kept_without_a_gradient():
     inputs = make_inputs(20, 4, 2, 8, 4, dtype=F32)
     y, empty = torch.empty_like(inputs["x"]), torch.empty(0, 8)
     OPS.moe_experts_fwd(y, empty, *(inputs[name] for name in ARGUMENTS))

@@ -115,7 +115,7 @@ def test_decoding_follows_the_definition():
     torch.testing.assert_close(Cache(inputs, 120).attend(queries).double(), want, rtol=0, atol=4e-6)  # as in packed
 
 
-def test_where_the_blocks_lie_changes_no_bit():
+def test_block_placement_changes_no_bit():
     inputs, queries = make_inputs(MIXED, 4, 2, 16, F32), draw_queries(9 if IS_INTERPRETED else 40, seed=6)
     assert same_bits(Cache(inputs, 120, seed=1).attend(queries), Cache(inputs, 200, seed=2).attend(queries))
 

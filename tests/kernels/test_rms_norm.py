@@ -71,7 +71,7 @@ def test_norm_and_gradients_of_many_rows_are_no_worse_than_plain(size: int, dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [slice(0, 4), slice(5, 6)], ids=str)
-def test_heads_read_where_they_lie_have_the_bits_of_a_copy_and_so_have_their_gradients(heads: slice, dtype: torch.dtype):
+def test_strided_heads_have_the_bits_and_gradients_of_a_copy(heads: slice, dtype: torch.dtype):
     cut, dy = make_inputs((30, 8, 32), dtype)["x"][:, heads], make_inputs((30, 9, 32), dtype, seed=1)["x"][:, heads]
     weight = make_inputs((1, 32), F32)["weight"]
     results = []
@@ -178,7 +178,7 @@ def test_results_keep_the_inputs_dtype():
         assert rms_norm(**make_inputs((2, 8), dtype)).dtype == dtype
 
 
-def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+def test_wrong_arguments_raise_with_expected_and_actual():
     with pytest.raises(ValueError, match=r"rms_norm: x must be float\[\.\.\., D\], got i64\[2, 4\] on cpu"):
         rms_norm(torch.zeros(2, 4, dtype=torch.int64), torch.ones(4))
     with pytest.raises(ValueError, match=r"rms_norm: weight must be f32\|f64\[4\], got f32\[3\] on cpu"):

@@ -80,7 +80,7 @@ def test_results_keep_the_inputs_dtype():
         assert rope(**make_inputs(2, 1, 8, dtype)).dtype == dtype
 
 
-def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+def test_wrong_arguments_raise_with_expected_and_actual():
     x, cos, sin = make_inputs(3, 2, 8, F32).values()
     with pytest.raises(ValueError, match=r"rope: x must be .*\[T, H, C\], got f32\[3, 8\] on cpu"):
         rope(x[:, 0], cos, sin)

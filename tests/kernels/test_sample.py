@@ -364,7 +364,7 @@ def test_impossible_options_are_refused(options: dict[str, float]):
         sample(**make_inputs(2, 4, 6, F32), **options)  # type: ignore[arg-type]
 
 
-def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+def test_wrong_arguments_raise_with_expected_and_actual():
     inputs = make_inputs(3, 4, 7, F32)
     for name, bad, message in [
         ("hidden", inputs["hidden"][0], r"hidden must be .*\[R, D\], got f32\[4\]"),

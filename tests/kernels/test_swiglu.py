@@ -73,7 +73,7 @@ def test_results_keep_the_inputs_dtype():
         assert swiglu(**make_inputs(2, 8, dtype)).dtype == dtype
 
 
-def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+def test_wrong_arguments_raise_with_expected_and_actual():
     with pytest.raises(ValueError, match=r"swiglu: gate_up must be .*\[T, 2I\], got f32\[4\] on cpu"):
         swiglu(torch.zeros(4))
     with pytest.raises(ValueError, match=r"swiglu: gate_up must hold two halves of equal width, got width 5"):

@@ -77,7 +77,7 @@ def test_the_command_line_takes_both_ways_of_giving_a_value(tmp_path: Path):
     assert (got.rl.steps, got.rl.group_size, got.run.name, got.optim.lr) == (8, 4, "a=b", 1e-3)
 
 
-def test_shorthands_stand_for_the_keys_everyone_has():
+def test_shorthands_set_the_common_keys():
     got = parse_command_line(["--device", "cpu", "--dtype=float32", "--seed", "3", "--name", "x", "--resume", "never"])
     assert (got.run.device, got.run.dtype, got.run.seed, got.run.name, got.run.resume) == (
         "cpu", "float32", 3, "x", "never")
@@ -158,7 +158,7 @@ def test_an_unknown_key_in_the_file_names_the_nearest(tmp_path: Path):
         load_config(write(tmp_path, "[modell]\nnum_layers = 4\n"))
 
 
-def test_a_key_where_a_section_belongs_is_refused_even_beside_an_override(tmp_path: Path):
+def test_a_key_in_place_of_a_section_is_refused_even_with_an_override(tmp_path: Path):
     path = write(tmp_path, "rl = 3\n")
     for overrides in ([], ["--rl.steps=4"]):
         with pytest.raises(ConfigError, match=r"\[rl\] must be a table of keys, got 3"):
@@ -173,7 +173,7 @@ def test_a_missing_file_lists_its_neighbours(tmp_path: Path):
         load_config(tmp_path / "nowhere" / "run.toml")
 
 
-def test_broken_toml_and_broken_utf8_are_said_with_the_path(tmp_path: Path):
+def test_an_error_in_toml_or_utf8_names_the_path(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"run\.toml is not valid TOML"):
         load_config(write(tmp_path, "[rl\n"))
     (tmp_path / "run.toml").write_bytes(b'[run]\nname = "\xff"\n')
@@ -252,7 +252,7 @@ BELOW = [(key, bad) for keys, bads in [
 
 
 @pytest.mark.parametrize(("dotted", "value"), BELOW)
-def test_each_range_is_held(dotted: str, value: int):
+def test_each_range_is_checked(dotted: str, value: int):
     assert refused(f"--{dotted}={value}").startswith(f"{dotted} must be ")
 
 

@@ -187,7 +187,7 @@ def test_files_are_found_under_the_tasks_own_names(forty: Path, tmp_path: Path) 
     assert len(train_of(load_problems(config_of(tmp_path / "mbpp", "code", heldout_share=0.0), TOKENIZER))) == 2
 
 
-def test_files_that_are_not_there_are_named(forty: Path) -> None:
+def test_missing_problem_files_are_named(forty: Path) -> None:
     for config, message in (
         (config_of(""), "reads its problems from files: set task.path to a JSONL file, or to a folder with train.jsonl"),
         (config_of(forty / "nowhere.jsonl"), "task.path names no file: .*nowhere.jsonl"),

@@ -101,7 +101,7 @@ def test_saving_and_loading_changes_nothing(tokenizer: Tokenizer, folder: Path, 
     assert (tmp_path / "foreign" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
-def test_a_missing_or_damaged_file_is_said_to_be_so(tmp_path: Path) -> None:
+def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
         Tokenizer.load(tmp_path)
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
@@ -175,7 +175,7 @@ def test_ends_are_read_from_the_models_config_where_there_is_no_other(tmp_path: 
     assert Tokenizer.load(folder).stop_ids == (2,)
 
 
-def test_a_folder_that_is_not_there_is_named_as_such(tmp_path: Path) -> None:
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no checkpoint folder at .*/nowhere"):
         Tokenizer.load(tmp_path / "nowhere")
 
@@ -240,7 +240,7 @@ def by_character(tokenizer: Tokenizer, text: str) -> list[int]:
     ("1+1=2</think><answer>2</answer>", "<think>", 5), ("</think>x", "<think>", 0), ("12", "<think>", 2), ("", "<think>", 0),
     ("x</think>", "<think></think>", 0),
 ])
-def test_thinking_tokens_stand_between_the_tags_whether_those_are_tokens_or_not(
+def test_thinking_tokens_are_between_the_tags_of_one_or_several_tokens(
     text: str, prefix: str, count: int, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     pieces = Tokenizer.load(folder_of(tmp_path))
@@ -264,7 +264,7 @@ def test_a_thought_within_the_tags_own_tokens_is_one_token() -> None:
     assert [tokenizer.thinking_tokens(ids) for ids in ([0], [1], [3, 4], [3], [4], [2])] == [1, 0, 1, 1, 0, 0]
 
 
-def test_a_tag_that_is_a_piece_of_the_vocabulary_is_not_always_that_piece() -> None:
+def test_a_tag_in_the_vocabulary_may_still_be_split_over_tokens() -> None:
     vocab = {"<think>": 0, "</think>": 1, "<think>1": 2, "+1=2</": 3, "think>": 4, "2": 5, "</s>": 6}
     tokenizer = joined(vocab)
     assert [tokenizer.thinking_tokens(ids) for ids in ([2, 3, 4], [0, 5, 5, 1], [2, 5, 1], [0, 3, 4])] == [1, 2, 1, 1]

@@ -114,7 +114,7 @@ def test_experts_by_torchs_products_which_wait_for_the_device_are_refused_at_the
 
 @pytest.mark.parametrize(("error", "message"), [
     (torch.OutOfMemoryError("no memory left"), "no memory left"), (RuntimeError("not permitted"), "cannot be captured")], ids=str)
-def test_a_capture_that_runs_out_of_memory_is_not_taken_for_one_that_waits(
+def test_out_of_memory_in_a_capture_is_not_reported_as_a_sync(
     error: RuntimeError, message: str, monkeypatch: pytest.MonkeyPatch
 ):
     cuda = MagicMock()

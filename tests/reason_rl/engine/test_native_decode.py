@@ -139,13 +139,13 @@ BAD: dict[str, tuple[Callable[[DecodeBatch], DecodeBatch], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(name: str):
+def test_a_bad_argument_raises_with_expected_and_actual(name: str):
     change, words = BAD[name]
     with pytest.raises(ValueError, match=words):
         run(batch=change(make_batch()))
 
 
-def test_blocks_that_no_key_reaches_may_be_anyones():
+def test_block_ids_beyond_the_keys_change_nothing():
     """Block tables are padded: sequences 0 and 1 have room in their first block; one block of the second prefix is full."""
     padded = replace(make_batch(), own_table=torch.tensor([[3, 1], [5, 5], [7, 8]]), prefix_table=torch.tensor([[1, 3], [2, 7]]))
     assert run(batch=padded) == run()

@@ -229,7 +229,7 @@ def test_a_documents_hidden_rows_have_the_same_bits_in_any_pack(name: str, dtype
                 assert torch.equal(packed[start : start + length], alone[which]), (order, which)
 
 
-def test_a_completion_has_the_same_bits_alone_with_its_prompt_and_beside_its_group():
+def test_a_completion_has_the_same_bits_alone_with_its_prompt_and_with_its_group():
     model = lively(BASE)
     prompt, completions = document(21, seed=0), [document(n, seed=n) for n in (5, 1, 40, 17)]
     tokens, positions, segments = list(prompt), list(range(21)), [(0, 21, 0, 0)]
@@ -256,7 +256,7 @@ def test_statistics_add_up_over_packs():
     assert parts[0].balance_loss > 30 * 0.9  # per token near 1 when even, more when not
 
 
-def test_statistics_are_left_out_where_nobody_asks_and_where_all_is_dense():
+def test_router_statistics_need_a_request_and_experts():
     tokens, positions = torch.tensor([1, 2, 3]), torch.arange(3)
     plan = plan_segments(torch.tensor([[0, 3, 0, 0]], dtype=torch.int32), 3)
     for name in ("softmax", "dense"):
@@ -342,7 +342,7 @@ def test_fresh_weights_have_their_spread_and_no_two_are_alike():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_active_parameters_are_those_that_one_token_meets(name: str):
+def test_active_parameters_are_those_that_one_token_uses(name: str):
     config = VARIANTS[name]
     model = Transformer(config, VOCAB_SIZE)
     expert = 3 * config.hidden_size * config.moe_intermediate_size

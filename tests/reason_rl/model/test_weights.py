@@ -152,7 +152,7 @@ def test_the_fused_matrices_are_cut_where_they_should_be():
         assert torch.equal(torch.cat((gate, up)), block.mlp.gate_up_proj[expert]) and torch.equal(down, block.mlp.down_proj[expert])
 
 
-def test_what_qwen3_has_no_word_for_has_names_of_its_own():
+def test_tensors_that_qwen3_lacks_have_our_names():
     config = VARIANTS["everything"]
     names = set(file_views(tiny_model(config).state_dict(), config))
     own = {name for name in names if "e_score_correction_bias" in name or "shared_experts" in name}
@@ -241,7 +241,7 @@ def test_an_architecture_that_is_not_ours_is_refused(change: dict[str, Any], mes
     {"decoder_sparse_step": 1, "mlp_only_layers": None}, {"attention_dropout": 0, "clip_qkv": None, "rope_scaling": None},
     {"quantization_config": None, "use_mrope": False, "_name_or_path": "x", "torch_dtype": "bfloat16", "transformers_version": "4"},
 ], ids="-".join)  # fmt: skip
-def test_what_is_named_but_switched_off_is_no_hindrance(change: dict[str, Any]):
+def test_a_feature_that_is_named_but_switched_off_is_accepted(change: dict[str, Any]):
     assert config_from_json({**config_to_json(BASE, VOCAB_SIZE, 3), **change}) == (BASE, VOCAB_SIZE)
 
 
@@ -260,7 +260,7 @@ def test_windows_that_only_higher_layers_use_count_from_max_window_layers_on():
         config_from_json(values | {"max_window_layers": 1})
 
 
-def test_a_window_that_is_there_by_default_is_seen():
+def test_a_default_window_is_detected():
     """Qwen3's sliding_window is 4096 where the key is missing."""
     values = config_to_json(VARIANTS["dense"], VOCAB_SIZE, 3) | {"use_sliding_window": True, "max_window_layers": 0}
     assert "sliding_window" not in values and config_from_json(values)[0].max_position_embeddings == 64
@@ -344,7 +344,7 @@ def test_a_cut_off_weights_file_is_damaged(keep: int, tmp_path: Path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"\xff\xfe", b"null"])
-def test_a_damaged_config_is_said_to_be_so(content: bytes, tmp_path: Path):
+def test_a_damaged_config_is_named(content: bytes, tmp_path: Path):
     saved(tmp_path)
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json is damaged"):

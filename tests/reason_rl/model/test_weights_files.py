@@ -88,7 +88,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {"a": "../b.safetensors"}}', '{"weight_map": {"a": 3}}'])
-def test_a_damaged_index_is_said_to_be_so(content: str, tmp_path: Path):
+def test_a_damaged_index_is_named(content: str, tmp_path: Path):
     saved(tmp_path)
     (tmp_path / INDEX).write_text(content)
     with pytest.raises(ValueError, match=rf"{INDEX} is damaged"):

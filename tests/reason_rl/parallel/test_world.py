@@ -132,7 +132,7 @@ def test_pretraining_by_two_processes_matches_one(optimizer: str, tmp_path: Path
 
 
 @pytest.mark.long
-def test_a_checkpoint_of_two_processes_is_gone_on_with_by_one_and_the_other_way_round(
+def test_one_process_resumes_a_checkpoint_of_two_and_the_reverse(
     one: Path, two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Steps 1 to 4 by two processes and step 5 by one, and the reverse, against five steps by two and by one."""

@@ -57,7 +57,7 @@ def test_the_last_fenced_block_after_the_thought_is_the_program(text: str, progr
     "<answer> \n</answer>", "<answer>a</answer><answer>a</answer>",
     "<answer>a", "a</answer>", "</answer>a<answer>", "<answer>\n```\na\n</answer>\n```",
 ])
-def test_there_is_no_program_in(text: str) -> None:
+def test_a_text_without_a_program_has_none(text: str) -> None:
     assert extract_code(text) is None
 
 
@@ -69,7 +69,7 @@ def test_there_is_no_program_in(text: str) -> None:
     ("def f(x): return bytearray(1 << 30)", "memory"), ("def f(x):\n    while True: pass", "deadline"),
     ("import time\ntime.sleep(60)", "deadline"), ("while True: print('x' * 1000)", "output"),
 ])
-def test_what_a_program_brings_upon_itself_is_wrong_and_named(program: str, cause: str) -> None:
+def test_a_failure_that_the_program_causes_is_wrong_and_named(program: str, cause: str) -> None:
     verdict = run(program, "assert f(2) == 4", deadline_s=2.0, cpu_s=1)
     assert (verdict.status, verdict.cause, verdict.value) == ("wrong", cause, 0.0)
 

@@ -118,7 +118,7 @@ def test_a_reward_that_fails_leaves_the_completion_ungraded(function: str, cause
     assert score.parts["accuracy"] == 1.0
 
 
-def test_a_module_that_is_slow_to_import_is_not_on_a_completions_time(users_module: str) -> None:
+def test_a_slow_import_does_not_count_for_a_completions_deadline(users_module: str) -> None:
     Path("slow_reward.py").write_text("import time\ntime.sleep(1.0)\ndef one(problem, text): return 1.0\n")
     score = grade(PROGRAM, RIGHT, Config(reward=RewardConfig(custom="slow_reward:one", custom_deadline_s=0.3)))
     assert score.is_graded and score.parts["custom"] == 1.0
@@ -201,7 +201,7 @@ def test_a_reward_model_that_is_not_there_is_refused_before_work_starts(tmp_path
     assert check_rewards(Config(reward=RewardConfig(model=str(tmp_path))), PROGRAM) == []
 
 
-def test_what_the_prompt_ends_with_counts_as_the_completions_own(users_module: str) -> None:
+def test_the_completion_prefix_of_the_prompt_is_graded_with_the_completion(users_module: str) -> None:
     opened = replace(PROGRAM, completion_prefix="<think>")
     config = Config(reward=RewardConfig(custom=f"{users_module}:short"))
     whole, rest = grade(PROGRAM, RIGHT, config), RIGHT.removeprefix("<think>")

@@ -57,7 +57,7 @@ def test_a_reward_model_is_one_more_kind(reward_model: Path) -> None:
     assert scores[2].cause.startswith("model unreadable: character 'é'")
 
 
-def test_a_reward_model_without_its_head_is_said(reward_model: Path) -> None:
+def test_a_reward_model_without_its_head_is_a_clear_error(reward_model: Path) -> None:
     (reward_model / HEAD_FILE).unlink()
     score = grade(PROBLEM, "7", Config(reward=RewardConfig(model=str(reward_model))))
     assert not score.is_graded and f"has no {HEAD_FILE}" in score.cause

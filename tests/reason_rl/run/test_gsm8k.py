@@ -178,7 +178,7 @@ def test_a_folder_is_measured_by_the_preset_and_what_is_measured_filters_problem
     ([], "no checkpoint folder at path/to/model"), (["--task.path=nowhere"], "task.path names no file: 'nowhere'"),
     (["--task.template=r1"], "task.template must be one of"), ([*SMALLER, "--sampling.max_tokens=40950"], "leaves 10"),
 ])  # fmt: skip
-def test_what_is_left_to_fill_in_is_one_clear_error(
+def test_a_key_of_the_preset_that_is_missing_or_wrong_is_one_clear_error(
     more: list[str], message: str, folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     never_stop(monkeypatch)
@@ -206,7 +206,7 @@ def kept_for_backward(config: ModelConfig) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(bool(cpu_unsupported_reason(CPU)), reason="the reference ops keep more")
-def test_a_layer_keeps_what_the_presets_comment_works_out():
+def test_a_layer_keeps_the_bytes_of_the_presets_comment():
     config = ModelConfig(num_hidden_layers=1, hidden_size=192, num_attention_heads=6, num_key_value_heads=2, head_dim=32,
                          num_experts=1, intermediate_size=640, qk_norm="none", max_position_embeddings=256)
     (one, num_tokens), (two, _) = kept_for_backward(config), kept_for_backward(replace(config, num_hidden_layers=2))

@@ -252,7 +252,7 @@ def test_two_runs_that_want_one_stage_make_it_once(
     assert not list((with_base / "stages").glob("*.lock"))
 
 
-def test_a_drift_between_sampler_and_trainer_is_said_once_and_the_run_goes_on(
+def test_a_drift_between_sampler_and_trainer_is_printed_once_and_the_run_goes_on(
     with_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     real = grpo.policy_update
@@ -297,7 +297,7 @@ def test_dynamic_sampling_goes_on_when_the_problems_run_out(with_base: Path, mon
     assert rows(with_base / "tiny", stage="grpo", phase="train")[0]["ungraded"] == 16
 
 
-def test_resume_never_begins_afresh_beside_the_old_run_and_can_itself_be_gone_on_with(
+def test_resume_never_starts_a_new_run_that_can_itself_be_resumed(
     finished: Path, with_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     shutil.copytree(finished, with_base / "tiny")

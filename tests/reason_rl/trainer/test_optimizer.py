@@ -163,7 +163,7 @@ def test_a_state_of_another_optimizer_or_model_is_refused():
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.25, 1e6])
-def test_the_norm_over_all_parameters_is_told_and_clipped(limit: float):
+def test_the_norm_over_all_parameters_is_returned_and_clipped(limit: float):
     """clip_norm = 0 leaves gradients unchanged, and so does a limit above the norm."""
     model = tiny_model(DENSE)
     optimizer = Optimizer(model, replace(ADAMW, clip_norm=limit))
