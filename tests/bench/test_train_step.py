@@ -57,8 +57,8 @@ def test_the_decode_floor_by_hand(monkeypatch: pytest.MonkeyPatch):
     """2 prompts of 3 tokens x 2 completions of 3 tokens, so two decode steps of 4 sequences. Each step reads
     the keys of 2 x 3 prompt tokens; the first also reads 1 generated token a sequence, the second 2."""
     monkeypatch.setitem(workloads.WORKLOADS, "tiny", (2, 3, 2, 3))
-    config = ModelConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, num_key_value_heads=1, head_dim=4, num_experts=16,
-                         num_experts_per_tok=2, moe_intermediate_size=4)
+    config = ModelConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+                         num_experts=16, num_experts_per_tok=2, moe_intermediate_size=4)
     model = Transformer(config, 10)
     experts = 16 * 3 * 4 * 8
     # Embedding, qkv, out, router; the norms of the stream, before and after the layer's two halves; those of q and k.
@@ -129,7 +129,7 @@ def test_the_children_run_what_was_asked_for():
     for name, command in train_step.side_commands(options).items():
         words = " ".join(command)
         assert "--device cuda" in words and "--workload W2" in words and "--steps 5" in words, name
-    assert "--peer none" in " ".join(train_step.side_commands(options)["reason_rl"])  # or it would run its own peer
+    assert "--peer none" in " ".join(train_step.side_commands(options)["reason_rl"])  # otherwise it would run its peer
     assert "--dtype float32" in " ".join(train_step.side_commands(options)["reason_rl float32"])
 
 

@@ -1,7 +1,7 @@
 """Token columns for grpo_loss's tests, and its formula as plain loops in float64.
 
-The loops restate the op's formula token by token, with the sequence ratio differentiated through its mean; the papers' own formulas
-are transcribed in tests/reason_rl/test_algorithms.py.
+The loops apply the op's formula token by token, with the sequence ratio differentiated through its mean;
+tests/reason_rl/rl/test_algorithms.py has the formulas of the papers.
 """
 
 from __future__ import annotations

@@ -147,7 +147,8 @@ def test_a_segment_has_the_same_bits_alone_and_in_a_pack(heads: tuple[int, int, 
     for threads in THREADS[: 1 if IS_INTERPRETED else None]:
         torch.set_num_threads(threads)
         assert same_bits(attention(**inputs), whole)
-        for segment in MIXED[:: threads * threads]:  # all of them on one thread, a quarter on two: that is slow on a busy machine
+        # All segments with one thread; a quarter with two, which is slow on a busy machine.
+        for segment in MIXED[:: threads * threads]:
             assert same_bits(alone(inputs, segment), whole[segment[0] : segment[0] + segment[1]]), (segment, threads)
 
 

@@ -192,7 +192,7 @@ def test_metrics_are_their_definitions() -> None:
     assert finished == pytest.approx(expected, rel=1e-12)
 
 
-def test_metrics_of_what_was_not_given_are_left_out() -> None:
+def test_metrics_of_missing_columns_are_left_out() -> None:
     inputs = {k: v for k, v in uneven().items() if k not in ("rollout_logprobs", "ref_logprobs", "entropy")}
     _, metrics = loss_of(inputs, LossSpec())
     assert not metrics.keys() & {"kl_sum", "entropy_sum", "logprob_gap_max", "importance_cut_sum"}
@@ -261,7 +261,8 @@ def test_every_combination_is_the_references(ratio: Any, surrogate: Any, normali
     combinations = itertools.product(
         ("none", "tis", "icepop"), (None, "k1", "k2", "k3"), (0.0, 1.5), (0.0, 0.01))
     for number, (importance, kl, dual_clip, entropy_coef) in enumerate(combinations):
-        if IS_INTERPRETED and number % 4 != number // 4 % 4:  # 50 ms each, so the last two options, which select no other code, alternate
+        # Interpreted, a case takes 50 ms, so the last two options, which select no other code, alternate.
+        if IS_INTERPRETED and number % 4 != number // 4 % 4:
             continue
         assert_agree(inputs, LossSpec(
             ratio=ratio, surrogate=surrogate, normalizer=normalizer, dual_clip=dual_clip, importance=importance,  # type: ignore[arg-type]

@@ -116,7 +116,7 @@ def test_rows_in_blocks_give_the_same_loss_and_gradients_as_right(
     keep, kept = function.kept_softmax, []
 
     def keep_one(*args: Any) -> tuple[torch.Tensor, ...]:
-        assert all(softmax() is None for softmax in kept), "the budget is of one block: the last one's softmax must be gone"
+        assert all(softmax() is None for softmax in kept), "the budget is one block: the last block's softmax must be freed"
         made = keep(*args)
         kept.append(weakref.ref(made[0]))
         return made

@@ -121,7 +121,7 @@ def test_the_bias_steers_the_choice_but_not_the_weights():
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_route_passes_the_gradient_of_its_weights(score: str, normalize: bool):
-    """Against finite differences, where the choice does not move."""
+    """Against finite differences at logits where the routed experts do not change."""
     logits = draw(5, 6).double().requires_grad_()
     upstream = draw(5, 2, seed=2).double()
 

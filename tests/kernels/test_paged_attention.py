@@ -135,7 +135,7 @@ def test_a_group_of_any_size_decodes_as_each_of_it_alone(prompt: int, group_size
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="a thousand tiles, one after another")
 def test_many_thousands_of_keys_are_one_row():
-    """65,537 own keys: equal scores, so that the result is the mean of the values."""
+    """65,537 keys after the prefix, with equal scores: the result is the mean of the values."""
     num_keys = 65_537
     num_blocks = -(-num_keys // 16)
     values = torch.arange(num_blocks * 16 * 2, dtype=F32).view(1, num_blocks, 16, 2).remainder(7)
@@ -168,7 +168,7 @@ def test_paged_attention_of_no_rows_is_empty():
     assert out.shape == (0, 4, 8)
 
 
-def test_paged_attention_refuses_inputs_that_want_a_gradient():
+def test_paged_attention_refuses_inputs_that_require_a_gradient():
     cache, one = torch.zeros(2, 3, BLOCK_SIZE, 8), torch.zeros(1, dtype=torch.int64)
     pages = plan_pages(prefix_table=one[:, None], prefix_lens=one, prefix_index=one, own_table=one[:, None], own_lens=one + 1,
                        num_kv_heads=2, num_blocks=3)

@@ -29,7 +29,7 @@ CUDA = torch.device("cuda")
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
-def test_the_kernels_spill_nothing_and_take_what_the_record_says():
+def test_the_kernels_spill_nothing_and_use_the_recorded_resources():
     """After a change of the kernel, replace the record by the text of the error."""
     recorded = json.loads(RECORD.read_text())
     release = re.search(r"release (\S+),", subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout)
@@ -51,7 +51,7 @@ def test_the_kernels_spill_nothing_and_take_what_the_record_says():
     assert found == recorded["kernels"], json.dumps({"nvcc": release[1], "kernels": found}, indent=1)
 
 
-def test_it_is_never_the_automatic_choice_and_says_why_it_cannot_run():
+def test_it_is_never_the_automatic_choice_and_gives_its_reason():
     [cuda] = [i for i in OP.implementations if i.name == "cuda"]
     assert not cuda.is_automatic
     assert cuda.refusal(torch.device("cpu"), torch.float32) == "CUDA only"

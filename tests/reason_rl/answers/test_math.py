@@ -163,7 +163,7 @@ def test_where_a_right_answer_is_not_real_nothing_is_compared() -> None:
     assert status("\\ln x^2", "2\\ln x") == "wrong"  # it has values where x is negative
 
 
-def test_names_differ_in_all_that_stands_below_them() -> None:
+def test_names_with_different_subscripts_differ() -> None:
     for name in ("x_{1,2}", "x_{n+1}", "x_{ij}", "x_1"):
         assert status(name, f"3{name} - 2{name}") == "right"  # by value and not as the same text
         for other in ("x_{3,4}", "x_{n-1}", "x_{ji}{}", "x_2", "x_{1,2,3}", "x"):

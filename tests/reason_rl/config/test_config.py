@@ -45,7 +45,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-# --- what wins
+# --- precedence
 
 
 def test_nothing_given_is_the_defaults():
@@ -137,7 +137,7 @@ def test_a_choice_takes_its_words_and_refuses_others_by_listing_them(dotted: str
     assert refused(f"--{dotted}=nonsense") == f"{dotted} must be one of {list(choices)}, got 'nonsense'"
 
 
-# --- what is not known
+# --- unknown keys
 
 
 @pytest.mark.parametrize(("override", "nearest"), [
@@ -186,7 +186,7 @@ def test_an_error_in_toml_or_utf8_names_the_path(tmp_path: Path):
     (["a.toml", "b.toml"], "one config file at most, got a.toml and b.toml"),
     (["--steps=3"], "an override reads --section.key=value"),
 ])  # fmt: skip
-def test_a_malformed_command_line_says_what_is_wrong(arguments: list[str], words: str):
+def test_a_malformed_command_line_is_a_clear_error(arguments: list[str], words: str):
     with pytest.raises(ConfigError, match=words):
         parse_command_line(arguments)
 
@@ -269,7 +269,7 @@ def test_every_number_of_the_config_has_a_range_or_a_reason_to_have_none():
     assert not ranged - numbers and numbers == (ranged | free) & numbers, sorted(numbers - ranged - free)
 
 
-# --- there and back
+# --- round trips
 
 
 def test_the_dump_of_any_config_loads_to_an_equal_one(tmp_path: Path):
@@ -296,7 +296,7 @@ def test_the_difference_names_each_changed_key_and_nothing_else():
     assert config_difference(old, Config()) == []
 
 
-# --- words
+# --- help texts
 
 SELF_EXPLAINING = {
     "seed", "tensorboard", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -308,7 +308,7 @@ SELF_EXPLAINING = {
 
 
 @pytest.mark.parametrize("module", [config_schema, config_reward, config_task, spec], ids=["config", "reward", "task", "loss"])
-def test_every_field_has_a_docstring_below_it_or_a_name_that_says_it_all(module: object):
+def test_every_field_has_a_docstring_or_a_self_explaining_name(module: object):
     tree = ast.parse(inspect.getsource(module))
     silent = []
     for node in (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name != "Config"):

@@ -53,7 +53,7 @@ def test_every_answer_of_the_default_corpus_is_right(documents: list[Document]) 
             assert answer == str(value_of(prompt))
 
 
-def test_a_thought_has_as_many_lines_as_its_kind_says(documents: list[Document]) -> None:
+def test_a_thought_has_the_number_of_lines_of_its_kind(documents: list[Document]) -> None:
     for document in documents:
         if document.kind == "fact":
             assert re.fullmatch(r"\d[-+*]\d=\d<eos>", TOKENIZER.decode(document.token_ids))

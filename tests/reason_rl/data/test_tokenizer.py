@@ -41,7 +41,7 @@ def test_decode_gives_back_what_was_encoded(tokenizer: Tokenizer) -> None:
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 @settings(deadline=None)
-def test_the_byte_tokenizer_knows_any_text(text: str) -> None:
+def test_the_byte_tokenizer_encodes_any_text(text: str) -> None:
     ids = BYTES.encode(text)
     assert BYTES.decode(ids) == text == "".join(BYTES.pieces(ids))
     if not any(tag in text for tag in (*TAGS, "<pad>", "<eos>")):
@@ -192,7 +192,7 @@ def test_raw_prompts_and_texts_are_those_of_transformers(folder: Path) -> None:
 
 @pytest.mark.parametrize("adds", [True, False, None], ids=str)
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
-def test_tokenizer_json_alone_says_what_opens_a_raw_prompt(kind: str, adds: bool | None, tmp_path: Path) -> None:
+def test_tokenizer_json_alone_decides_the_first_tokens_of_a_raw_prompt(kind: str, adds: bool | None, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     folder = folder_of(tmp_path, kind, add_bos_token=adds, add_eos_token=adds)
     ids = Tokenizer.load(folder).encode_prompt("Tom has")

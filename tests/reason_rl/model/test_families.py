@@ -120,7 +120,7 @@ def test_transformers_does_not_take_our_kernels_for_its_own():
     assert not is_kernels_available()
 
 
-def test_every_family_is_held_to_transformers():
+def test_every_family_is_compared_with_transformers():
     assert {kind for kind, _ in CASES.values()} == set(FAMILIES)
     assert {"auto", *FAMILIES} == set(get_args(get_type_hints(ModelConfig)["family"]))
 
@@ -304,7 +304,7 @@ def test_our_export_loads_in_transformers_with_equal_logits(name: str, changed: 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_familys_own_keys_say_all_of_it(name: str, tmp_path: Path):
+def test_a_familys_own_keys_describe_it_completely(name: str, tmp_path: Path):
     saved(tmp_path, name)
     config, vocab_size = read_model_config(tmp_path)
     save_weights(tmp_path / "out", tiny_model(config).state_dict(), config, vocab_size, 1)

@@ -74,7 +74,7 @@ def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def turned(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
     """One head at one position: pairs (c, c + C/2) as complex numbers."""
-    half = x.shape[0] // 2  # of what is turned
+    half = x.shape[0] // 2  # of the rotated part
     angle = torch.tensor([position * theta ** (-2 * c / x.shape[0]) for c in range(half)], dtype=torch.float64)
     z = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat((z.real, z.imag))

@@ -64,7 +64,7 @@ def rewrite(folder: Path, **changes: Any) -> None:
 # --- round trips ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_what_was_saved_is_loaded_to_the_bit(name: str, tmp_path: Path):
+def test_saved_weights_load_to_the_same_bits(name: str, tmp_path: Path):
     model = saved(tmp_path / "new" / "folder", VARIANTS[name])
     loaded = load_model(tmp_path / "new" / "folder")
     assert loaded.config == VARIANTS[name] and loaded.vocab_size == VOCAB_SIZE
@@ -245,7 +245,7 @@ def test_a_feature_that_is_named_but_switched_off_is_accepted(change: dict[str, 
     assert config_from_json({**config_to_json(BASE, VOCAB_SIZE, 3), **change}) == (BASE, VOCAB_SIZE)
 
 
-def test_dense_layers_may_be_said_by_a_step():
+def test_dense_layers_may_be_given_by_a_step():
     values = config_to_json(BASE, VOCAB_SIZE, 3) | {"decoder_sparse_step": 2, "intermediate_size": 14}
     assert config_from_json(values)[0] == replace(BASE, num_dense_layers=1, intermediate_size=14)
     with pytest.raises(ValueError, match=r"make layers \[0, 2\] of 4 dense"):

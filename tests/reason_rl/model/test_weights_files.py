@@ -58,7 +58,7 @@ def test_a_tensor_larger_than_a_shard_has_one_to_itself(tmp_path: Path):
     assert torch.equal(load_model(tmp_path).embedding.weight, tiny_model(MOE).embedding.weight)
 
 
-def test_what_was_saved_in_shards_is_loaded_to_the_bit(tmp_path: Path):
+def test_saved_shards_load_to_the_same_bits(tmp_path: Path):
     before, after = saved(tmp_path).state_dict(), load_model(tmp_path).state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
@@ -159,7 +159,7 @@ def test_layers_that_predict_further_tokens_are_left_out_by_name(tmp_path: Path)
     load_model(tmp_path / "out")
 
 
-# --- what is carried to the next folder
+# --- files and keys that are copied to the next folder
 
 def test_side_files_and_other_keys_of_config_json_go_on(tmp_path: Path):
     model = saved(tmp_path / "in")
@@ -272,7 +272,8 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 def test_loading_takes_the_memory_of_the_weights_and_a_chunk(weights_dtype: str, tmp_path: Path):
     config = replace(MOE, num_hidden_layers=4, hidden_size=256, num_experts=16, moe_intermediate_size=512,
                      tie_word_embeddings=False, max_position_embeddings=64)
-    wanted = write_bf16_folder(tmp_path, config, 20_000, shard_bytes=1 << 30)  # one file: if it were mapped whole, the peak would exceed the limit
+    # One file: if it were mapped whole, the peak would exceed the limit.
+    wanted = write_bf16_folder(tmp_path, config, 20_000, shard_bytes=1 << 30)
     before, peak, held, head, expert = measure(tmp_path, weights_dtype, chunk_bytes=4 << 20)
     assert head == float(wanted["lm_head.weight"][-1, -1])
     assert expert == float(wanted["model.layers.3.mlp.experts.15.down_proj.weight"][0, 0])

@@ -62,7 +62,7 @@ def test_a_right_answer_out_of_format_still_counts_as_right() -> None:
     assert score.parts == {"accuracy": 1.0, "format": 0.0, "overlong": 0.0} and score.value == 1.0
 
 
-def test_the_task_says_what_decides_accuracy_unless_the_config_does() -> None:
+def test_the_task_chooses_the_accuracy_verifier_unless_the_config_does() -> None:
     text = "<think></think><answer>5.0</answer>"
     assert grade(PROGRAM, text, Config()).parts["accuracy"] == 0.0
     assert grade(PROGRAM, text, Config(reward=RewardConfig(verifier="math"))).parts["accuracy"] == 1.0

@@ -32,7 +32,7 @@ def reward_model(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_reward_model_scores_what_its_head_says_of_the_last_token(reward_model: Path) -> None:
+def test_a_reward_models_score_is_its_heads_output_at_the_last_token(reward_model: Path) -> None:
     model = load_reward_model(str(reward_model))
     scores = [model.score(model.encode(PROMPT + text)) for text in ("<think></think><answer>6</answer>", "7", "8")]
     assert all(0 < score < 1 for score in scores) and len(set(scores)) == 3
@@ -61,4 +61,5 @@ def test_a_reward_model_without_its_head_is_a_clear_error(reward_model: Path) ->
     (reward_model / HEAD_FILE).unlink()
     score = grade(PROBLEM, "7", Config(reward=RewardConfig(model=str(reward_model))))
     assert not score.is_graded and f"has no {HEAD_FILE}" in score.cause
-    assert score.cause.startswith("model start: ")  # weights are loaded at the worker's start, which counts for no request's deadline
+    # Weights are loaded at the worker's start, which counts for no request's deadline.
+    assert score.cause.startswith("model start: ")

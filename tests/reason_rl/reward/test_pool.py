@@ -283,7 +283,7 @@ def test_no_process_and_no_thread_stays_behind() -> None:
         service.submit("echo", {"x": 1})
 
 
-def test_a_service_that_nobody_holds_any_more_ends_its_workers() -> None:
+def test_a_service_without_references_ends_its_workers() -> None:
     service = VerifierService([ECHO], num_workers=1)
     service.grade("echo", [{"x": 1}])
     (pid,) = service.worker_pids()

@@ -167,7 +167,7 @@ OBJECTIVES: dict[str, tuple[Objective, str]] = {
 
 
 def resolved_spec(config: Config) -> LossSpec:
-    """constant_length 0 stands for the token budget of a completion."""
+    """constant_length 0 means the token budget of a completion."""
     return dataclasses.replace(config.loss, constant_length=config.loss.constant_length or config.sampling.max_tokens)
 
 

@@ -31,7 +31,7 @@ def given(tmp_path: Path) -> list[str]:
             "--task.heldout_share=0.3", "--eval.final_problems=6"]
 
 
-def test_a_run_on_a_file_ends_with_a_checkpoint_and_lists_what_it_left_out(given: list[str], tmp_path: Path, monkeypatch, capsys):
+def test_a_run_on_a_file_ends_with_a_checkpoint_and_lists_the_rows_left_out(given: list[str], tmp_path: Path, monkeypatch, capsys):
     never_stop(monkeypatch)
     assert run_here(tmp_path, *given, "--task.on_bad_row=skip") == 0
     run = tmp_path / "tiny"

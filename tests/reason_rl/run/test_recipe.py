@@ -136,7 +136,9 @@ def test_a_large_files_digest_sees_a_change_of_size_and_of_a_sampled_block(tmp_p
     assert len(set(digests)) == 3
 
 
-def test_three_stages_run_in_order_each_from_the_one_before_and_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_three_stages_run_in_order_each_from_the_one_before_and_a_stopped_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     never_stop(monkeypatch)
     quick = ["--eval.every=0", "--eval.pass_at_k=0", "--eval.final_problems=4", "--eval.final_samples=1", "--pretrain.steps=12"]
     for name in ("whole", "stopped"):
@@ -146,7 +148,7 @@ def test_three_stages_run_in_order_each_from_the_one_before_and_a_stopped_run_go
     assert list(dict.fromkeys(row["stage"] for row in rows(whole))) == ["pretrain", "first", "second"]
     assert [row["step"] for row in rows(whole, stage="second", phase="train")] == [1, 2, 3]
     ends, starts = rows(whole, stage="first", phase="eval")[-1], rows(whole, stage="second", phase="eval")[0]
-    assert ends["step"] == 2 and starts["step"] == 0  # the second stage measures what the first one made
+    assert ends["step"] == 2 and starts["step"] == 0  # the second stage first evaluates the first one's weights
 
     # Stopped in every stage in turn: after 10 steps of pretraining, 1 of the first, 1 and 2 of the second.
     for num_questions in (1, 1 + 1, 1, 1):

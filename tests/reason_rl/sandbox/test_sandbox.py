@@ -192,7 +192,7 @@ def test_jails_end_with_a_worker_that_is_killed() -> None:
 
 
 @pytest.mark.parametrize("number", [os.getpid(), 1 << 30], ids=["own", "unused"])
-def test_a_scratch_folder_is_an_orphan_only_once_nobody_holds_its_lock(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scratch_folder_is_an_orphan_only_once_its_lock_is_free(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The owner's process id decides nothing: in another process namespace it may be another process or none."""
     monkeypatch.setattr(sandbox, "SCRATCH_PREFIX", f"reason_rl_test_{os.getpid()}_")
     monkeypatch.setattr(sandbox.os, "getpid", lambda: number)

@@ -163,7 +163,8 @@ def test_programs_that_escape_are_programs() -> None:
     ("remove the folder", "content"), ("TCP to the parent", "TCP"), ("UDP to the parent", "UDP"),
     ("processors of the parent", "priority"), ("subprocess", "is left"),
 ])
-def test_the_harm_of_an_attack_without_a_sandbox_is_detected(name: str, sign: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_harm_of_an_attack_without_a_sandbox_is_detected(
+        name: str, sign: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that `harm` above is known to detect harm. Each of these attacks is harmless."""
     monkeypatch.setattr("tests.reason_rl.reward.attacks.world.GRACE_S", 0.5)
     (attack,) = [attack for attack in load("code_escape", **world.places()) if attack.name == name]
