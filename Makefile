@@ -70,6 +70,7 @@ bench: .venv/.ready .venv/.native
 lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/lint_tree.py
 
 clean:
 	rm -rf .venv build dist *.egg-info kernels/_native*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

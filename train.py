@@ -24,7 +24,7 @@ from reason_rl.run.stage_folder import Interrupted
 def main(config: Config) -> int:
     world = init_world(config.run)
     try:
-        folder = open_run(config, world)  # begin, go on, or already finished
+        folder = open_run(config, world)  # a new run, one to resume, or a finished one
         if folder.is_finished:
             if world.is_main:
                 print(f"{folder.path} is finished: see {write_report(folder.path)}. --resume never runs it again, in a new folder.")
@@ -35,7 +35,7 @@ def main(config: Config) -> int:
             try:
                 with begin_run(config, recipe, world, folder, view, StopSignal(view.message)) as run:
                     for stage in recipe:
-                        run.complete(stage)  # reused, or trained from where it stopped
+                        run.complete(stage)  # reuses a finished output, or trains from the newest checkpoint
                     run.finish()
             except Interrupted as stopped:
                 again = "The same command" if config.run.resume == "auto" else f"train.py {folder.path}/config.toml"

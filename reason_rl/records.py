@@ -1,4 +1,4 @@
-"""The dataclasses that rooms pass to each other.
+"""The dataclasses that the packages of reason_rl, its "rooms", pass to each other.
 
 A GRPO step passes them on in this order: `Problem` (data) -> `Group` of `Completion`s (engine) -> `Score`
 (reward) -> `Microbatch` (rl) -> `StepStats` (stages). They hold facts, so they are frozen; code that computes
@@ -16,6 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # for annotations alone: a verifier's worker imports `Problem` and must start without torch
     import torch
+
+class ConfigError(ValueError):
+    """A config, or a file of the user's, that cannot be used. The message names the key or file, and expected and actual.
+
+    A command turns it into one line; every other error keeps its traceback.
+    """
+
 
 FinishReason = Literal["stop", "length"]
 

@@ -4,11 +4,11 @@
 
     loss = -gate(r) A,    gate(r) = sigmoid(t (r - 1)) 4 / t,    t = 1.0 if A > 0 else 1.05
 
-At r = 1 the gate has slope 1, so the gradient of an on-policy token is that of -r A. Farther from 1 it fades, but unlike
-a clip's it never becomes 0.
+At r = 1 the gate has slope 1, so the gradient of an on-policy token is that of -r A. Farther from 1 it fades,
+but unlike a clip's it never becomes 0.
 
-A surrogate is one function, named in the config as "module:function". No kernel implements this one, so the reference
-loss runs, and one line says so.
+A surrogate is one function, named in the config as "module:function". No kernel implements this one, so the
+reference loss runs, and one line says so.
 """
 
 from __future__ import annotations

@@ -1,9 +1,13 @@
 """A task: write a word backwards.
 
-    .venv/bin/python train.py --name reverse --task.name=examples.tasks.reverse:Reverse
+    .venv/bin/python train.py --name reverse --task.name=examples.tasks.reverse:Reverse --pretrain.direct_noise=0.7
 
-A generated task needs `levels` and `draw`. The other three methods write the documents that a base model is pretrained
-on. To train a checkpoint (--model.init_from=FOLDER), subclass `Task` and leave them out. See docs/tasks.md.
+direct_noise makes 70% of the corpus's answers without a thought wrong. Otherwise the base model learns from
+them to reverse at once, and RL finds nothing to improve.
+
+A generated task needs `levels` and `draw`. The other three methods write the documents that a base model is
+pretrained on. To train a checkpoint (--model.init_from=FOLDER), subclass `Task` and leave them out. See
+docs/tasks.md.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ class Reverse(CorpusTask):
         return Work(lines=tuple(word[:end][::-1] for end in range(1, len(word) + 1)), answer=exercise.answer)
 
     def wrong_answer(self, rng: random.Random, exercise: Exercise) -> str:
-        """Used if pretrain.direct_noise asks for guesses in the corpus."""
+        """An answer of the corpus without a thought, as often as pretrain.direct_noise asks."""
         return exercise.answer + rng.choice(string.ascii_lowercase)
 
     def fact(self, rng: random.Random, operations: str) -> str:

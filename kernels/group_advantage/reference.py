@@ -12,7 +12,10 @@ import torch
 def group_advantage_reference(
     rewards: torch.Tensor, mask: torch.Tensor | None, kind: str, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """rewards f32|f64[B, G], mask bool[B, G] -> (advantages like rewards, has_signal bool[B])"""
+    """rewards f32|f64[B, G], mask bool[B, G] -> (advantages like rewards, has_signal bool[B])
+
+    B prompts, G completions per prompt. mask: True for a completion that was graded; None: all were.
+    """
     # Statistics of each group, in f64.
     if mask is None:
         mask = torch.ones_like(rewards, dtype=torch.bool)
@@ -35,7 +38,7 @@ def group_advantage_reference(
     elif kind == "leave_one_out":
         # r - (n * mean - r) / (n - 1) = (r - mean) * n / (n - 1)
         advantages = centered * (n / (n - 1).clamp(min=1))
-    else:
+    else:  # batch_std
         num_unmasked = mask.sum()
         batch_mean = r.sum() / num_unmasked.clamp(min=1)
         squares = (r - batch_mean).where(mask, 0.0).square().sum()

@@ -71,12 +71,12 @@ def _exp(log_ratio: torch.Tensor) -> torch.Tensor:
 
 
 def _at_level(log_ratio: torch.Tensor, sequence_index: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """[N] -> [N]: each token reads the mean of its sequence, and its gradient reaches its own logprob
-    undivided.
+    """[N] -> [N]: the value at each token is the mean over its sequence; the gradient goes to the token's own
+    logprob, undivided.
 
-    The undivided gradient is GSPO-token's, arXiv:2507.18071 eq. 14. It equals the gradient through the mean:
-    the len equal terms of a sequence each owe 1/len of their gradient to every token, and len * 1/len = 1. It
-    spares the backward pass a scatter, whose order of addition a GPU does not keep.
+    This is GSPO-token, arXiv:2507.18071 eq. 14. Its gradient equals that through the mean if all len terms of
+    a sequence are equal: each term passes 1/len of its gradient to every token, so a token gets len * 1/len = 1
+    of it. This form needs no scatter in the backward pass, whose order of addition varies on a GPU.
     """
     constant = log_ratio.detach()
     sums = torch.segment_reduce(constant, "sum", lengths=lengths, initial=0, unsafe=True)  # [S]; unsafe: no device sync

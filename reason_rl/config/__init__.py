@@ -1,6 +1,5 @@
 """The run's configuration: schema.py its sections, load.py TOML and command line, checks.py what cannot run, help.py `--help`."""
 
-from reason_rl.config.checks import ConfigError
 from reason_rl.config.load import (
     config_difference,
     config_of_stage,
@@ -22,6 +21,7 @@ from reason_rl.config.schema import (
     StageConfig,
 )
 from reason_rl.config.task import TaskConfig
+from reason_rl.records import ConfigError
 
 __all__ = [
     "Config", "ConfigError", "EngineConfig", "EvalConfig", "ModelConfig", "OptimConfig", "PretrainConfig", "RLConfig", "RewardConfig", "RunConfig",

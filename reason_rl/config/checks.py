@@ -9,12 +9,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from reason_rl.records import ConfigError
+
 if TYPE_CHECKING:
     from reason_rl.config.schema import Config, ModelConfig
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names the key, what was expected and what came."""
 
 
 # The ranges, by dotted key.
@@ -111,8 +109,9 @@ def check_model(model: ModelConfig) -> None:
 
 def _check_names(config: Config) -> None:
     run = config.run
-    if not run.name or run.name in (".", "..") or "/" in run.name:
-        raise ConfigError(f"run.name must be the name of a folder in {run.out_dir}/, got {run.name!r}")
+    if not run.name or run.name in (".", "..", "stages") or "/" in run.name:
+        raise ConfigError(f"run.name must be the name of a folder in {run.out_dir}/, and not stages (all runs share that), "
+                          f"got {run.name!r}")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", run.device):
         raise ConfigError(f"run.device must be auto, cpu, cuda or cuda:<number>, got {run.device!r}")
 

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from reason_rl.config.checks import ConfigError, check_config
+from reason_rl.config.checks import check_config
 from reason_rl.config.schema import Config, StageConfig
+from reason_rl.records import ConfigError
 
 SECTIONS = tuple(field.name for field in dataclasses.fields(Config) if field.metadata.get("is_section", True))
 # Shorthands that every trainer has: --device cpu, --dtype float32, --seed 1, ... stand for --run.device=cpu, ...

@@ -25,6 +25,8 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
+from reason_rl.records import ConfigError
+
 MAX_LINES = 1_000_000
 """Limit on executed lines of the compiled template in one render: about a second's work."""
 MAX_CHARACTERS = 1_000_000
@@ -43,7 +45,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"the chat template of {folder} is not a valid template: line {error.lineno}: "
+            raise ConfigError(f"the chat template of {folder} is not a valid template: line {error.lineno}: "
                              f"{error.message}") from error
 
     def render(self, messages: Sequence[Message], day: datetime, **variables: Any) -> str:
@@ -53,7 +55,7 @@ class ChatTemplate:
         try:
             return _bounded(self._template.generate(given))
         except Exception as error:  # a template may raise anything
-            raise ValueError(f"the chat template of {self._folder} fails: {type(error).__name__}: {error}") from error
+            raise ConfigError(f"the chat template of {self._folder} fails: {type(error).__name__}: {error}") from error
 
 
 class Sandbox(ImmutableSandboxedEnvironment):

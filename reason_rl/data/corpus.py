@@ -41,7 +41,7 @@ def corpus_documents(config: Config, tokenizer: Tokenizer, start: int, count: in
     encoded = tokenizer.encode_batch([text for text, _, _ in drawn])
     longest = max(map(len, encoded), default=0) + 1
     if longest > config.model.max_position_embeddings:
-        raise ValueError(f"a corpus document has {longest} tokens, but model.max_position_embeddings = "
+        raise ConfigError(f"a corpus document has {longest} tokens, but model.max_position_embeddings = "
                          f"{config.model.max_position_embeddings}: raise it, or lower task.max_level")
     return [Document((*token_ids, tokenizer.eos_id), kind, level)
             for token_ids, (_, kind, level) in zip(encoded, drawn)]

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from reason_rl.records import ConfigError
+
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
@@ -51,7 +53,7 @@ def read_side_files(folder: Path) -> SideFiles:
 def _ids(value: object, key: str, folder: Path) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(one) is int and one >= 0 for one in ids):
-        raise ValueError(f"{folder}: {key} must be a token id or a list of them, got {value!r}")
+        raise ConfigError(f"{folder}: {key} must be a token id or a list of them, got {value!r}")
     return tuple(ids)
 
 
@@ -66,11 +68,11 @@ def _chat_template(folder: Path, value: object) -> str:
         value = {one.get("name"): one.get("template") for one in value if isinstance(one, dict)}
     if isinstance(value, dict):
         if "default" not in value:
-            raise ValueError(f"{folder}/tokenizer_config.json has several chat templates ({', '.join(map(str, value))}) and none "
+            raise ConfigError(f"{folder}/tokenizer_config.json has several chat templates ({', '.join(map(str, value))}) and none "
                              f"is named 'default': put the one to use into {CHAT_TEMPLATE_FILE}")
         value = value["default"]
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{folder}/tokenizer_config.json: chat_template must be text or a list of named texts, got "
+        raise ConfigError(f"{folder}/tokenizer_config.json: chat_template must be text or a list of named texts, got "
                          f"{type(value).__name__}")
     return value or ""
 
@@ -82,7 +84,7 @@ def _read_table(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ConfigError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it must hold a JSON object, got {type(values).__name__}")
+        raise ConfigError(f"{path} is damaged: it must hold a JSON object, got {type(values).__name__}")
     return values

@@ -18,6 +18,7 @@ import tokenizers
 from reason_rl.config import Config
 from reason_rl.data.chat import ChatTemplate
 from reason_rl.data.side_files import SideFiles, read_side_files
+from reason_rl.records import ConfigError
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 CHARACTERS = string.digits + string.ascii_lowercase + "+-*/()=<>,.:!? \n"
@@ -65,7 +66,7 @@ class Tokenizer:
         """The id of a single token such as `<think>`."""
         found = self._inner.token_to_id(token)
         if found is None:
-            raise ValueError(f"the tokenizer has no token {token!r} among its {self.vocab_size}")
+            raise ConfigError(f"the tokenizer has no token {token!r} among its {self.vocab_size}")
         return int(found)
 
     def has_token(self, token: str) -> bool:
@@ -146,31 +147,31 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> Tokenizer:
         path = Path(folder) / FILE_NAME
         if not path.parent.is_dir():
-            raise ValueError(f"no checkpoint folder at {folder}")
+            raise ConfigError(f"no checkpoint folder at {folder}")
         if not path.is_file():
-            raise ValueError(f"no {FILE_NAME} in {folder}: expected a checkpoint folder with its tokenizer")
+            raise ConfigError(f"no {FILE_NAME} in {folder}: expected a checkpoint folder with its tokenizer")
 
         # The library raises a bare Exception for a bad file.
         try:
             text = path.read_text(encoding="utf-8")
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:
-            raise ValueError(f"{path} is not a readable tokenizer file: {error}") from error
+            raise ConfigError(f"{path} is not a readable tokenizer file: {error}") from error
 
         # Errors about its tokens name the folder.
         try:
             return cls(inner, read_side_files(Path(folder)), text)
         except ValueError as error:
-            raise ValueError(error if str(folder) in str(error) else f"{folder}: {error}") from error
+            raise ConfigError(error if str(folder) in str(error) else f"{folder}: {error}") from error
 
     def _stop_ids(self, side: SideFiles) -> tuple[int, ...]:
         for token_id in side.eos_ids:
             if self._inner.id_to_token(token_id) is None:
-                raise ValueError(f"eos_token_id {token_id} is not one of the tokenizer's {self.vocab_size} tokens")
+                raise ConfigError(f"eos_token_id {token_id} is not one of the tokenizer's {self.vocab_size} tokens")
         named = (self.id_of(side.special["eos_token"]),) if "eos_token" in side.special else ()
         found = (*named, *side.eos_ids) or tuple(self.id_of(name) for name in EOS_NAMES if self.has_token(name))[:1]
         if not found:
-            raise ValueError(f"the tokenizer has no end-of-text token; looked for {', '.join(EOS_NAMES)}")
+            raise ConfigError(f"the tokenizer has no end-of-text token; looked for {', '.join(EOS_NAMES)}")
         return tuple(dict.fromkeys(found))
 
     def _pad_id(self, side: SideFiles) -> int:
@@ -182,7 +183,7 @@ class Tokenizer:
     def _check_characters(self, text: str) -> None:
         if self._alphabet is not None and not self._alphabet.issuperset(text):
             unknown = next(c for c in text if c not in self._alphabet)
-            raise ValueError(f"character {unknown!r} at position {text.index(unknown)} of {text!r} is not in the "
+            raise ConfigError(f"character {unknown!r} at position {text.index(unknown)} of {text!r} is not in the "
                              f"tokenizer's alphabet {''.join(sorted(self._alphabet))!r}")
 
 

@@ -1,4 +1,4 @@
-"""The pool of KV blocks: a free list, and reference counts: completions share their prompt's blocks."""
+"""The pool of KV blocks: a free list, with reference counts because completions share prompt blocks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         return len(self._free)
+
+    def ref_count(self, block: int) -> int:
+        """Sequences that hold the block; 0: it is free."""
+        return self._ref_counts[block]
 
     def allocate(self, count: int) -> list[int]:
         """`count` free blocks, each with ref_count 1."""

@@ -24,7 +24,7 @@ from reason_rl.engine.graphs import StepGraphs
 from reason_rl.engine.native_decode import DecodeBatch, decode, pack_model, unsupported_reason
 from reason_rl.engine.scheduler import Prompt, Sequence, num_blocks_for
 from reason_rl.model.transformer import RoutedExperts, Transformer
-from reason_rl.records import SamplingParams
+from reason_rl.records import ConfigError, SamplingParams
 
 
 class Drawn(NamedTuple):
@@ -61,7 +61,7 @@ def picks_native(model: Transformer, decoder: str) -> bool:
     """Whether `engine.decoder` selects the native decoder; ValueError if it must and cannot."""
     reason = unsupported_reason(model) if decoder != "ops" else "engine.decoder='ops'"
     if decoder == "native" and reason:
-        raise ValueError(f"engine.decoder='native' cannot decode this model: {reason}")
+        raise ConfigError(f"engine.decoder='native' cannot decode this model: {reason}")
     return not reason
 
 

@@ -26,7 +26,7 @@ from reason_rl.engine.decoders import Decoder, Drawn, NativeDecoder, OpDecoder, 
 from reason_rl.engine.graphs import StepGraphs
 from reason_rl.engine.scheduler import Prompt, Scheduler, Sequence, num_blocks_for
 from reason_rl.model.transformer import RoutedExperts, Transformer
-from reason_rl.records import Completion, FinishReason, Group, Problem, SamplingParams
+from reason_rl.records import Completion, ConfigError, FinishReason, Group, Problem, SamplingParams
 
 WAITING_HORIZON = 4
 """Most tokens drawn in one call while sequences wait: a finished sequence should make room soon."""
@@ -35,6 +35,8 @@ OnToken = Callable[[Problem, int, int], None]
 """(problem, sample_index, token_id), called as each token is sampled."""
 OnFinish = Callable[[Problem, Completion], None]
 """(problem, completion), called as each completion ends, while others are still being sampled."""
+OnStep = Callable[[Scheduler], None]
+"""Reads the scheduler's state, after each admission and before each decode call, which then draws one token."""
 
 
 def noise_key(run_seed: int, step: int, problem_id: int, sample_index: int) -> int:
@@ -52,13 +54,13 @@ def check_fits(problems: SequenceOf[Problem], max_tokens: int, max_position_embe
     """ValueError if a prompt is empty, or does not fit the context or num_blocks (0: any) with max_tokens."""
     longest = max(len(p.prompt_ids) for p in problems)
     if min(len(p.prompt_ids) for p in problems) == 0:
-        raise ValueError("a prompt must hold at least one token, got an empty one")
+        raise ConfigError("a prompt must hold at least one token, got an empty one")
     if longest + max_tokens > max_position_embeddings:
-        raise ValueError(f"a prompt of {longest} tokens and sampling.max_tokens = {max_tokens} "
+        raise ConfigError(f"a prompt of {longest} tokens and sampling.max_tokens = {max_tokens} "
                          f"do not fit model.max_position_embeddings = {max_position_embeddings}")
     needed = num_blocks_needed(longest, max_tokens)
     if num_blocks and needed > num_blocks:
-        raise ValueError(f"a prompt of {longest} tokens with sampling.max_tokens = {max_tokens} needs {needed} KV "
+        raise ConfigError(f"a prompt of {longest} tokens with sampling.max_tokens = {max_tokens} needs {needed} KV "
                          f"blocks of {BLOCK_SIZE}, but engine.num_blocks = {num_blocks}")
 
 
@@ -69,6 +71,8 @@ class Engine:
         self.model, self.config, self.run_seed = model, config, run_seed
         self.device = model.embedding.weight.device
         self.num_preemptions = 0
+        self.on_step: OnStep | None = None
+        """An observer; it must not change what it is given."""
         self._cache: KVCache | None = None
         self.graphs = StepGraphs(config.cuda_graph_batch) if config.cuda_graph_batch and self.device.type == "cuda" else None
 
@@ -86,7 +90,7 @@ class Engine:
         if not problems:
             return []
         scheduler = Scheduler(self._pool(problems, group_size, sampling), self.config.max_num_seqs)
-        rollout = _Rollout(scheduler, sampling, policy_version, on_token, on_finish)
+        rollout = _Rollout(scheduler, sampling, policy_version, on_token, on_finish, self.on_step)
         decoder = self._decoder(with_routed_experts)
         sequences = [
             Sequence(prompt, index, noise_key(self.run_seed, step, prompt.problem.problem_id, index))
@@ -101,6 +105,8 @@ class Engine:
             admitted = scheduler.admit()
             assert scheduler.running, "nothing runs and nothing can be admitted: the pool is smaller than one sequence"
             self._prefill(admitted, with_routed_experts)
+            if admitted and self.on_step is not None:
+                self.on_step(scheduler)
             new = [s for s in admitted if not s.token_ids]
             if new:
                 rollout.record(new, self._first_tokens(new, sampling))
@@ -228,6 +234,7 @@ class _Rollout:
     policy_version: int
     on_token: OnToken | None
     on_finish: OnFinish | None
+    on_step: OnStep | None
     completions: dict[Sequence, Completion] = field(default_factory=dict)
 
     def group(self, sequences: list[Sequence]) -> Group:
@@ -241,10 +248,12 @@ class _Rollout:
         scheduler, most = self.scheduler, self.sampling.max_tokens
         running = scheduler.running[:]
         horizon = min(decoder.horizon, WAITING_HORIZON) if scheduler.waiting else decoder.horizon
-        if self.on_token is not None:
+        if self.on_token is not None or self.on_step is not None:
             horizon = 1
         if horizon > 1:
             scheduler.reserve_ahead(horizon, num_blocks_for(most))
+        if self.on_step is not None:
+            self.on_step(scheduler)
         limits = [min(horizon, scheduler.room(s), most - len(s.token_ids)) for s in running]
         self.record(running, decoder.decode(running, limits, self.sampling))
 

@@ -31,7 +31,7 @@ from reason_rl.eval.folder import SUMMARY_FILE, EvalFolder
 from reason_rl.eval.metrics import may_vote, problem_row, summarise
 from reason_rl.eval.plan import DEFAULT_MAX_TOKENS, Plan, make_plan
 from reason_rl.model.transformer import Transformer
-from reason_rl.model.weights import load_model
+from reason_rl.model.weights import load_for_sampling
 from reason_rl.parallel.world import World, close_world, end_process, init_world
 from reason_rl.records import Completion, Group, Problem
 from reason_rl.reward import Grader
@@ -136,8 +136,7 @@ def prepare(options: argparse.Namespace, overrides: Sequence[str], stack: ExitSt
     missing = [problem for problem in plan.problems if problem.problem_id not in done]
     model = None
     if missing:
-        model = load_model(plan.checkpoint, world.dtype, weights_dtype=world.dtype).to(world.device).requires_grad_(False)
-        model.set_batch_invariant(plan.config.run.exact != "off")
+        model = load_for_sampling(plan.checkpoint, world.device, world.dtype, plan.config.run.exact != "off")
     return Evaluation(plan, world, folder, missing, model)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from reason_rl.parallel.world import World
+from reason_rl.records import ConfigError
 from reason_rl.report.files import atomic_write_text, finite, jsonl, read_jsonl
 
 SETTING_FILE, ROWS_FILE, SUMMARY_FILE = "setting.json", "problems.jsonl", "summary.json"
@@ -45,7 +46,7 @@ class EvalFolder:
                 refusal = str(error)
         done, refusal = self.world.gather((done, refusal))[0]
         if refusal:
-            raise ValueError(refusal)
+            raise ConfigError(refusal)
         return done
 
     def _write_setting(self) -> None:
@@ -56,7 +57,7 @@ class EvalFolder:
             try:
                 old = json.loads(path.read_text(encoding="utf-8"))
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path} is damaged: {error}") from error
+                raise ConfigError(f"{path} is damaged: {error}") from error
             if old == self.setting:
                 return
 
@@ -64,7 +65,7 @@ class EvalFolder:
         if any(file.stat().st_size for file in [self.path / ROWS_FILE, *self._files_of_ranks()] if file.is_file()):
             differences = [f"{key}: {old.get(key)!r} -> {self.setting.get(key)!r}"
                            for key in dict.fromkeys([*old, *self.setting]) if old.get(key) != self.setting.get(key)]
-            raise ValueError(f"{self.path} has an evaluation of another setting; give this one another --out. "
+            raise ConfigError(f"{self.path} has an evaluation of another setting; give this one another --out. "
                              "The differences:\n  " + "\n  ".join(differences))
         self.path.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, json.dumps(self.setting, indent=2) + "\n")

@@ -74,7 +74,7 @@ def make_plan(options: argparse.Namespace, overrides: Sequence[str]) -> Plan:
     checkpoint = Path(options.checkpoint)
     tokenizer, (model, vocab_size) = Tokenizer.load(checkpoint), read_model_config(checkpoint)
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"{checkpoint}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {vocab_size}")
+        raise ConfigError(f"{checkpoint}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {vocab_size}")
     ks = parse_ks(options.k, options.samples)
     path = options.config or config_of_run(checkpoint)
     config = resolve_config(path, options, overrides, checkpoint)
@@ -106,13 +106,13 @@ def select_problems(source: Problems, config: Config, split: str, count: int | N
     count None: all problems of a file; of a generated task as many as in a run's last evaluation.
     """
     if count is not None and count < 1:
-        raise ValueError(f"--problems must be at least 1, got {count}")
+        raise ConfigError(f"--problems must be at least 1, got {count}")
 
     # A generated task has no end.
     if source.num_train is None or source.num_heldout is None:
         count = config.eval.final_problems if count is None else count
         if split == "all":
-            raise ValueError(f"task {config.task.name!r} generates its problems without end: --split must be heldout or rl")
+            raise ConfigError(f"task {config.task.name!r} generates its problems without end: --split must be heldout or rl")
         return source.heldout(count) if split == "heldout" else source.train(0, count)
 
     # A task from files: held-out problems as a run takes them, others in a shuffle with a fixed key.
@@ -121,24 +121,24 @@ def select_problems(source: Problems, config: Config, split: str, count: int | N
     else:
         problems = source.all_known()[: source.num_train if split == "rl" else None]
         if count is not None and count > len(problems):
-            raise ValueError(f"--problems {count}: --split {split} of task {config.task.name!r} has {len(problems)}")
+            raise ConfigError(f"--problems {count}: --split {split} of task {config.task.name!r} has {len(problems)}")
         random.Random(f"0/{split}").shuffle(problems)
     if not problems:
-        raise ValueError(f"task {config.task.name!r} has no problem for --split {split}")
+        raise ConfigError(f"task {config.task.name!r} has no problem for --split {split}")
     return problems[:count]
 
 
 def parse_ks(text: str | None, num_samples: int) -> tuple[int, ...]:
     if num_samples < 1:
-        raise ValueError(f"--samples must be at least 1, got {num_samples}")
+        raise ConfigError(f"--samples must be at least 1, got {num_samples}")
     if text is None:
         return tuple(sorted({1, num_samples}))
     try:
         ks = sorted({int(number) for number in text.split(",")})
     except ValueError:
-        raise ValueError(f"--k must be numbers like 1,4,16, got {text!r}") from None
+        raise ConfigError(f"--k must be numbers like 1,4,16, got {text!r}") from None
     if ks[0] < 1 or ks[-1] > num_samples:
-        raise ValueError(f"--k must be within 1..{num_samples} (--samples), got {text!r}")
+        raise ConfigError(f"--k must be within 1..{num_samples} (--samples), got {text!r}")
     return tuple(ks)
 
 

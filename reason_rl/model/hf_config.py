@@ -18,6 +18,7 @@ from reason_rl.config import ModelConfig
 from reason_rl.config.checks import check_model
 from reason_rl.model.families import FAMILIES, HARMLESS, ONLY, REFUSED, Family
 from reason_rl.model.rope import ORIGINAL, SCALINGS, parse_scaling
+from reason_rl.records import ConfigError
 
 CONFIG_FILE = "config.json"
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", ORIGINAL)
@@ -33,19 +34,19 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ConfigError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it must hold a table, got {type(values).__name__}")
+        raise ConfigError(f"{path} is damaged: it must hold a table, got {type(values).__name__}")
     return values
 
 
 def read_model_config(folder: Path) -> tuple[ModelConfig, int]:
     """config.json of a checkpoint folder -> (ModelConfig, vocab_size)."""
     if not folder.is_dir():
-        raise ValueError(f"no checkpoint folder at {folder}")
+        raise ConfigError(f"no checkpoint folder at {folder}")
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} is not a checkpoint: it has no {CONFIG_FILE}")
+        raise ConfigError(f"{folder} is not a checkpoint: it has no {CONFIG_FILE}")
     return config_from_json(read_json(path))
 
 
@@ -54,7 +55,7 @@ def config_from_json(values: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     name = values.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         reasons = "".join(f"; {key} = {values[key]!r}: {REFUSED[key]}" for key in REFUSED if _is_on(values.get(key)))
-        raise ValueError(f"config.json: model_type must be one of {', '.join(FAMILIES)}, got {name!r}{reasons}")
+        raise ConfigError(f"config.json: model_type must be one of {', '.join(FAMILIES)}, got {name!r}{reasons}")
 
     # Read the family's keys, then the "reason_rl" table on top.
     try:
@@ -62,9 +63,9 @@ def config_from_json(values: Mapping[str, Any]) -> tuple[ModelConfig, int]:
         found = _read_fields(values, FAMILIES[name]) | _own_fields(values)
         vocab_size = values["vocab_size"]
     except KeyError as error:
-        raise ValueError(f"config.json: {error.args[0]} is missing") from error
+        raise ConfigError(f"config.json: {error.args[0]} is missing") from error
     except (TypeError, AttributeError, ZeroDivisionError) as error:  # a string where a table or a number is expected
-        raise ValueError(f"config.json holds a value of the wrong type: {error}") from error
+        raise ConfigError(f"config.json holds a value of the wrong type: {error}") from error
 
     # Check each value by its field's type, then the values together.
     _check_value("vocab_size", vocab_size, int, 1)
@@ -79,7 +80,7 @@ def config_from_json(values: Mapping[str, Any]) -> tuple[ModelConfig, int]:
         check_model(config)
         parse_scaling(config.rope_scaling)
     except ValueError as error:
-        raise ValueError(f"config.json: {error}") from error
+        raise ConfigError(f"config.json: {error}") from error
     return config, vocab_size
 
 
@@ -125,12 +126,12 @@ def _check_keys(values: Mapping[str, Any], family: Family) -> None:
     read |= {*ROPE_KEYS, *WINDOW_KEYS, *DENSE_LAYER_KEYS[family.dense_key], *family.ignored, *family.written}
     for key, value in values.items():
         if key in only and value is not None and value not in only[key]:
-            raise ValueError(f"config.json: {key} must be {' or '.join(map(repr, only[key]))}, got {value!r}")
+            raise ConfigError(f"config.json: {key} must be {' or '.join(map(repr, only[key]))}, got {value!r}")
         if key in REFUSED and _is_on(value):
-            raise ValueError(f"config.json: {key} = {value!r} is not supported: {REFUSED[key]}")
+            raise ConfigError(f"config.json: {key} = {value!r} is not supported: {REFUSED[key]}")
         is_known = key in read or key in only or key in HARMLESS or key.startswith("_")
         if not is_known and _is_on(value):
-            raise ValueError(f"config.json: {key} = {value!r} is not a known key of {values['model_type']}: it may change the "
+            raise ConfigError(f"config.json: {key} = {value!r} is not a known key of {values['model_type']}: it may change the "
                              "model's maths; remove it if it does not")
     _check_windows(values, family)
 
@@ -151,7 +152,7 @@ def _check_windows(values: Mapping[str, Any], family: Family) -> None:
         is_sliding = bool(value_of("use_sliding_window", True)) and is_short and first < values["num_hidden_layers"]
     if is_sliding:
         found = {key: values[key] for key in WINDOW_KEYS if values.get(key) is not None}
-        raise ValueError(f"config.json: sliding windows are not supported, got {found}")
+        raise ConfigError(f"config.json: sliding windows are not supported, got {found}")
 
 
 def _read_fields(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -171,7 +172,7 @@ def _read_fields(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
     found |= {field: read(spellings) for field, spellings in family.keys().items()}
     for field, (key, off, on) in family.switches.items():
         if not isinstance(values.get(key) or False, bool):
-            raise ValueError(f"config.json: {key} must be true or false, got {values[key]!r}")
+            raise ConfigError(f"config.json: {key} must be true or false, got {values[key]!r}")
         found[field] = on if values.get(key) else off
     return found | _read_rope(values, family)
 
@@ -184,7 +185,7 @@ def _num_dense_layers(values: Mapping[str, Any], family: Family, num_hidden_laye
     listed, sparse_step = values.get("mlp_only_layers") or [], values.get("decoder_sparse_step") or 1
     dense = [i for i in range(num_hidden_layers) if i in listed or (i + 1) % sparse_step]
     if dense != list(range(len(dense))):
-        raise ValueError(f"config.json: dense layers must be the first ones, got mlp_only_layers = {listed} and "
+        raise ConfigError(f"config.json: dense layers must be the first ones, got mlp_only_layers = {listed} and "
                          f"decoder_sparse_step = {sparse_step}, which make layers {dense} of {num_hidden_layers} dense")
     return len(dense)
 
@@ -199,7 +200,7 @@ def _read_rope(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
     default = family.default("partial_rotary_factor") or 1.0
     factor = table.pop("partial_rotary_factor", given.get("partial_rotary_factor", default))
     if factor != 1 and "partial_rotary_factor" not in family.fields:
-        raise ValueError(f"config.json: partial_rotary_factor must be 1.0 in a {values['model_type']}, got {factor!r}")
+        raise ConfigError(f"config.json: partial_rotary_factor must be 1.0 in a {values['model_type']}, got {factor!r}")
     found = {"rope_theta": theta, "partial_rotary_factor": factor}
 
     # The scaling, if there is one.
@@ -207,10 +208,10 @@ def _read_rope(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
     rope_type = table.pop("rope_type", old_spelling)
     if rope_type == "default":
         if table:
-            raise ValueError(f"config.json: RoPE of type 'default' has no scaling, got {table}")
+            raise ConfigError(f"config.json: RoPE of type 'default' has no scaling, got {table}")
         return found
     if rope_type not in SCALINGS:
-        raise ValueError(f"config.json: rope_type must be default, {' or '.join(SCALINGS)}, got {rope_type!r}")
+        raise ConfigError(f"config.json: rope_type must be default, {' or '.join(SCALINGS)}, got {rope_type!r}")
     if ORIGINAL in SCALINGS[rope_type][0]:
         # transformers' order: the top-level key, the table's, the context.
         table[ORIGINAL] = given.get(ORIGINAL, table.get(ORIGINAL, values["max_position_embeddings"]))
@@ -222,7 +223,7 @@ def _own_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     own = values.get("reason_rl", {})
     unknown = sorted(own.keys() - {field.name for field in fields(ModelConfig)} | own.keys() & set(NOT_IN_JSON))
     if unknown:
-        raise ValueError(f"config.json: reason_rl has unknown keys {', '.join(unknown)}")
+        raise ConfigError(f"config.json: reason_rl has unknown keys {', '.join(unknown)}")
     return dict(own)
 
 
@@ -230,10 +231,10 @@ def _check_value(name: str, value: object, hint: Any, example: object) -> None:
     """ValueError unless `value` has the field's type and is above 0, or 0 if its default `example` is."""
     if get_args(hint):
         if value not in get_args(hint):
-            raise ValueError(f"config.json: {name} must be one of {', '.join(get_args(hint))}, got {value!r}")
+            raise ConfigError(f"config.json: {name} must be one of {', '.join(get_args(hint))}, got {value!r}")
         return
     types = (int, float) if hint is float else (hint,)
     if not isinstance(value, types) or isinstance(value, bool) != (hint is bool):
-        raise ValueError(f"config.json: {name} must be {hint.__name__}, got {value!r}")
+        raise ConfigError(f"config.json: {name} must be {hint.__name__}, got {value!r}")
     if isinstance(value, int | float) and not isinstance(value, bool) and not (value > 0 or (value == 0 and example == 0)):
-        raise ValueError(f"config.json: {name} must be above 0, got {value!r}")
+        raise ConfigError(f"config.json: {name} must be above 0, got {value!r}")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from reason_rl.config import ModelConfig
+from reason_rl.records import ConfigError
 
 ORIGINAL = "original_max_position_embeddings"
 SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -56,27 +57,27 @@ def parse_scaling(text: str) -> dict[str, Any]:
     try:
         table = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"rope_scaling must be a table as JSON, got {text!r}") from error
+        raise ConfigError(f"rope_scaling must be a table as JSON, got {text!r}") from error
     if not isinstance(table, dict) or table.get("rope_type") not in SCALINGS:
-        raise ValueError(f"rope_scaling: rope_type must be one of {', '.join(SCALINGS)}, "
+        raise ConfigError(f"rope_scaling: rope_type must be one of {', '.join(SCALINGS)}, "
                          f"got {table.get('rope_type') if isinstance(table, dict) else table!r}")
 
     # Every required key, no unknown one.
     required, optional = SCALINGS[table["rope_type"]]
     unknown = sorted(table.keys() - {"rope_type", *required, *optional})
     if unknown or not table.keys() >= set(required):
-        raise ValueError(f"rope_scaling of type {table['rope_type']} has the keys {', '.join((*required, *optional))}; "
+        raise ConfigError(f"rope_scaling of type {table['rope_type']} has the keys {', '.join((*required, *optional))}; "
                          f"missing {sorted(set(required) - table.keys())}, unknown {unknown}")
 
     # Values: numbers above 0, but for `truncate`.
     for key, value in table.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if key == "truncate" and not isinstance(value, bool):
-            raise ValueError(f"rope_scaling: truncate must be true or false, got {value!r}")
+            raise ConfigError(f"rope_scaling: truncate must be true or false, got {value!r}")
         if key not in ("rope_type", "truncate") and not (is_number and 0 < value < math.inf):
-            raise ValueError(f"rope_scaling: {key} must be a number above 0, got {value!r}")
+            raise ConfigError(f"rope_scaling: {key} must be a number above 0, got {value!r}")
     if table["rope_type"] == "llama3" and not table["low_freq_factor"] < table["high_freq_factor"]:
-        raise ValueError(f"rope_scaling: low_freq_factor = {table['low_freq_factor']} must be below "
+        raise ConfigError(f"rope_scaling: low_freq_factor = {table['low_freq_factor']} must be below "
                          f"high_freq_factor = {table['high_freq_factor']}")
     return table
 

@@ -3,8 +3,9 @@
     tokens -> embedding -> L x [x + attention(norm(x)); x + mlp(norm(x))] -> norm -> hidden states
 
 Training, prefill and op-by-op decode run this forward. They differ in `attn_fn` alone, which attends over the
-packed tokens or over the paged KV cache. The LM head is not applied here: `linear_logprob` (training) and
-`sample` (engine) take `model.head_weight`, so [T, V] logits are never stored.
+packed tokens or over the paged KV cache. The LM head is not applied here. The ops that need it take
+`model.head_weight`: `linear_grpo_loss` and `linear_logprob` (training), `sample` (engine). So the trainer
+never stores [T, V] logits.
 
 Numerics: parameters are float32 masters. The ops round matrices to the compute dtype on use and sum their
 gradients in float32. Norms, the router and softmaxes compute in float32. The residual stream is in the
@@ -234,7 +235,8 @@ class Block(nn.Module):
         self, x: torch.Tensor, added: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, layer: int, attn_fn: AttnFn,
         with_stats: bool, routed_experts: RoutedExperts | None,
     ) -> tuple[torch.Tensor, torch.Tensor, LayerStats | None]:
-        """The residual stream is x + added, both [T, D]; the next norm adds them."""
+        """x, added [T, D] -> (x, added, statistics). The residual stream is x + added; the next norm adds them
+        in one pass. `added` is None in the first layer."""
         h, x = self.attention_norm.add(x, added)
         h, x = self.mlp_norm.add(x, self.attention(h, cos, sin, layer, attn_fn))
         if isinstance(self.mlp, MLP):

@@ -25,6 +25,7 @@ from reason_rl.config import ModelConfig
 from reason_rl.model.families import DERIVED_TENSORS, FAMILIES, TENSORS
 from reason_rl.model.hf_config import CONFIG_FILE, config_to_json, read_json, read_model_config
 from reason_rl.model.transformer import Transformer
+from reason_rl.records import ConfigError
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -159,6 +160,12 @@ def load_model(
     return model
 
 
+def load_for_sampling(folder: str | Path, device: torch.device, dtype: torch.dtype, batch_invariant: bool = True) -> Transformer:
+    """The model of a checkpoint folder for an engine: on `device`, its matrices stored in `dtype`, without gradients."""
+    model = load_model(folder, dtype, weights_dtype=dtype).to(device).requires_grad_(False)
+    return model.set_batch_invariant(batch_invariant)
+
+
 def _chunks(path: Path, names: list[str]) -> Iterator[tuple[str, int, torch.Tensor]]:
     """-> (name, start, tensor[start:stop]), chunk by chunk; each is valid until the next is requested."""
     file, used = safe_open(path, framework="pt"), 0
@@ -180,15 +187,15 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS_FILE]
     if not (folder / INDEX_FILE).is_file():
         pickled = "; *.bin is not read, as it may hold code: save it as safetensors" if any(folder.glob("*.bin")) else ""
-        raise ValueError(f"{folder} is not a checkpoint: it has no {WEIGHTS_FILE} and no {INDEX_FILE}{pickled}")
+        raise ConfigError(f"{folder} is not a checkpoint: it has no {WEIGHTS_FILE} and no {INDEX_FILE}{pickled}")
     weight_map = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) and "/" not in name for name in weight_map.values()):
-        raise ValueError(f"{folder / INDEX_FILE} is damaged: weight_map must map each tensor to a file name, "
+        raise ConfigError(f"{folder / INDEX_FILE} is damaged: weight_map must map each tensor to a file name, "
                          f"got {weight_map!r:.80}")
     shards = sorted(set(weight_map.values()))
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder} is incomplete: of {len(shards)} shards {_some(missing)} missing")
+        raise ConfigError(f"{folder} is incomplete: of {len(shards)} shards {_some(missing)} missing")
     return [folder / name for name in shards]
 
 
@@ -207,9 +214,9 @@ def _check_tensors(folder: Path, views: Mapping[str, torch.Tensor], model: Trans
                     if name in views and list(views[name].shape) != stored.get_shape():
                         wrong.append(f"{name}: expected {list(views[name].shape)}, got {stored.get_shape()}")
                     if name in views and stored.get_dtype() not in FILE_DTYPES:
-                        raise ValueError(f"{path}: {name} must be {'|'.join(FILE_DTYPES)}, got {stored.get_dtype()}")
+                        raise ConfigError(f"{path}: {name} must be {'|'.join(FILE_DTYPES)}, got {stored.get_dtype()}")
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise ConfigError(f"{path} is damaged: {error}") from error
 
     # All differences in one message.
     _drop_ignored(folder, path_of, model)
@@ -219,7 +226,7 @@ def _check_tensors(folder: Path, views: Mapping[str, torch.Tensor], model: Trans
                     (("missing", missing), ("unexpected", unexpected), ("misshapen", sorted(wrong))) if names]
         if "lm_head.weight" in missing:
             problems.append("config.json does not tie the head to the embedding (tie_word_embeddings)")
-        raise ValueError(f"the checkpoint in {folder} does not fit its config.json: {'; '.join(problems)}")
+        raise ConfigError(f"the checkpoint in {folder} does not fit its config.json: {'; '.join(problems)}")
     return {name: path_of[name] for name in views}
 
 
@@ -250,7 +257,7 @@ def _check_tied(path_of: Mapping[str, Path]) -> None:
     names = ("lm_head.weight", "model.embed_tokens.weight")
     head, embedding = (_chunks(path_of[name], [name]) for name in names)
     if not all(a is not None and b is not None and torch.equal(a[2], b[2]) for a, b in zip_longest(head, embedding)):
-        raise ValueError(f"config.json ties the head to the embedding (tie_word_embeddings), but {names[0]} is not {names[1]}")
+        raise ConfigError(f"config.json ties the head to the embedding (tie_word_embeddings), but {names[0]} is not {names[1]}")
 
 
 def _some(names: list[str]) -> str:

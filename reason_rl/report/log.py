@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from reason_rl.records import ConfigError
 from reason_rl.report.files import Row, atomic_write_text, finite, jsonl, read_jsonl
 
 METRICS = "metrics.jsonl"
@@ -35,7 +36,7 @@ def read_log(folder: str | Path, name: str, *, stage: str = "", phase: str = "")
     lines = read_jsonl(path)
     for number, line in enumerate(lines, start=1):
         if missing := {"stage", "phase", "step"} - set(line):
-            raise ValueError(f"{path}, line {number}: expected the keys stage, phase and step, got none for {sorted(missing)}")
+            raise ConfigError(f"{path}, line {number}: expected the keys stage, phase and step, got none for {sorted(missing)}")
     return [line for line in lines if stage in ("", line["stage"]) and phase in ("", line["phase"])]
 
 
@@ -229,7 +230,7 @@ def _import_summary_writer() -> Any:
     try:
         return importlib.import_module("torch.utils.tensorboard").SummaryWriter
     except ImportError as error:
-        raise ValueError("run.tensorboard = true needs the tensorboard package: `pip install tensorboard`, "
+        raise ConfigError("run.tensorboard = true needs the tensorboard package: `pip install tensorboard`, "
                          "or pass --run.tensorboard=false") from error
 
 
@@ -237,5 +238,5 @@ def _import_wandb(project: str) -> Any:
     try:
         return importlib.import_module("wandb")
     except ImportError as error:
-        raise ValueError(f"run.wandb_project = {project!r} needs the wandb package: `pip install wandb`, "
+        raise ConfigError(f"run.wandb_project = {project!r} needs the wandb package: `pip install wandb`, "
                          "or leave run.wandb_project empty") from error

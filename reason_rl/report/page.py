@@ -20,6 +20,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from reason_rl.records import ConfigError
 from reason_rl.report.files import Row, atomic_write_text, finite, read_jsonl
 from reason_rl.report.log import METRICS, PHASES, TIMINGS, read_log, rollout_path, rollout_steps
 from reason_rl.report.text import decimal, duration, percent, small
@@ -46,10 +47,10 @@ def write_report(run_folder: str | Path) -> Path:
 def report_context(folder: Path) -> dict[str, Any]:
     """The template's variables: the header's facts, the stages, and `data` for the scripts."""
     if not folder.is_dir():
-        raise ValueError(f"no run folder at {folder}")
+        raise ConfigError(f"no run folder at {folder}")
     metrics, timings = read_log(folder, METRICS), read_log(folder, TIMINGS)
     if not metrics:
-        raise ValueError(f"nothing to report: {folder / METRICS} is missing or empty; a run writes it from its first step on")
+        raise ConfigError(f"nothing to report: {folder / METRICS} is missing or empty; a run writes it from its first step on")
     config = _text(folder / "config.toml")
     kinds = stage_kinds(config)
 
@@ -168,9 +169,9 @@ def _summary(folder: Path) -> Row:
     try:
         summary = finite(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(summary, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(summary).__name__}")
+        raise ConfigError(f"{path}: expected a JSON object, got {type(summary).__name__}")
     return summary
 
 

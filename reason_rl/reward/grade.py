@@ -1,7 +1,8 @@
 """`Grader`: submits a completion to the verifiers that its problem and the config ask for, and returns a
 `Score`.
 
-Third stage of a step, in the trainer's process. `submit` takes a completion as soon as it is sampled and
+Third stage of a step, in the trainer's process. A kind is one verifier function with its worker processes.
+`submit` takes a completion as soon as it is sampled and
 returns at once; `Pending.score` waits for the verdicts and takes the weighted sum of all parts. If one
 verdict is ungradable, the completion is ungraded, with the cause, and takes no part in the update. No
 verifier can end the run.
@@ -98,8 +99,9 @@ class Pending:
 
     service: VerifierService
     verdicts: dict[str, tuple[str, Future[Verdict]]]
-    """By part: (kind, verdict). The text kind's verdict also contains the format; it is the accuracy if the
-    answer is compared as text, and listed as "text" otherwise."""
+    """By part: (kind, verdict). The text kind always runs, because it also grades the format (in its verdict's
+    `parts`). Its verdict is listed as "accuracy" if the answer is compared as text; otherwise as "text", and
+    then its value is not used."""
     num_tokens: int
     finish_reason: FinishReason
     config: Config

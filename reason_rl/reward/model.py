@@ -25,7 +25,7 @@ from reason_rl.data import Tokenizer
 from reason_rl.model.scoring import packed_hidden
 from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import load_model
-from reason_rl.records import Microbatch
+from reason_rl.records import ConfigError, Microbatch
 
 HEAD_FILE = "reward_head.safetensors"
 
@@ -62,15 +62,15 @@ class RewardModel:
 def load_reward_model(folder: str) -> RewardModel:
     model, path = load_model(Path(folder)), Path(folder) / HEAD_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} is not a reward model: it has no {HEAD_FILE}")
+        raise ConfigError(f"{folder} is not a reward model: it has no {HEAD_FILE}")
     try:
         head = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ConfigError(f"{path} is damaged: {error}") from error
     expected = {"weight": (model.config.hidden_size,), "bias": (1,)}
     found = {name: tuple(tensor.shape) for name, tensor in head.items()}
     if found != expected:
-        raise ValueError(f"{path}: expected {expected}, got {found}")
+        raise ConfigError(f"{path}: expected {expected}, got {found}")
     return RewardModel(model.eval(), Tokenizer.load(folder), head["weight"].float(), head["bias"].float())
 
 

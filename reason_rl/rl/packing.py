@@ -37,9 +37,9 @@ class Sample:
 def pack(
     groups: Sequence[Group], advantages: Advantages, num_minibatches: int, microbatch_tokens: int
 ) -> list[list[Microbatch]]:
-    """A step's groups -> the microbatches of each optimizer update that has any.
+    """A step's groups -> one list of microbatches per optimizer update; an update without samples is left out.
 
-    The microbatches are on the CPU, but for their advantages: these stay on the device that computed them.
+    The microbatches are on the CPU, except their advantages, which stay on the device that computed them.
     """
     minibatches = split_minibatches(select_samples(groups, advantages.mask), num_minibatches)
     return [pack_samples(samples, advantages.advantages, microbatch_tokens) for samples in minibatches if samples]
@@ -62,7 +62,7 @@ def split_minibatches(samples: Sequence[Sample], num_minibatches: int) -> list[l
 
 
 def pack_samples(samples: Sequence[Sample], advantages: torch.Tensor, max_tokens: int) -> list[Microbatch]:
-    """advantages f32[B, G] -> microbatches of at most max_tokens; a larger sample has one to itself.
+    """advantages f32[B, G] -> microbatches of at most max_tokens; a larger sample gets a microbatch alone.
 
     Samples of one group must be neighbours.
     """

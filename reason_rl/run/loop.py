@@ -1,7 +1,9 @@
 """One loop for every stage: log, evaluate, save, resume, stop, report.
 
-`Run` is a run's folder with what its stages share. `complete` brings one stage to its output: reused where a run of the same key
-has finished it, else trained from where it stopped. Left out: learning, which is the stage's.
+`Run` holds a run's folder and the objects that its stages share. `Run.complete` completes one stage: it
+reuses the output if any run has finished a stage with the same key, else `StageRun.finish` trains it from the
+newest checkpoint. Left out: the training step itself (reason_rl/stages), and how a key is computed
+(recipe.py).
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from reason_rl.stages.base import StageStart
 from reason_rl.trainer.checkpoint import Progress, link_folder, prune_checkpoints, read_progress, save_checkpoint
 
 SAVE_EVERY_S = 300.0
-"""A checkpoint is due after so many seconds, even where the stage's checkpoint_every is further away."""
+"""A checkpoint is due at the latest after so many seconds, even if the stage's checkpoint_every is longer."""
 
 
 @dataclass
@@ -40,13 +42,13 @@ class Run:
     world: World
     tokenizer: Tokenizer
     problems: dict[str, Problems]
-    """By stage, of those that use problems."""
+    """By stage name, for the stages that use problems."""
     view: View
     should_stop: Callable[[], bool]
     log: RunLog | None
     """Rank 0 writes; the others hold None."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall-clock by part, over all sessions and also of stages that were reused: {"pretrain_s": ..., "grpo_s": ..., "eval_s": ...}."""
+    """Wall-clock seconds by part, over all sessions, reused stages included: {"pretrain_s": ..., "grpo_s": ..., "eval_s": ...}."""
 
     def __enter__(self) -> Run:
         return self
@@ -56,7 +58,8 @@ class Run:
             self.log.close()
 
     def complete(self, stage: PlannedStage) -> None:
-        """Brings a stage to its output: reused where a run of the same key has finished it, else trained from where it stopped."""
+        """Completes one stage: reuses the output if any run has finished a stage with the same key, else trains
+        it from its newest checkpoint. If this run's folder already has the output, only adds up its seconds."""
         here = self.folder.checkpoints / stage.name
         if not self.world.gather(here.is_dir())[0]:
             output = self.folder.stage_folder(stage.name)
@@ -73,7 +76,7 @@ class Run:
             self.seconds[part] = self.seconds.get(part, 0.0) + value
 
     def _take(self, name: str, output: StageFolder, is_reused: bool) -> None:
-        """A finished output into this run's folder. Checkpoints are hard links, so they take no more disk."""
+        """Links a finished output into this run's folder; hard links take no more disk."""
         assert self.log is not None
         if is_reused:
             self.log.restore(name, read_history(output.final))
@@ -82,7 +85,7 @@ class Run:
         link_folder(output.final, self.folder.checkpoints / name)
 
     def finish(self) -> None:
-        """The last stage's output as `final`, the summary, the report."""
+        """Links the last stage's output as `final`, and writes the summary and the report."""
         if self.log is None:
             return
         link_folder(self.folder.checkpoints / self.recipe[-1].name, self.folder.checkpoints / FINAL)
@@ -98,7 +101,7 @@ class Run:
 
 
 class StageRun:
-    """One stage at work in one run."""
+    """The training of one stage in one run: a stage object, its steps, its log and its checkpoints."""
 
     def __init__(self, run: Run, planned: PlannedStage, output: StageFolder) -> None:
         self.run, self.planned, self.output, self.name = run, planned, output, planned.name
@@ -107,7 +110,7 @@ class StageRun:
         checkpoint, folder = output.newest_checkpoint(run.world), run.source_of(planned)
         self.source = read_source(folder) if folder else None
 
-        # The stage, its weights as they were saved; then the log as it was then.
+        # Build the stage with the weights of the checkpoint, and restore the log as of that checkpoint.
         self.stage = planned.kind(StageStart(
             planned.config, run.world, run.tokenizer, run.problems.get(planned.name), folder, checkpoint))
         self.first = self.stage.policy.num_steps_done
@@ -118,7 +121,7 @@ class StageRun:
             run.log.restore(self.name, read_history(checkpoint) if checkpoint else {})
 
     def finish(self) -> None:
-        """All steps that are left, then the output."""
+        """Runs all remaining steps, then saves the output."""
         stage = self.stage
         self.run.view.stage(self.name, self.planned.kind.kind, stage.num_steps, self.first)
         self._spend("start_s")
@@ -137,7 +140,7 @@ class StageRun:
             stage.close()
 
     def _log_step(self, stats: StepStats) -> None:
-        """Steps are counted from 1 in the logs; 0 is the policy before the first."""
+        """Logs count steps from 1; step 0 is the policy before the first step."""
         self._spend(f"{self.name}_s")
         log, view, number = self.run.log, self.run.view, stats.step + 1
         if log is None:
@@ -175,7 +178,8 @@ class StageRun:
             self.run.view.evaluation(done, metrics, timings)
 
     def _save_or_stop(self, done: int) -> None:
-        """Saves where a checkpoint is due on any rank, for saving is a collective; leaves where any was asked to stop."""
+        """Saves if a checkpoint is due on any rank: saving is a collective, so all ranks must agree. Raises
+        Interrupted if any rank was asked to stop."""
         now_s, num_steps = time.perf_counter(), self.stage.num_steps
         wishes = self.run.world.gather((self.run.should_stop(), now_s - self.saved_s > SAVE_EVERY_S))
         is_stopping = any(stop for stop, _ in wishes)
@@ -188,8 +192,8 @@ class StageRun:
             raise Interrupted(f"stage {self.name} stopped after {done} of {num_steps} steps")
 
     def _save(self, folder: Path, done: int, is_final: bool = False) -> None:
-        """A collective: weights, progress, the stage's log so far, and to go on from it the optimizer. All else follows from
-        config and step."""
+        """A collective. Saves the weights, the progress, the stage's log so far and, unless final, the optimizer's
+        state. All other state follows from config and step."""
         self._spend(f"{self.name}_s")
         run, policy = self.run, self.stage.policy
         history = {name: jsonl(rows) for name, rows in run.log.history(self.name).items()} if run.log is not None else {}

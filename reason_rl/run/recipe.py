@@ -23,7 +23,8 @@ SAMPLED_BLOCKS, BLOCK_BYTES = 16, 4096
 """A large file's digest reads so many blocks of it, evenly spaced."""
 PACKAGE = Path(__file__).resolve().parents[1]
 FILE_KEYS = ("task.path", "task.heldout_path", "task.pass_rates", "task.template")
-MODULE_KEYS = ("task.name", "reward.custom", "reward.judge")
+FOLDER_KEYS = ("reward.model",)
+MODULE_KEYS = ("task.name", "reward.custom", "reward.judge", "loss.surrogate")
 """Keys that may name a file, or a "module:attribute", of the user's."""
 
 
@@ -95,13 +96,15 @@ def folder_of(room: str) -> Path:
 
 
 def users_files(config: Config) -> Iterator[Path]:
-    """The files that a stage's config names: data, a template, and the source of a task, reward or judge."""
+    """The files that a stage's config names: data, a template, a reward model, and the source of a task, reward, judge or surrogate."""
     tables = table_of(config)
-    for dotted in (*FILE_KEYS, *MODULE_KEYS):
+    for dotted in (*FILE_KEYS, *FOLDER_KEYS, *MODULE_KEYS):
         section, key = dotted.split(".")
         value = str(tables[section][key])
         if dotted in FILE_KEYS and Path(value).is_file():
             yield Path(value)
+        elif dotted in FOLDER_KEYS and value:
+            yield from sorted(path for path in Path(value).rglob("*") if path.is_file())
         elif dotted in MODULE_KEYS and ":" in value:
             module = importlib.util.find_spec(value.partition(":")[0])
             if module is not None and module.origin:

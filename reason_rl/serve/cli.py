@@ -20,9 +20,9 @@ from reason_rl.config import EngineConfig, RunConfig
 from reason_rl.data import TextStream, Tokenizer, load_template
 from reason_rl.data.prompts import PromptTemplate
 from reason_rl.engine import Engine, check_fits
-from reason_rl.model.weights import load_model
+from reason_rl.model.weights import load_for_sampling
 from reason_rl.parallel.world import init_world
-from reason_rl.records import Problem, SamplingParams
+from reason_rl.records import ConfigError, Problem, SamplingParams
 
 TAG = re.compile(r"</?(?:think|answer)>")
 LONGEST_TAG = len("</answer>")
@@ -75,7 +75,7 @@ def make_printer(tokenizer: Tokenizer, console: Console, prefix: str = "") -> Ca
 def make_sampling(options: argparse.Namespace, tokenizer: Tokenizer) -> SamplingParams:
     """Raises ValueError for an option out of range."""
     if options.samples < 1:
-        raise ValueError(f"--samples must be at least 1, got {options.samples}")
+        raise ConfigError(f"--samples must be at least 1, got {options.samples}")
     max_tokens = DEFAULT_MAX_TOKENS if options.max_tokens is None else options.max_tokens
     return SamplingParams(options.temperature, options.top_k, options.top_p, options.min_p, max_tokens, tokenizer.stop_ids)
 
@@ -83,7 +83,7 @@ def make_sampling(options: argparse.Namespace, tokenizer: Tokenizer) -> Sampling
 def make_problem(template: PromptTemplate, tokenizer: Tokenizer, text: str, number: int) -> Problem:
     """The text as a problem without an answer. Raises ValueError if it is empty or cannot be encoded."""
     if not text:
-        raise ValueError("the prompt is empty")
+        raise ConfigError("the prompt is empty")
     prompt = template.fill(text, tokenizer)
     (ids,) = template.encode([prompt], tokenizer)
     return Problem(number, "", prompt, tuple(ids), "", completion_prefix=template.prefix_of(prompt))
@@ -93,7 +93,7 @@ def fit(sampling: SamplingParams, problem: Problem, engine: Engine, is_default: 
     """The default max_tokens shrinks to the room in the context; raises ValueError if the given one does not fit."""
     context, num_prompt = engine.model.config.max_position_embeddings, len(problem.prompt_ids)
     if num_prompt >= context:
-        raise ValueError(f"the prompt has {num_prompt} tokens and leaves no room in the model's context of {context}")
+        raise ConfigError(f"the prompt has {num_prompt} tokens and leaves no room in the model's context of {context}")
     if is_default:
         sampling = replace(sampling, max_tokens=min(context - num_prompt, sampling.max_tokens))
     check_fits([problem], sampling.max_tokens, context, engine.config.num_blocks)
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         try:
             device = init_world(RunConfig(device=options.device, dtype="float32")).device
-            tokenizer, model = Tokenizer.load(options.checkpoint), load_model(options.checkpoint).to(device).requires_grad_(False)
+            tokenizer, model = Tokenizer.load(options.checkpoint), load_for_sampling(options.checkpoint, device, torch.float32)
             template, sampling = load_template(options.template), make_sampling(options, tokenizer)
         except (ValueError, OSError) as error:
             return refuse(error)

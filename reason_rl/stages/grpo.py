@@ -26,13 +26,14 @@ from reason_rl.rollout.metrics import step_stats
 from reason_rl.stages.base import Metrics, StageStart
 from reason_rl.stages.heldout import evaluate_heldout
 from reason_rl.trainer.policy import frozen_copy
-from reason_rl.trainer.update import fill_logprobs, policy_update
+from reason_rl.trainer.update import OnLoss, fill_logprobs, policy_update
 
 NOTABLE_GAP = 1e-3
-"""Nats between sampler and trainer on policy that are worth a warning where exactness is not expected."""
+"""Largest gap, in nats on policy, that gives no warning where exactness is not expected."""
 
 
 class Grpo:
+    # Read by the loop and the recipe; stages/base.py explains each.
     kind: ClassVar[str] = "grpo"
     sections: ClassVar[tuple[str, ...]] = ("task", "rl", "loss", "optim", "sampling", "reward", "eval")
     rooms: ClassVar[tuple[str, ...]] = (
@@ -73,9 +74,7 @@ class Grpo:
 
                 # Update: forward, loss, backward, clip, optimizer step. Only the first one of a step is on policy.
                 for number, microbatches in enumerate(minibatches):
-                    updates.append(policy_update(
-                        self.policy, microbatches, self.loss, self.sampling.temperature, lr_factor=self.policy.lr_factor(index),
-                        max_gap=math.inf if number else self.max_gap))
+                    updates.append(self.update(microbatches, index, max_gap=math.inf if number else self.max_gap))
         stats = step_stats(index, groups, sampled, advantages, minibatches, updates, self.tokenizer, clock,
                            lr=self.policy.lr_factor(index) * self.config.optim.lr, verifiers=self.grader.service.take_metrics())
         return replace(stats, warnings=self.warnings(stats))
@@ -87,14 +86,16 @@ class Grpo:
                        policy_version=self.policy.version, with_routed_experts=with_routed_experts and self.policy.model.config.num_experts > 1)
 
     def refill(self, sampled: list[Group], index: int, clock: Clock) -> list[Group]:
-        """DAPO's dynamic sampling: groups of fresh problems, which `sampled` gains, replace groups without signal."""
+        """DAPO's dynamic sampling: replaces groups without signal by groups of fresh problems, and appends
+        these to `sampled`."""
         rl = self.config.rl
         return refill(
             sampled, rl.dynamic_sampling, draw=lambda count, round, exclude: self.problems.train(index, count, round, exclude),
             sample=lambda problems: self.collect(problems, rl.group_size, self.sampling, index, clock, rl.routing_replay))
 
     def with_logprobs(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
-        """With the logprobs that the loss compares to: of the policy before the step's first update, and of the reference."""
+        """Adds the logprobs that the loss compares with, if the config asks for them: old_logprobs, of the policy
+        before the step's first update, and ref_logprobs, of the frozen reference policy."""
         temperature, filled = self.sampling.temperature, list(microbatches)
         if self.config.rl.old_logprobs == "recompute":
             filled = fill_logprobs(self.policy.model, filled, self.world, temperature=temperature, name="old_logprobs")
@@ -102,10 +103,18 @@ class Grpo:
             filled = fill_logprobs(self.reference, filled, self.world, temperature=temperature, name="ref_logprobs")
         return filled
 
+    def update(
+        self, microbatches: Sequence[Microbatch], index: int, max_gap: float, on_loss: OnLoss | None = None
+    ) -> dict[str, float]:
+        """One optimizer update of step `index` -> the loss's metrics."""
+        return policy_update(
+            self.policy, microbatches, self.loss, self.sampling.temperature, lr_factor=self.policy.lr_factor(index),
+            max_gap=max_gap, on_loss=on_loss)
+
     def evaluate(self, num_done: int) -> Metrics | None:
         metrics = evaluate_heldout(
             self.config.eval, self.problems, self.sampling, self.tokenizer, self.collect, num_done, self.num_steps)
-        self.grader.service.take_metrics()  # the verifiers' times of an evaluation are no step's
+        self.grader.service.take_metrics()  # discarded: they must not enter the next step's metrics
         return metrics
 
     @property
@@ -114,7 +123,7 @@ class Grpo:
         return 0.0 if self.config.run.exact == "on" else self.config.rl.max_logprob_gap or math.inf
 
     def warnings(self, stats: StepStats) -> dict[str, str]:
-        """Completions without a grade, and a sampler that drifts from the trainer."""
+        """Warnings of ungraded completions, and of a gap between the sampler's and the trainer's logprobs."""
         found: dict[str, str] = {}
         causes = [score.cause for group in stats.groups for score in group.scores if not score.is_graded]
         if causes:
@@ -132,7 +141,7 @@ class Grpo:
 
     @staticmethod
     def check(config: Config, tokenizer: Tokenizer, problems: Problems | None) -> list[str]:
-        """Problems that are too few, prompts that do not fit, a reward that is missing, a sandbox that does not hold."""
+        """Raises if problems are too few, a prompt does not fit, or a reward or the sandbox is missing."""
         assert problems is not None
         settings = config.eval
         known = problems.to_check(config.rl.prompts_per_step, max(settings.final_problems, settings.problems))

@@ -21,6 +21,7 @@ from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import Source, load_weights, save_weights
 from reason_rl.parallel.fsdp import full_state
 from reason_rl.parallel.world import World
+from reason_rl.records import ConfigError
 from reason_rl.report.files import atomic_folder
 from reason_rl.trainer.optimizer import Optimizer
 
@@ -105,12 +106,12 @@ def _link_or_copy(source: str, target: str) -> None:
 def read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
     if not path.is_file():
-        raise ValueError(f"cannot resume from {folder}: it has no {STATE_FILE}")
+        raise ConfigError(f"cannot resume from {folder}: it has no {STATE_FILE}")
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         Progress(**state["progress"])
     except Exception as error:  # torch.load raises many classes for a damaged file; each means the same to the user
-        raise ValueError(f"cannot resume from {folder}: {STATE_FILE} is damaged ({error}); "
+        raise ConfigError(f"cannot resume from {folder}: {STATE_FILE} is damaged ({error}); "
                          "delete the folder to go on from the one before it") from error
     return state
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from reason_rl.config import OptimConfig
 from reason_rl.parallel.fsdp import full_tensor
+from reason_rl.records import ConfigError
 
 
 def lr_factor(config: OptimConfig, step: int, num_steps: int) -> float:
@@ -125,11 +126,11 @@ class Optimizer:
 
     def load_state_dict(self, states: list[dict[int, dict[str, Any]]]) -> None:
         if len(states) != len(self._inner()):
-            raise ValueError(f"the checkpoint holds the state of {len(states)} optimizers, this run has {len(self._inner())}")
+            raise ConfigError(f"the checkpoint holds the state of {len(states)} optimizers, this run has {len(self._inner())}")
         for inner, state in zip(self._inner(), states, strict=True):
             parameters = [p for group in inner.param_groups for p in group["params"]]
             if len(state) != len(parameters):
-                raise ValueError(f"the checkpoint holds optimizer state of {len(state)} parameters, this run has {len(parameters)}")
+                raise ConfigError(f"the checkpoint holds optimizer state of {len(state)} parameters, this run has {len(parameters)}")
             for number, parameter in enumerate(parameters):
                 inner.state[parameter] = {key: _place(value, parameter) for key, value in state[number].items()}
         if self.muon is not None:

@@ -1,13 +1,14 @@
 """One optimizer update from microbatches: supervised (pretraining, SFT) or policy gradient (GRPO and its family).
 
-Both run the same forward and the same logprobs (`linear_grpo_loss` folds the loss into `linear_logprob`); a loss is always a sum
-over its tokens divided by one global count, over all microbatches and ranks, so that how the batch was cut changes nothing.
+Both run the same forward and compute the same logprobs (`linear_grpo_loss` is `linear_logprob` with the loss
+in the same op). A loss is a sum over tokens in which a token's weight depends on counts over all microbatches
+and ranks, so but for rounding it does not depend on how the batch was split.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,6 +22,9 @@ from reason_rl.parallel.world import World
 from reason_rl.records import Microbatch
 from reason_rl.rl.packing import idle_microbatch
 from reason_rl.trainer.policy import Policy
+
+OnLoss = Callable[[Microbatch, LossInputs, torch.Tensor, float], None]
+"""(microbatch, inputs, logprobs f32[N], loss), called after each microbatch's forward and backward, before the optimizer step."""
 
 
 @torch.no_grad()
@@ -60,7 +64,7 @@ def supervised_update(
             loss = loss + balance_coef * balance
             if z_loss_coef:
                 loss = loss + z_loss_coef * router.z_loss / total_rows
-        (loss * world.size).backward()  # FSDP averages over ranks; our losses are shares of a sum
+        (loss * world.size).backward()  # FSDP averages gradients over ranks; these losses must be added
     grad_norm = policy.optimizer.step(lr_factor)
     gathered = world.gather((loss_sum, balance_sum, None if counts is None else counts.cpu()))
     loads = [c for _, _, c in gathered if c is not None]
@@ -73,19 +77,26 @@ def supervised_update(
 
 def policy_update(
     policy: Policy, microbatches: Sequence[Microbatch], spec: LossSpec, temperature: float, *, lr_factor: float,
-    max_gap: float = math.inf,
+    max_gap: float = math.inf, on_loss: OnLoss | None = None,
 ) -> dict[str, float]:
-    """One policy-gradient update -> the loss's metrics. Without old_logprobs filled in, the engine's record serves as them.
-    Where top-k, top-p or min-p cut the policy that sampled, loss.importance weighs old_logprobs against its logprobs.
+    """One policy-gradient update -> the loss's metrics. `microbatches` are those of all ranks.
 
-    `max_abs_logprob_gap` compares the trainer's logprobs with that record: on policy (a step's first update) it is how far the
-    sampler and the trainer drift apart. Above `max_gap` the update is not made.
+    If a microbatch has no old_logprobs, the logprobs that the engine recorded are used. With top-k, top-p or
+    min-p the policy that sampled is a truncated one; loss.importance corrects for the difference between it and
+    old_logprobs.
+
+    `max_abs_logprob_gap` compares the trainer's logprobs with the engine's. On policy (a step's first update) it
+    measures how exactly they agree. If it is above `max_gap`, this raises and no optimizer step is made.
     """
+    # The loss's denominators: counts over all microbatches and ranks.
     model, world = policy.model, policy.world
     total_tokens = sum(m.num_loss_tokens for m in microbatches)
     total_sequences = sum(m.num_sequences for m in microbatches)
     parts: list[dict[str, torch.Tensor]] = []
     loss_sum, gaps = 0.0, [0.0]
+
+    # Forward and backward of this rank's microbatches. A rank with fewer of them runs idle ones, because FSDP's
+    # collectives need every rank.
     idle = replace(idle_microbatch(microbatches[0]), ref_logprobs=torch.zeros(0) if spec.kl_coef > 0 else None)
     for local in rank_share(microbatches, world, idle):
         microbatch = local.to(world.device)
@@ -99,18 +110,22 @@ def policy_update(
             rollout_logprobs=rollout - kept, ref_logprobs=microbatch.ref_logprobs)
         loss, metrics, logprob = linear_grpo_loss(
             hidden, model.head_weight, microbatch.target_ids, inputs, spec, temperature, impl=gemm_impl(model.batch_invariant))
-        (loss * world.size).backward()
+        (loss * world.size).backward()  # FSDP averages gradients over ranks; these losses must be added
         loss_sum += float(loss.detach())
+        if on_loss is not None:
+            on_loss(microbatch, inputs, logprob, float(loss.detach()))
         if local.num_loss_tokens:
             gaps.append(float((logprob - rollout).abs().max()))
             parts.append({key: value.cpu() for key, value in metrics.items()})
+
+    # Check the gap, then clip and step.
     gathered = world.gather((loss_sum, gaps, parts))
-    gap = float(torch.tensor([value for g in gathered for value in g[1]]).max())  # NaN wins, as it must
+    gap = float(torch.tensor([value for g in gathered for value in g[1]]).max())  # max() propagates NaN
     _check_gap(gap, max_gap)
     grad_norm = policy.optimizer.step(lr_factor)
     policy.updated()
     merged = finish_metrics(merge_metrics([part for _, _, rank_parts in gathered for part in rank_parts]))
-    merged.pop("logprob_gap_max", None)  # against logprob - kept mass; how far the two drift is max_abs_logprob_gap
+    merged.pop("logprob_gap_max", None)  # it compares with the truncated policy; max_abs_logprob_gap with the full softmax
     return merged | {"loss": sum(g[0] for g in gathered), "max_abs_logprob_gap": gap,
                      "grad_norm": grad_norm, "num_loss_tokens": float(total_tokens)}
 

@@ -101,7 +101,8 @@ def different_bits(a: torch.Tensor, b: torch.Tensor) -> int:
 
 
 def num_different(model: Transformer, groups: Sequence[Group], max_tokens: int = 1 << 20, temperature: float = 1.0) -> int:
-    """Tokens whose recorded logprob is not the trainer's, bit for bit, in packs of at most `max_tokens`."""
+    """How many tokens have a recorded logprob that differs in any bit from the trainer's, computed in
+    microbatches of at most `max_tokens`."""
     packs = packed(groups, max_tokens)
     recorded = torch.cat([pack.rollout_logprobs for pack in packs if pack.rollout_logprobs is not None])
     return different_bits(recorded, trainer_logprobs(model, packs, temperature))

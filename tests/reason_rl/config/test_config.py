@@ -218,7 +218,7 @@ def test_a_malformed_command_line_is_a_clear_error(arguments: list[str], words: 
     ("pretrain.min_level=9", "pretrain.min_level = 9 is above task.max_level = 8"),
     ("reward.overlong=1 reward.overlong_buffer=0", "reward.overlong_buffer must be in 1..80"),
     ("reward.overlong=1 reward.overlong_buffer=81", "reward.overlong_buffer must be in 1..80"),
-    ("run.name=", "run.name must be the name of a folder in runs/, got ''"),
+    ("run.name=", "run.name must be the name of a folder in runs/, and not stages"), ("run.name=stages", "got 'stages'"),
     ("run.name=..", "run.name must be the name of a folder"),
     ("run.name=a/b", "run.name must be the name of a folder"),
     ("run.device=gpu", "run.device must be auto, cpu, cuda or cuda:<number>, got 'gpu'"),

@@ -69,8 +69,9 @@ def moe() -> Transformer:
 def test_logprobs_of_any_batch_are_the_trainers_in_any_packing(name: str, num_sequences: int, dtype: torch.dtype):
     model = tiny_model(MODELS[name], dtype=dtype)
     groups = generate(model, num_sequences)
+    # Microbatches of at most 2^20 tokens (all in one), of 150, and with each sequence alone.
     assert [num_different(model, groups, tokens) for tokens in (1 << 20, 150)] == [0, 0]
-    assert num_different(model, groups[:11], 1) == 0  # each sequence in a separate pack
+    assert num_different(model, groups[:11], 1) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

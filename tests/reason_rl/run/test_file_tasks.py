@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reason_rl.config import ModelConfig
+from reason_rl.config import ConfigError, ModelConfig
 from reason_rl.data import Tokenizer, byte_tokenizer
 from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import save_weights
@@ -92,7 +92,7 @@ def test_what_cannot_run_is_refused_before_any_work_and_leaves_no_trace(
 ):
     never_stop(monkeypatch)
     before = {path.name for path in tmp_path.iterdir()} | {"tiny.toml"}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         run_here(tmp_path, *given, *more)
     assert {path.name for path in tmp_path.iterdir()} == before
 

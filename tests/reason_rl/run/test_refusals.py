@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from reason_rl.config import ConfigError
 from reason_rl.run import stage_folder
 from reason_rl.run.folder import describe_source
 from reason_rl.stages.pretrain import Pretrain
@@ -42,7 +43,7 @@ def test_bad_input_is_one_clear_error_before_any_work_and_leaves_no_trace(
         pytest.skip("needs a machine without wandb")
     monkeypatch.setattr(Pretrain, "step", None)
     never_stop(monkeypatch)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         run_here(tmp_path, *more)
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.toml"}
 
@@ -51,6 +52,13 @@ def test_the_commands_errors_are_one_line_and_no_traceback(tmp_path: Path):
     done = run_apart(tmp_path, "--rl.stepz=3")
     assert done.returncode == 1 and done.stderr.startswith("train.py: unknown config key rl.stepz")
     assert "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_bug_in_the_users_code_keeps_its_traceback(tmp_path: Path):
+    """Only a ConfigError is turned into one line: a ValueError of a forker's own code must name its file and line."""
+    done = run_apart(tmp_path, "--task.name=tests.reason_rl.run.own_tasks:Broken")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "own_tasks.py" in done.stderr
+    assert done.stderr.rstrip().endswith("ValueError: invalid literal in the user's own code")
 
 
 def test_waiting_for_another_runs_stage_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
