@@ -1,7 +1,7 @@
-"""What every test gets: no state from the test before, and a skip with a word where a device or browser is missing.
+"""Fixtures of every test: no state from an earlier test, and a skip with its reason if a device or browser is missing.
 
-Uninitialised memory is poisoned: `torch.empty` and its kin come filled with NaN (the largest value for integers), so
-that an op which reads what it never wrote fails here and not once in a blue moon.
+Uninitialised memory is poisoned: `torch.empty` and its variants return NaN (integers: the largest value), so that
+an op that reads memory before it writes it always fails.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_global_state(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Global generators start from the test's own name; threads, dtype and determinism are put back."""
+    """Seeds the global generators by the test's name; restores threads, dtype and determinism."""
     key = int.from_bytes(hashlib.sha256(request.node.nodeid.encode()).digest()[:4])
     random.seed(key)
     np.random.seed(key)

@@ -1,4 +1,4 @@
-"""`.ci/gpu` beside a Python of paper: which commands its stages run, and that one which fails keeps no other from running."""
+"""`.ci/gpu` with a fake Python: the commands of its stages, and that a failed stage stops no other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ esac
 
 
 def run(folder: Path, *stages: str, fails: str = "nothing at all", no_gpu: str = "0") -> tuple[int, str, list[str]]:
-    """-> (exit code, what it printed, the arguments of each call of Python)"""
+    """-> (exit code, output, the arguments of each call of Python)"""
     python, calls = folder / "python", folder / "calls"
     python.write_text(PYTHON)
     python.chmod(0o755)
@@ -45,23 +45,23 @@ def test_all_stages_run_and_leave_their_logs(tmp_path: Path):
     assert modules(calls) == ["kernels", "kernels", "pytest", "bench", *["bench.train_step", "bench.rollout"] * 2]
     assert any(f"--json {tmp_path}/out/Some_GPU.json" in call for call in calls)
     logs = {path.name for path in (tmp_path / "out").iterdir()}
-    assert logs == {"build.log", "tests.log", "bench.log", "models.log", "summary.txt"} and "no nvcc" in said
+    assert logs == {"build.log", "tests.log", "bench.log", "models.log", "summary.txt"} and "no nvcc here" in said
 
 
-def test_a_stage_that_fails_is_said_and_the_next_ones_run(tmp_path: Path):
+def test_a_stage_that_fails_is_reported_and_the_next_ones_run(tmp_path: Path):
     code, said, calls = run(tmp_path, "tests", "bench", fails="-m pytest")
     assert code == 1 and modules(calls)[-1] == "bench"
     summary = (tmp_path / "out/summary.txt").read_text()
     assert summary.startswith("tests FAILED in ") and "\nbench passed in " in summary and "it broke" in said
 
 
-def test_a_workload_that_fails_keeps_no_other_from_running(tmp_path: Path):
+def test_a_failed_workload_stops_no_other(tmp_path: Path):
     code, _, calls = run(tmp_path, "models", fails="train_step --workload default")
     assert code == 1 and modules(calls) == ["bench.train_step", "bench.rollout"] * 2
 
 
 @pytest.mark.parametrize(("stages", "no_gpu", "words"), [
-    (["tests"], "1", "torch finds no CUDA device"), (["bench", "tets"], "0", "unknown stage tets; stages are build")])
-def test_what_cannot_be_done_is_refused_before_work(tmp_path: Path, stages: list[str], no_gpu: str, words: str):
+    (["tests"], "1", "torch sees no CUDA device here"), (["bench", "tets"], "0", "no stage tets; there are build")])
+def test_impossible_requests_are_refused_before_work(tmp_path: Path, stages: list[str], no_gpu: str, words: str):
     code, said, calls = run(tmp_path, *stages, no_gpu=no_gpu)
     assert code == 2 and words in said and not modules(calls)

@@ -1,4 +1,4 @@
-"""The pages of docs/ and the README: what they refer to exists, and what they draw or count is so."""
+"""The pages of docs/ and the README: their references exist, and their drawings and counts are right."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def broken_references(page: str) -> list[str]:
 
 
 def anchors_of(page: str) -> set[str]:
-    """As GitHub makes them from headings: lower case, spaces as hyphens, punctuation dropped."""
+    """GitHub's anchors of headings: lower case, spaces as hyphens, punctuation dropped."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 

@@ -1,4 +1,4 @@
-"""Who may import whom: rooms have levels, an import goes to a lower level or stays in its room, and modules form no circle."""
+"""Imports between rooms: each goes to a lower level or stays in its room, and modules form no circle."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("trainer", "reward"), ("thinking", "rollout"), ("eval",), ("stages", "serve"), ("run",), ("explain",), ("train",))
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
-# Rooms that may import less than all rooms below them: others of ours (a dotted name: that module alone).
+# Rooms that may import only these of the rooms below them (a dotted name: that module alone).
 NARROW: dict[str, set[str]] = {
     "kernels": set(), "records": set(), "config": {"records", "kernels.grpo_loss.spec"}, "report": {"records"},
-    "answers": {"records"}, "sandbox": {"records"}, "data": {"records", "config", "answers"}, "rl": {"kernels", "records", "config"}}
+    "answers": {"records"}, "sandbox": {"records"}, "data": {"records", "config", "answers"},
+    "rl": {"kernels", "records", "config"}}
 # Rooms that may import only these packages from outside the standard library; no room imports transformers.
 # flash_attn is imported only inside the function that an explicit request for it reaches.
-OUTSIDE = {"kernels": {"torch", "triton", "flash_attn"}, "records": {"torch"}, "config": set(), "answers": {"mpmath"}, "sandbox": set()}
+OUTSIDE = {"kernels": {"torch", "triton", "flash_attn"}, "records": {"torch"}, "config": set(), "answers": {"mpmath"},
+           "sandbox": set()}
 
 
 def room_of(module: str) -> str:
@@ -86,7 +88,7 @@ def modules() -> list[tuple[Path, str, bool]]:
     return [(p, name.removesuffix(".__init__"), name.endswith(".__init__")) for p, name in named]
 
 
-def test_no_import_leaves_the_arrows():
+def test_every_import_goes_down_or_stays_in_its_room():
     found = [v for path, name, is_package in modules() for v in violations(path.read_text(encoding="utf-8"), name, is_package)]
     assert not found, "\n".join(found)
 
@@ -142,7 +144,7 @@ def named_in_strings(source: str) -> list[str]:
 
 
 def test_no_module_of_ours_is_named_in_a_string():
-    """Such a name escapes this table, every reader's search, and every renaming. Users' modules are named in the config."""
+    """This table, a search and a rename all miss such a name. Users' modules are named in the config."""
     found = [f"{name}: {text!r}" for path, name, _ in modules() if room_of(name) != "config"
              for text in named_in_strings(path.read_text(encoding="utf-8"))]
     assert not found, "\n".join(found)

@@ -3,9 +3,6 @@
 A sequence waits, runs, and finishes. If no block is free for the next token of a running sequence, the
 youngest running sequence is preempted: it frees its blocks and waits again. It keeps its tokens; a prefill
 recomputes their keys when it returns.
-
-Letters: P prompt tokens, M layers with experts, k experts per token. "Own" tokens and blocks of a sequence
-are those of its completion, without the prompt's.
 """
 
 from __future__ import annotations
@@ -54,16 +51,14 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     kept_logmass: list[float] = field(default_factory=list)
-    """As in `records.Completion`: log of the mass that top-k, top-p and min-p kept."""
     routed_expert_ids: list[torch.Tensor] = field(default_factory=list)
     """i32[n, M, k] of each decode call, if recorded, for the n tokens that it computed."""
     blocks: list[int] = field(default_factory=list)
-    """The blocks of the own tokens; the prompt's are in `prompt.blocks`."""
+    """The blocks of its completion's tokens; the prompt's are in `prompt.blocks`."""
 
     @property
     def num_cached(self) -> int:
-        """Own tokens whose keys are in the cache after the next decode step, which computes the newest one's:
-        all sampled so far."""
+        """Own tokens with keys in the cache after the next decode step: all sampled so far."""
         return len(self.token_ids)
 
 
@@ -129,7 +124,7 @@ class Scheduler:
         return len(sequence.blocks) * BLOCK_SIZE - sequence.num_cached + 1
 
     def reserve_ahead(self, horizon: int, most_blocks: int) -> None:
-        """Allocates one more block to each sequence without room for `horizon` tokens, while many are free."""
+        """While many blocks are free: one more for each sequence without room for `horizon` tokens."""
         for sequence in self.running:
             if self.pool.num_free <= len(self.running):
                 return

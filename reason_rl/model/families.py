@@ -60,7 +60,7 @@ REFUSED = {
     "quantization_config": "quantised weights", "attn_logit_softcapping": "capped attention logits",
     "final_logit_softcapping": "capped logits", "attention_chunk_size": "chunked attention",
     "no_rope_layers": "layers without RoPE", "clip_qkv": "clipped queries, keys and values",
-    "logit_scale": "scaled logits", "auto_map": "a model with code of its own",
+    "logit_scale": "scaled logits", "auto_map": "custom model code",
 }
 # Keys that do not change a model's maths: training, generation, bookkeeping.
 HARMLESS = frozenset((

@@ -147,5 +147,5 @@ def _outcome(result: Mapping[str, Any], exit_status: int, num_tests: int) -> Out
     else:
         names: dict[str, Failure] = {"MemoryError": "memory", "AssertionError": "failed"}
         failure = names.get(error_name, "raised")
-    detail = error_name if hasattr(builtins, error_name) else ""  # the program chooses the names of its own classes
+    detail = error_name if hasattr(builtins, error_name) else ""  # the program names its classes
     return Outcome(failure, num_passed, detail)

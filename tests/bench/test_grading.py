@@ -1,4 +1,4 @@
-"""bench/grading.py: it measures what it says, on verdicts that are right."""
+"""bench/grading.py: its cases get the right verdicts, and it measures every kind that it names."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def test_the_disputed_answers_are_wrong_here() -> None:
     assert {grade_math({"text": f"\\boxed{{{given}}}", "answer": answer}).status for answer, given in grading.DISPUTED} == {"wrong"}
 
 
-def test_rates_are_of_every_kind_that_is_named() -> None:
+def test_every_named_kind_has_a_rate() -> None:
     rates = grading.our_rates(count=50, rounds=1)
     assert rates.keys() == {"common", "symbolic", "text and format"} and all(value > 0 for value in rates.values())

@@ -1,4 +1,4 @@
-"""bench/harness.py: what it says of the machine, where it writes, and its arithmetic."""
+"""bench/harness.py: its record of the machine, its output, and its arithmetic."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_commit_is_the_full_hash_and_says_when_files_differ(tmp_path: Path, 
     (tmp_path / "file").write_text("one")
     git("add", "file")
     git("commit", "-q", "-m", "first")
-    git("tag", "-a", "v1", "-m", "a tag does not stand in for the hash")
+    git("tag", "-a", "v1", "-m", "a tag does not replace the hash")
     assert harness.commit(tmp_path) == git("rev-parse", "HEAD")
     (tmp_path / "file").write_text("two")
     assert harness.commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
@@ -115,5 +115,5 @@ def test_peak_memory_is_in_bytes_and_sees_what_this_process_allocated_and_not_it
     code = ("from bench.harness import peak_rss_bytes as peak; import torch; before = peak(); "
             "x = torch.ones(64 * 2**20, dtype=torch.uint8); print(peak() - before)")
     out = subprocess.run([sys.executable, "-c", code], cwd=harness.CHECKOUT, capture_output=True, text=True, check=True)
-    # 64 MiB were written, less than this parent holds. The start-up's own peak may cover some, the allocator add some.
+    # 64 MiB were written, less than this parent holds. The peak at start-up may hide some; the allocator may add some.
     assert 48 * 2**20 < int(out.stdout) < 128 * 2**20

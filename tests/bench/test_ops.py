@@ -1,4 +1,5 @@
-"""The ops' benches: every op's tiny cases on the CPU; and what fails, is missing or comes too late says so and stops nothing."""
+"""The ops' benches: every op's tiny cases run on the CPU; a failure, a missing package or a timeout is
+reported and stops no other case."""
 
 from __future__ import annotations
 
@@ -85,7 +86,7 @@ def test_the_numbers_of_a_case_by_hand():
     assert (row["bound"], row["tflop_s"], row["percent"]) == ("compute", pytest.approx(0.05), pytest.approx(50.0))
 
 
-def test_a_failing_side_says_so_and_the_others_go_on():
+def test_a_failing_side_is_reported_and_the_others_run():
     rows = measure(case({"bad": Side(broken), "ours": Side(double), "gone": "not installed"}), TINY, QUICK)
     assert [(row["side"], row["direction"]) for row in rows] == [
         (side, way) for way in ("forward", "backward", "full") for side in ("bad", "ours", "gone")]
@@ -103,14 +104,14 @@ def test_a_side_that_fails_only_while_it_is_timed_keeps_the_others():
     assert [(row["side"], "says" in row) for row in rows] == [("tires", True), ("ours", False)]
 
 
-def test_inputs_or_a_truth_that_cannot_be_had_are_said():
+def test_a_failure_of_the_inputs_or_the_float64_result_is_reported():
     (row,) = measure(case({"ours": Side(double)}, make=lambda: broken(torch.zeros(1))), TINY, QUICK)
     assert row["says"] == "RuntimeError: no such kernel"
     first, *rest = measure(case({"ours": Side(double)}, exact=broken), TINY, QUICK)
     assert first["side"] == "float64" and [row["error"] for row in rest] == [None] * 3
 
 
-def test_what_is_not_begun_in_time_is_left_out_and_said():
+def test_cases_not_started_in_time_are_left_out_and_reported():
     (row,) = measure(case({"ours": Side(double)}), TINY, QUICK, deadline_s=time.monotonic() - 1)
     assert row["says"] == "left out: no time was left"
 
@@ -121,7 +122,7 @@ def test_what_is_not_begun_in_time_is_left_out_and_said():
     assert [row.get("says", "") for row in rows] == ["", "left out: no time was left"]
 
 
-def test_errors_and_bits_are_of_what_the_sides_gave():
+def test_errors_and_bits_are_computed_from_each_sides_results():
     def noisy(x: torch.Tensor) -> torch.Tensor:
         return 2 * x + torch.rand(()) * 0.2
     other_layout = Side(lambda y: (2 * y)[None], lambda inputs: {"y": inputs["x"]}, lambda out: out[0])
@@ -142,7 +143,7 @@ def test_error_by_hand():
     assert error_of([torch.zeros(0)], [torch.zeros(0).double()]) == 0
 
 
-def test_smaller_inputs_serve_the_errors_alone():
+def test_smaller_inputs_are_used_for_the_errors_alone():
     sizes = []
 
     def noted(x: torch.Tensor) -> torch.Tensor:
@@ -168,13 +169,13 @@ def test_sides_take_turns():
     assert order == ["a", "b"] * 3 and found == {"a": pytest.approx([0.2] * 3), "b": pytest.approx([0.2] * 3)}
 
 
-def test_a_graph_goes_round_inputs_of_three_caches(monkeypatch: pytest.MonkeyPatch):
+def test_a_graph_cycles_through_inputs_of_three_cache_sizes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=60 << 20))
     assert [timing.num_copies(size, CPU) for size in (200 << 20, 100 << 20, 1 << 20, 10)] == [1, 2, 180, timing.MAX_COPIES]
 
 
 class FakeCuda:
-    """A GPU's clock and graphs: a call takes as long as it says, one that is captured when the graph is replayed."""
+    """A fake GPU clock with graphs: a call takes the time it is given; a captured call takes it at replay."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s, self.captured, self.is_capturing, self.sync_mode = 0.0, [], False, "default"
@@ -237,14 +238,14 @@ def test_events_time_the_call_alone_and_graphs_share_a_replay_among_its_calls(mo
 
 @pytest.mark.parametrize(("seconds", "hows"), [
     (2**-10, ["events", "events"]), (2**-16, ["graph", "events; no graph: RuntimeError: sync"])])
-def test_short_calls_are_timed_by_graph_where_they_can_be_captured(
+def test_short_calls_are_timed_by_graph_if_they_can_be_captured(
         seconds: float, hows: list[str], monkeypatch: pytest.MonkeyPatch):
     gpu = FakeCuda(monkeypatch)
 
     def syncs(x: torch.Tensor) -> torch.Tensor:
         if gpu.sync_mode == "error":
             raise RuntimeError("sync")
-        assert not gpu.is_capturing, "what waits for the device must not get as far as a capture"
+        assert not gpu.is_capturing, "a call that waits for the device must not reach a capture"
         return gpu.takes(2 * seconds) or 2 * x
     sides = {"ours": Side(lambda x: gpu.takes(seconds) or 2 * x), "syncs": Side(syncs)}
     measurement = Measurement(case(sides, wanted=()), TINY, QUICK, math.inf)
@@ -256,7 +257,7 @@ def test_short_calls_are_timed_by_graph_where_they_can_be_captured(
     assert [row["median_s"] for row in rows] == pytest.approx([seconds, 2 * seconds])
 
 
-def test_torch_compile_of_the_reference_is_a_side_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch):
+def test_torch_compile_of_the_reference_is_a_side_on_request(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "compile", lambda call, dynamic: call)
     assert set(Setup(CPU, "tiny", with_compile=True).compiled(double)) == {cases.COMPILED} and TINY.compiled(double) == {}
 
@@ -316,7 +317,7 @@ def test_an_op_runs_with_torch_alone_from_a_bare_checkout(tmp_path: Path):
     assert any(row["side"] == "reference" and row["error"] < 1e-6 for row in json.loads(done.stdout.splitlines()[-1])["rows"])
 
 
-def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]):
+def test_a_missing_device_is_refused(capsys: pytest.CaptureFixture[str]):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(SystemExit):

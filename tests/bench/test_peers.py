@@ -1,4 +1,5 @@
-"""bench/peers/ops.py beside packages of paper that do what the real ones say they do: the layouts and orders that we hand over."""
+"""bench/peers/ops.py against fake packages that follow the real ones' documentation: the layouts and the
+order of the arguments that we pass."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ TINY = Setup(CPU, "tiny")
 
 
 class Package:
-    """Stands in sys.modules under `name`; whatever is imported from it comes from `things`."""
+    """Replaces sys.modules[name]; imports from it return values of `things`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, **things: Any) -> None:
         module = ModuleType(name)
@@ -34,7 +35,7 @@ class Package:
 
 
 def assert_side_is_right(side: Side | str, case: Case) -> None:
-    """Its first output is the reference's, within a few roundings of f32."""
+    """Its first output equals the reference's within a few roundings of f32."""
     assert isinstance(side, Side), side
     inputs = case.make()
     given = side.select(side.call(**(side.prepare(inputs) if side.prepare else inputs)))
@@ -42,7 +43,7 @@ def assert_side_is_right(side: Side | str, case: Case) -> None:
     assert error is not None and error < 1e-6
 
 
-def test_what_is_missing_on_the_wrong_device_or_broken_says_so(monkeypatch: pytest.MonkeyPatch):
+def test_a_peer_that_is_missing_broken_or_on_the_wrong_device_is_reported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert ops.liger_swiglu(CUDA) == "not installed"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())

@@ -1,4 +1,4 @@
-"""bench/rollout.py: what it reports, and that it refuses decoders that do not agree."""
+"""bench/rollout.py: its report, and its refusal of decoders that do not agree."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def fake_rows(digests: dict[str, str]) -> object:
     return child
 
 
-def test_each_decoder_runs_in_a_process_of_its_own_and_they_must_agree(monkeypatch: pytest.MonkeyPatch):
+def test_each_decoder_runs_in_a_separate_process_and_they_must_agree(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(rollout, "cpu_unsupported_reason", lambda device: "")
     monkeypatch.setattr(rollout, "run_child", fake_rows({"native": "a", "ops": "a"}))
     rows = rollout.measure_each(argparse.Namespace(workload="W1", dtype="float32", device="cpu", rounds=1, warmup=0))
@@ -47,7 +47,7 @@ def test_each_decoder_runs_in_a_process_of_its_own_and_they_must_agree(monkeypat
         rollout.main(QUICK)
 
 
-def test_without_native_kernels_the_reason_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_without_native_kernels_the_reason_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(rollout, "cpu_unsupported_reason", lambda device: "not built here")
     monkeypatch.setattr(rollout, "run_child", fake_rows({"ops": "a"}))
     rollout.main(QUICK)

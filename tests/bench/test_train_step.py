@@ -1,4 +1,4 @@
-"""bench/train_step.py: what a measurement holds, and that its ratios point the way their names say."""
+"""bench/train_step.py: the figures of a measurement, and that each ratio has the direction of its name."""
 
 from __future__ import annotations
 
@@ -54,23 +54,24 @@ def test_a_measurement_holds_every_figure_shown_and_changes_the_weights(monkeypa
 
 
 def test_the_decode_floor_by_hand(monkeypatch: pytest.MonkeyPatch):
-    """Two prompts of 3 tokens x 2 completions of 3 tokens, so two steps of four rows: keys of 2 x 3 prompt tokens at each, and of
-    one own token a row at the first, of two at the second."""
+    """2 prompts of 3 tokens x 2 completions of 3 tokens, so two decode steps of 4 sequences. Each step reads
+    the keys of 2 x 3 prompt tokens; the first also reads 1 generated token a sequence, the second 2."""
     monkeypatch.setitem(workloads.WORKLOADS, "tiny", (2, 3, 2, 3))
-    config = ModelConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, num_key_value_heads=1, head_dim=4, num_experts=16,
-                         num_experts_per_tok=2, moe_intermediate_size=4)
+    config = ModelConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+                         num_experts=16, num_experts_per_tok=2, moe_intermediate_size=4)
     model = Transformer(config, 10)
     experts = 16 * 3 * 4 * 8
     # Embedding, qkv, out, router; the norms of the stream, before and after the layer's two halves; those of q and k.
     rest = 10 * 8 + 16 * 8 + 8 * 8 + 16 * 8 + 3 * 8 + 2 * 4
     num_bytes = 4 * (2 * (rest + experts * 4 * 2 / 16) + (2 * 6 + 4 * (1 + 2)) * 2 * 1 * 4)
     assert workloads.decode_floor_s(model, "tiny", 1e3) == pytest.approx(num_bytes / 1e3)
-    head = Transformer(replace(config, tie_word_embeddings=False), 10)  # its rows are read, of the embedding only the newest tokens'
+    # An untied head is read whole; of the embedding only the newest tokens' rows are read.
+    head = Transformer(replace(config, tie_word_embeddings=False), 10)
     assert workloads.decode_floor_s(head, "tiny", 1e3) == pytest.approx(num_bytes / 1e3)
 
 
 @pytest.mark.parametrize(("name", "millions", "active"), [("W1", 1.78, 0.6), ("1b", 3719, 888)])
-def test_the_workloads_models_have_the_sizes_said(name: str, millions: float, active: float):
+def test_the_workloads_models_have_the_documented_sizes(name: str, millions: float, active: float):
     config = workloads.workload_config(name, "float32", "cpu")
     with torch.device("meta"):
         model = Transformer(config.model, workloads.VOCAB_SIZES.get(name, 64))
@@ -98,7 +99,7 @@ def test_logging_is_part_of_the_step(monkeypatch: pytest.MonkeyPatch):
     assert train_step.timed_step(stage, 0, SlowLog())[0] == {"step_s": 7.0, "train_s": 0.5}  # type: ignore[arg-type]
 
 
-def test_sides_take_turns_and_ratios_point_the_way_their_names_say(
+def test_sides_take_turns_and_ratios_follow_their_names(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     rest = dict.fromkeys(train_step.SHOWN, 1.0)
     script = tmp_path / "fake.py"
@@ -111,10 +112,11 @@ def test_sides_take_turns_and_ratios_point_the_way_their_names_say(
     ours = record["sides"]["reason_rl"]
     assert (ours["step_s"], ours["step_s_least_round"], ours["step_s_most_round"]) == (0.5, 0.5, 1.5)
     plain, half = record["ratios"]["reason_rl / trl float32"], record["ratios"]["reason_rl / trl bfloat16"]
-    # theirs 2 s, ours 0.5; ours 3000 tokens a second, theirs 1000; 0.8 s beside the rollout, ours 0.2; 50 MB, theirs 200
+    # Ours and theirs: 0.5 and 2 s a step; 3000 and 1000 tokens a second; 0.2 and 0.8 s without the rollout;
+    # 50 and 200 MB.
     assert plain == pytest.approx(
         {"step_speedup": 4.0, "rollout_speedup": 3.0, "train_speedup": 4.0, "memory_ours_over_theirs": 0.25})
-    assert half["step_speedup"] == 2.0 and half["memory_ours_over_theirs"] is None  # its peak was its start-up's
+    assert half["step_speedup"] == 2.0 and half["memory_ours_over_theirs"] is None  # its peak was at start-up
     assert record["faster_peer"] == "trl bfloat16"
     json.dumps(record, allow_nan=False)
     train_step.print_sides(record)
@@ -127,25 +129,25 @@ def test_the_children_run_what_was_asked_for():
     for name, command in train_step.side_commands(options).items():
         words = " ".join(command)
         assert "--device cuda" in words and "--workload W2" in words and "--steps 5" in words, name
-    assert "--peer none" in " ".join(train_step.side_commands(options)["reason_rl"])  # or it would run its own peer
+    assert "--peer none" in " ".join(train_step.side_commands(options)["reason_rl"])  # otherwise it would run its peer
     assert "--dtype float32" in " ".join(train_step.side_commands(options)["reason_rl float32"])
 
 
-def test_exact_mode_is_timed_beside_its_absence():
+def test_exact_mode_is_timed_on_and_off():
     commands = train_step.side_commands(train_step.parse(["--peer", "exact", "--dtype", "bfloat16"]))
     ways = {name: (words[words.index("--exact") + 1], words[words.index("--decoder") + 1]) for name, words in commands.items()}
     assert ways == {"exact on": ("on", "auto"), "exact on, op by op": ("on", "ops"), "exact off": ("off", "auto")}
     assert all("--dtype bfloat16" in " ".join(command) for command in commands.values())
 
 
-def test_a_failing_side_ends_with_its_own_words(tmp_path: Path):
+def test_a_failing_side_ends_with_its_own_error(tmp_path: Path):
     with pytest.raises(RuntimeError, match="no such thing"):
         train_step.run_child([sys.executable, "-c", "import sys; sys.exit('no such thing')"])
 
 
 @pytest.mark.parametrize("arguments", [
     ["--trace", "x.json", "--peer", "trl"], ["--steps", "0"], ["--workload", "1b", "--peer", "trl"]])
-def test_arguments_that_cannot_be_met_are_refused(arguments: list[str]):
+def test_impossible_arguments_are_refused(arguments: list[str]):
     with pytest.raises(SystemExit):
         train_step.parse(arguments)
 

@@ -25,7 +25,7 @@ QUICK = {"rl.steps": 1, "pretrain.steps": 12, "reward.overlong_buffer": 10,
 
 
 def command_of(path: Path) -> list[str]:
-    """The arguments of train.py in the file's first lines."""
+    """The arguments of train.py in the command of the file's first lines."""
     (line,) = [line for line in path.read_text(encoding="utf-8").splitlines()[:5] if ".venv/bin/python train.py " in line]
     return line.split("train.py ")[1].split()
 

@@ -1,4 +1,4 @@
-"""examples/rewards: each value is the formula's, and a run can name each of them."""
+"""examples/rewards: each reward follows its formula, and a config can name it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the tests of attention share: packs of many sizes, and two plain forms of the packed one.
+"""Shared by the tests of attention: packs of many sizes, and two plain implementations of packed attention.
 
-In Triton's interpreter the sizes are fewer and smaller: there a program costs as much as a whole segment does elsewhere.
+Triton's interpreter gets fewer and smaller sizes: one program there takes as long as a whole segment elsewhere.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 Segment = tuple[int, int, int, int]
 HEADS = [(4, 2, 32), (3, 1, 20)] if IS_INTERPRETED else [(1, 1, 8), (4, 2, 32), (6, 2, 16), (8, 1, 64), (2, 2, 12), (2, 1, 128)]
 """(H, K, C)"""
-# In bf16 the sums are the same f32 ones, rounded at the end: one shape tells.
+# bf16 has the same f32 sums, rounded at the end: one shape is enough.
 HEADS_AND_DTYPES = [(heads, F32) for heads in HEADS] + [((4, 2, 32), BF16)]
 
 

@@ -1,4 +1,5 @@
-"""What every op is held to: errors no worse than plain torch's in the same dtype, and rows that keep their bits in any batch."""
+"""Checks for every op: errors no worse than plain torch's in the same dtype, and bits of a row that do not
+depend on its batch."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def ulp(value: float, dtype: torch.dtype) -> float:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Compared as integers, so that NaN equals itself and -0 is not 0."""
+    """Compares as integers, so that NaN equals itself and -0 differs from 0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
@@ -82,14 +83,15 @@ def assert_no_worse_than_plain(
 ) -> None:
     """Errors against `exact` in float64, compared with those of `plain` in the inputs' own dtype.
 
-    Values: the largest error is at most 1.1 of plain's, plus 2 ulp of the largest value. 1.1 because two right orders of the
-    same sum differ by chance; 2 ulp because plain torch may be exact by luck.
-    Gradients are sums over the batch, and the largest of their errors is itself chance: so their root mean square is held to
-    1.1 of plain's, plus 1 ulp of the root mean square value, and the largest to 4 times plain's, plus 2 ulp.
+    Values: the largest error is at most 1.1 of plain's, plus 2 ulp of the largest value. 1.1 because two correct
+    orders of the same sum differ by chance; 2 ulp because plain torch may be exact by luck.
+    Gradients are sums over the batch, and the largest of their errors varies by chance. So their root mean square
+    is at most 1.1 of plain's, plus 1 ulp of the root mean square value; the largest is at most 4 times plain's,
+    plus 2 ulp.
 
-    One run of plain is one draw: over few values its error may be far below its usual one, on one CPU and not on another. So
-    where a limit fails, plain's error is the largest over the inputs and their neighbours. This is a floor that luck cannot
-    undercut, and it still is an error that plain does make at these sizes.
+    One run of plain is one sample: over few values its error may be far below its usual one, and only on one CPU.
+    So if a limit fails, plain's error is taken as the largest over the inputs and their neighbours. Luck cannot
+    lower that, and plain does make that error at these sizes.
     """
     ours, peers = values_and_gradients(op, inputs), values_and_gradients(plain, inputs)
     truth = values_and_gradients(exact, in_float64(inputs))
@@ -111,9 +113,9 @@ def assert_no_worse_than_plain(
 
 
 def assert_rows_keep_their_bits(op: Callable[[int, int], Tensors], num_rows: int = NUM_ROWS, rows: Sequence[int] = ROWS) -> None:
-    """op(start, end) gives the rows [start, end) of a batch that holds nothing else: the bits are those of the whole batch.
+    """op(start, end) computes a batch of the rows [start, end) alone; their bits must equal those of the whole batch.
 
-    Windows at the front, at an odd place and at the very end of the batch; one thread, and at the end two.
+    Windows: at the start, at an odd place and at the end of the batch; with one thread, at the end with two.
     """
     torch.set_num_threads(1)
     whole = as_tuple(op(0, num_rows))

@@ -1,9 +1,10 @@
-"""A test file over every implementation of its op that can run: `implementation = each_implementation(OP)` at the top of it, with
-several ops where a file has them: all by the one in turn.
+"""Runs a test file once for every implementation of its op that can run.
 
-"auto" then means the one in turn, in the dtypes it is for. impl="torch" is left out: it promises no bits. What runs on a GPU alone
-gets the same tests, marked `gpu`: the op's tensors go there and its results come back, the tests stay on the CPU.
-With TRITON_INTERPRET=1 there is one in turn, Triton's interpreter (test_interpreted.py), at half a millisecond a program.
+A file opens with `implementation = each_implementation(OP)`; it may name several ops, which then all use the same
+implementation. "auto" then picks that implementation, in the dtypes it supports. impl="torch" is left out: it
+promises no bits. An implementation for GPUs gets the same tests, marked `gpu`: the op's tensors are copied to the GPU
+and its results back, the tests stay on the CPU. With TRITON_INTERPRET=1 the only one is Triton's interpreter
+(test_interpreted.py), at half a millisecond a program.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def each_implementation(op: Op, *others: Op) -> Any:
 
 
 def there_and_back(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` on the GPU, for tensors on the CPU: autograd follows both ways."""
+    """Calls `run` on the GPU for tensors on the CPU; autograd follows both copies."""
 
     def move(value: Any, device: torch.device) -> Any:
         if isinstance(value, torch.Tensor):

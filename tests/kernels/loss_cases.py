@@ -1,7 +1,7 @@
 """Token columns for grpo_loss's tests, and its formula as plain loops in float64.
 
-The loops restate the op's formula token by token, with the sequence ratio differentiated through its mean; the papers' own formulas
-are transcribed in tests/reason_rl/test_algorithms.py.
+The loops apply the op's formula token by token, with the sequence ratio differentiated through its mean;
+tests/reason_rl/rl/test_algorithms.py has the formulas of the papers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def rows_of(inputs: dict[str, Any], sequence: int) -> list[int]:
 
 
 def by_hand(inputs: dict[str, Any], spec: LossSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss as loops over sequences and tokens on f64 scalars, and its gradient in the logprobs."""
+    """The loss by loops over sequences and tokens on f64 scalars, and its gradient in the logprobs."""
     leaf = inputs["logprobs"].double().clone().requires_grad_()
     lp = list(leaf.unbind())
     old, rollout, ref, advantage, entropy = (
@@ -76,7 +76,7 @@ def by_hand(inputs: dict[str, Any], spec: LossSpec) -> tuple[torch.Tensor, torch
 
 
 def small() -> dict[str, Any]:
-    """Few tokens, chosen so that every clip and mask binds somewhere and not everywhere."""
+    """Few tokens, chosen so that every clip and mask applies to some of them and not to all."""
     f64 = torch.float64
     old = torch.tensor([-1.0, -0.5, -2.0, -0.2, -1.5, -0.7, -0.1, -3.0], dtype=f64)
     index = torch.tensor([0, 0, 0, 1, 3, 3, 3, 4], dtype=torch.int32)  # sequence 2 has no tokens
@@ -100,7 +100,7 @@ def take(inputs: dict[str, Any], sequences: range) -> dict[str, Any]:
 
 
 def tokens(**columns: list[float]) -> dict[str, Any]:
-    """One sequence per token, f64; what is not given is 0 (entropy, reference) or old_logprobs (rollout)."""
+    """One sequence per token, f64. Missing columns: entropy and reference are 0, rollout is old_logprobs."""
     n = len(columns["logprobs"])
     given = {key: torch.tensor(value, dtype=torch.float64) for key, value in columns.items()}
     old = given.setdefault("old_logprobs", torch.zeros(n, dtype=torch.float64))

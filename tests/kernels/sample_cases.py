@@ -1,4 +1,4 @@
-"""Inputs of `sample` whose logits are exact, logits that make its cut hard, and what the reference says of these."""
+"""Inputs of `sample` with exact logits, logits that make its truncation hard, and the reference's results."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kernels.sample.reference import sample_reference
 
 Drawn = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-# top_p stays away from 1 by more than the log-sum's rounding (1e-6), which would else decide what is cut.
+# top_p is below 1 by more than the log-sum's rounding (1e-6), which would otherwise decide the kept set.
 OPTIONS = [
     {}, {"top_k": 1}, {"top_k": 3}, {"top_k": 10_000_000}, {"top_p": 1e-9}, {"top_p": 0.3}, {"top_p": 0.9}, {"top_p": 0.999},
     {"min_p": 0.01}, {"min_p": 0.5}, {"min_p": 1.0}, {"top_k": 7, "top_p": 0.8}, {"top_k": 40, "top_p": 0.95, "min_p": 0.02},
@@ -49,13 +49,13 @@ def make_noise(num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reference(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Drawn:
-    """With one hidden state for each row and the rows as weight: the product gives these logits, to the bit."""
+    """One hidden state for each row, and the rows as weight: the product is exactly these logits."""
     keys, positions = make_noise(logits.shape[0])
     return sample_reference(torch.eye(logits.shape[0]), logits.T.contiguous(), keys, positions, temperature, top_k, top_p, min_p)
 
 
 def assert_drawn_alike(got: Drawn, want: Drawn) -> None:
-    """The same tokens. The log of a sum in another order is off by 1e-6 of it, here at most 12; so is what hangs on it."""
+    """The same tokens. Another order of the sum changes its log by 1e-6 of it (at most 12), and so the logprobs."""
     assert torch.equal(got[0], want[0]), f"{int((got[0] != want[0]).sum())} of {len(want[0])} tokens differ"
     for name, mine, theirs in zip(("logprob", "kept_logmass"), got[1:], want[1:], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=4e-6, msg=lambda text, name=name: f"{name}: {text}")

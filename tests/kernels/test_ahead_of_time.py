@@ -1,4 +1,5 @@
-"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a GPU, with the instructions and within the limits it should."""
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a GPU, with the expected instructions and
+within its resource limits."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ def test_a_kernel_keeps_within_its_resources_on_every_architecture(op: str):
             assert found.shared_bytes <= shared_limit, name
             assert found.spill_bytes <= (RECORD[name]["spill_bytes"] if what.may_spill else 0), name
             if what.is_matrix_product and what.dtype == torch.bfloat16:
-                assert found.matrix_instructions > 0, f"{name}: no matrix instruction of its own"
-                assert found.async_copies > 0, f"{name}: operands arrive by plain loads"
+                assert found.matrix_instructions > 0, f"{name}: no matrix instruction"
+                assert found.async_copies > 0, f"{name}: operands are loaded by plain loads"
 
 
 def test_the_record_lists_the_kernels_that_there_are():
@@ -41,7 +42,7 @@ def test_the_record_lists_the_kernels_that_there_are():
 
 
 class Recorder:
-    """In a kernel's place: what it is launched with by keyword."""
+    """Replaces a kernel and records its keyword arguments at launch."""
 
     options: dict[str, Any]
 
@@ -50,7 +51,8 @@ class Recorder:
 
 
 def layouts_of_sums(op: str, name: str, options: dict[str, Any], shape: str) -> set[str]:
-    """How the threads of `op`'s f32 form `name` share the tensors, "128x16xf32" say, that it reduces: the order of the sums."""
+    """The thread layouts of the tensors that `op`'s f32 kernel `name` reduces ("128x16xf32"): they fix the order
+    of its sums."""
     what = next(what for what in compiles_of(op) if (what.name, what.dtype) == (name, torch.float32))
     code = build_for(replace(what, options=options), 90)[0].asm["ttgir"]
     named = dict(re.findall(r"^(#\w+) = (.*)$", code, re.MULTILINE))
@@ -60,7 +62,7 @@ def layouts_of_sums(op: str, name: str, options: dict[str, Any], shape: str) -> 
 
 
 def test_the_samplers_sums_run_in_the_order_of_the_trainers(monkeypatch: pytest.MonkeyPatch):
-    """Else their logprobs would differ in last bits: the interpreter knows no threads, so it cannot tell."""
+    """Otherwise their logprobs would differ in the last bits. The interpreter has no threads, so it cannot check this."""
     from kernels.linear_logprob import triton_kernel as trainer
     from kernels.sample import triton_kernel as sampler
 
@@ -84,7 +86,7 @@ def test_the_samplers_sums_run_in_the_order_of_the_trainers(monkeypatch: pytest.
 
 
 def columns_of_a_row(ttgir: str) -> set[tuple[str, ...]]:
-    """How the sums along rows lay a row's columns over threads: what of their layouts counts columns."""
+    """The part of the sums' layouts that maps a row's columns to threads."""
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.M))
     reduced = re.findall(r'"tt\.reduce"\(.*?\}\) : \(tensor<\w+, (#\w+)>', ttgir, re.S)
     assert reduced
@@ -93,7 +95,8 @@ def columns_of_a_row(ttgir: str) -> set[tuple[str, ...]]:
 
 @pytest.mark.parametrize(("head_dim", "dtype"), [(128, torch.bfloat16), (32, torch.bfloat16), (32, torch.float32)], ids=str)
 def test_a_row_is_summed_over_the_same_threads_packed_and_paged(head_dim: int, dtype: torch.dtype):
-    """Else decoding leaves training's bits: on sm_90 their tiles have other heights, and Triton lays each kernel out by itself."""
+    """Otherwise decode and training would differ in bits: on sm_90 their tiles have different heights, and Triton
+    chooses each kernel's layout separately."""
     from kernels.attention.triton_kernel import forms
 
     kernels = [what for what in forms(head_dim, dtype, 4) if "bwd" not in what.name]

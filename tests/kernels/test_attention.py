@@ -1,6 +1,6 @@
-"""Packed attention against a float64 loop over tokens, its gradients, and a segment's bits in any company.
+"""Packed attention against a float64 loop over tokens, its gradients, and a segment's bits in any pack.
 
-The loop knows nothing of tiles or padding: token by token it gathers the keys that the token may see, softmaxes, sums.
+The loop has no tiles and no padding: for each token it gathers the visible keys, takes the softmax and sums.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def test_segments_of_many_sizes_follow_the_definition():
         segments = pack([(prefix, lengths)]) if prefix else [(sum(lengths[:i]), n, 0, 0) for i, n in enumerate(lengths)]
         inputs = make_inputs(segments, 2, 1, 16, F32, seed=prefix)
         exact = by_hand(*(inputs[x].double() for x in "qkv"), inputs["segments"])
-        # sums of up to 260 terms of size 1 in f32: some 16 roundings of 6e-8 in the mean, all ways of error under 64
+        # sums of up to 260 terms of size 1 in f32: about 16 roundings of 6e-8 on average, at most 64
         torch.testing.assert_close(attention(**inputs).double(), exact, rtol=0, atol=4e-6)
 
 
-def test_a_prefix_may_stand_anywhere_before_its_segment():
-    """Not the prompt right before it: the second half of an earlier segment, while another lies between."""
+def test_a_prefix_may_be_anywhere_before_its_segment():
+    """The prefix is the second half of an earlier segment, with another segment in between."""
     segments = [(0, 40, 0, 0), (40, 5, 0, 0), (45, 30, 20, 20), (75, 3, 45, 30)]
     inputs = make_inputs(segments, 2, 2, 8, F32)
     exact = by_hand(*(inputs[x].double() for x in "qkv"), inputs["segments"])
@@ -79,7 +79,7 @@ def test_the_scale_is_the_callers(scale: float):
 
 
 def test_gradients_have_the_same_bits_every_time():
-    """A prefix's gradient is summed over its completions: always in their order."""
+    """A prefix's gradient is summed over its completions, always in the same order."""
     inputs = list(make_inputs(pack([(40, [3, 47, 20])]), 4, 2, 16, F32).values())
     torch.set_num_threads(2)
     first, second = (values_and_gradients(attention, inputs) for _ in range(2))
@@ -88,15 +88,15 @@ def test_gradients_have_the_same_bits_every_time():
 
 @pytest.mark.parametrize("heads", [(2, 1, 16), (3, 1, 16)], ids=str)
 def test_sums_over_readers_shared_out_to_programs_are_the_same_sums(heads: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch):
-    """On a GPU a prompt's many readers go to several programs; elsewhere this changes nothing."""
+    """On a GPU several programs share the many readers of a prompt; elsewhere this changes nothing."""
     monkeypatch.setattr(tiles, "MIN_CHUNK", 2)
-    segments = [(0, 70, 0, 0), *[(70 + 50 * i, 50, 5, 62) for i in range(4)]]  # a prefix of other places than whole tiles
+    segments = [(0, 70, 0, 0), *[(70 + 50 * i, 50, 5, 62) for i in range(4)]]  # a prefix that does not begin at a tile's edge
     inputs = make_inputs(segments, *heads, F32)
     assert len(plan_segments(inputs["segments"], 270).tables(heads[0], 1, 16, F32, torch.device("cpu")).parts) >= 2
     assert_no_worse_than_plain(attention, plain, by_hand, list(inputs.values()))
 
 
-def test_views_are_as_good_as_copies():
+def test_strided_views_have_the_bits_of_copies():
     q, k, v, segments = make_inputs(pack([(6, [20])]), 4, 2, 16, F32).values()
     parts = torch.cat((q, k, v), dim=1).split((4, 2, 2), dim=1)
     assert same_bits(attention(*parts, segments), attention(q, k, v, segments))
@@ -115,7 +115,7 @@ def test_a_step_compiles_without_a_graph_break():
 
 
 @pytest.mark.skipif(not IS_INTERPRETED, reason="of a Triton function")
-def test_places_past_two_to_the_31_are_counted_in_64_bits():
+def test_offsets_above_two_to_the_31_have_64_bits():
     out = torch.zeros(16, dtype=torch.int64)
     token, first = (torch.tensor([value], dtype=torch.int32) for value in (900_000, 2**21))
     show_offsets_kernel[(1,)](out, token, first, K=4, R=3, C=256)
@@ -131,7 +131,7 @@ def test_an_empty_pack_gives_an_empty_result():
 # --- bits ----------------------------------------------------------------------------------------------------------------
 
 def alone(inputs: dict[str, torch.Tensor], segment: Segment) -> torch.Tensor:
-    """The segment's rows from a pack that holds its prefix and it, nothing else."""
+    """The segment's rows from a pack of its prefix and itself alone."""
     start, length, prefix_start, prefix_length = segment
     rows = [*range(prefix_start, prefix_start + prefix_length), *range(start, start + length)]
     own = [(0, prefix_length, 0, 0), (prefix_length, length, 0, prefix_length)] if prefix_length else [(0, length, 0, 0)]
@@ -147,7 +147,8 @@ def test_a_segment_has_the_same_bits_alone_and_in_a_pack(heads: tuple[int, int, 
     for threads in THREADS[: 1 if IS_INTERPRETED else None]:
         torch.set_num_threads(threads)
         assert same_bits(attention(**inputs), whole)
-        for segment in MIXED[:: threads * threads]:  # all of them on one thread, a quarter on two: that is slow on a busy machine
+        # All segments with one thread; a quarter with two, which is slow on a busy machine.
+        for segment in MIXED[:: threads * threads]:
             assert same_bits(alone(inputs, segment), whole[segment[0] : segment[0] + segment[1]]), (segment, threads)
 
 
@@ -201,7 +202,7 @@ def test_segments_of_another_type_or_shape_are_refused():
             plan_segments(bad, 8)
 
 
-def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+def test_wrong_arguments_raise_with_expected_and_actual():
     q, k, v, segments = make_inputs([(0, 8, 0, 0)], 4, 2, 16, F32).values()
     with pytest.raises(ValueError, match=r"attention: q must be .*\[T, H, C\], got f32\[8, 64\] on cpu"):
         attention(q.flatten(1), k, v, segments)

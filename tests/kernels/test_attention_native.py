@@ -1,6 +1,6 @@
-"""What the native attention is held to beyond test_attention.py: head dims, threads and slices, poisoned outputs, and refusals.
+"""The native attention, beyond test_attention.py: head dims, threads and slices, poisoned outputs, and refusals.
 
-Skipped with a word where no library is built.
+Skipped, with the reason, if no library is built.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def arguments(segments: list[tuple[int, int, int, int]], heads: tuple[int, int, 
 
 @pytest.mark.parametrize("head_dim", [2, 6, 16, 18, 46, 48, 80, 112, 256])
 def test_every_even_head_dim_is_as_good_as_the_reference(head_dim: int):
-    """The reference widens bf16 and works in f32 too, so it is the plain form here."""
+    """The reference also widens bf16 and computes in f32, so it is the plain version here."""
     for dtype in (F32, BF16):
         assert_no_worse_than_plain(native, reference, reference, arguments(FAMILY, (6, 3, head_dim), dtype))
 
@@ -44,7 +44,7 @@ def test_head_dims_that_it_does_not_take_go_to_the_reference(head_dim: int):
     assert same_bits(attention(q, k, v, segments), reference(q, k, v, segments))
     with pytest.raises(RuntimeError, match=f"attention_fwd: q's head dim must be even, from 2 to 256, got {head_dim}"):
         native(q, k, v, segments)
-    # The last token, its keys in a cache, has the bits of the pack: two blocks of one row, behind an empty prefix.
+    # The last token, with its keys in a cache, has the bits of the pack: two blocks, behind an empty prefix.
     cache = [F.pad(x, (0, 0, 0, 0, 0, 15)).transpose(0, 1).reshape(2, 2, 16, head_dim).contiguous() for x in (k, v)]
     one = torch.tensor([0])
     pages = plan_pages(prefix_table=one[:, None], prefix_lens=one, prefix_index=one, own_table=torch.tensor([[0, 1]]),
@@ -75,8 +75,8 @@ def test_results_and_gradients_have_the_same_bits_with_any_number_of_threads(
             assert all(map(same_bits, values_and_gradients(native, inputs), want)), threads
 
 
-def test_a_group_has_the_same_gradients_alone_and_beside_others():
-    """Where a pack has many families; in one with few they are cut into slices, which changes the order of a sum."""
+def test_a_group_has_the_same_gradients_alone_and_with_others():
+    """Holds for a pack of many groups; few groups are cut into slices, which changes the order of a sum."""
     segments = [(start + s, length, start + p, prefix) for start in range(0, 560, 56) for s, length, p, prefix in FAMILY]
     inputs = arguments(segments, (4, 2, 32), F32)
     whole = values_and_gradients(native, inputs)
@@ -90,7 +90,7 @@ def test_one_groups_nan_does_not_reach_anothers_gradients():
     inputs = arguments(INTERLEAVED, (2, 1, 16), F32)
     clean = values_and_gradients(native, inputs)
     broken = torch.zeros(84, dtype=torch.bool)
-    broken[9:26] = broken[46:51] = True  # the second family
+    broken[9:26] = broken[46:51] = True  # the second group
     for x in inputs[:3]:
         x[broken] = torch.nan
     for got, want in zip(values_and_gradients(native, inputs), clean, strict=True):
@@ -121,7 +121,7 @@ def test_every_element_is_written(dtype: torch.dtype):
     assert all(x.isfinite().all() for x in (out, stats, dq, dk, dv))
 
 
-# --- straight to the op: an error that names the argument, before anything is read or written ------------------------------
+# --- calls of the native op: an error names the argument, before anything is read or written -------------------------------
 
 PACKED = {"out": torch.zeros(8, 4, 16), "stats": torch.zeros(2, 8, 2, 2), "q": torch.zeros(8, 4, 16), "k": torch.zeros(8, 2, 16),
           "v": torch.zeros(8, 2, 16), "segments": torch.tensor([[0, 3, 0, 0], [3, 5, 0, 3]], dtype=torch.int32), "scale": 1.0}
@@ -196,7 +196,7 @@ def test_paged_attention_refuses(name: str, value: torch.Tensor, message: str):
         OPS.paged_attention(*{**PAGED, name: value}.values())
 
 
-def test_entries_that_no_length_reaches_are_not_looked_at():
+def test_table_entries_beyond_the_lengths_are_not_checked():
     table = torch.tensor([[1, -7], [2, 99]])
     OPS.paged_attention(*{**PAGED, "own_table": table, "own_lens": ZEROS + 16}.values())
     with pytest.raises(RuntimeError, match=r"own_table\[0, 1\] must lie in \[0, 3\), got -7"):

@@ -1,5 +1,5 @@
-"""How the GPU's attention is cut: each pair of a query and a key it sees comes up once in each walk, whatever the pack. And what
-cannot be run here is held by the code that the compiler makes: both forms sum a row in the same order.
+"""The tiles of the GPU's attention: each visible (query, key) pair is visited once in each pass, for any pack.
+The compiler's output shows, without a GPU, that packed and paged attention sum a row in the same order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def draw_pack(seed: int) -> list[Segment]:
-    """Segments of 1 to 300 tokens, most of them behind a prefix somewhere before them, also across segments."""
+    """Segments of 1 to 300 tokens, most of them with a prefix anywhere before them, also across segments."""
     rng, segments, position = random.Random(f"{seed}/pack"), [], 0
     for _ in range(rng.randrange(1, 12)):
         length = rng.choice((1, 3, 47, 64, 128, rng.randrange(1, 300)))
@@ -44,7 +44,7 @@ def seen_pairs(segments: list[Segment]) -> torch.Tensor:
 
 
 def walk_readers(unit: list[int], readers: list[list[int]], repeat: int, block_rows: int, pairs: torch.Tensor) -> None:
-    """One program of the backward over keys, as triton_backward.py has it, adds what it sees to pairs i64[T * R, T]."""
+    """One program of triton_backward.py's pass over keys adds the pairs that it visits to pairs i64[T * R, T]."""
     key_start, num_keys, first, past = unit
     for start, length, low, high, see_first, see_past in readers[first:past]:
         keys = torch.arange(max(key_start, see_first), min(key_start + num_keys, see_past))
@@ -64,7 +64,7 @@ def test_each_pair_is_walked_once(seed: int, repeat: int, monkeypatch: pytest.Mo
     for unit in found.parts.tolist() + found.wholes.tolist():
         walk_readers(unit, readers, repeat, config["BLOCK_M"], pairs)
     assert torch.equal(pairs, want)
-    # Parts of a tile are neighbours, and merged once; their readers follow each other in the pack's order.
+    # The parts of a tile are adjacent, and merged once; their readers are in the pack's order.
     merged = [number for _, _, first, past in found.merges.tolist() for number in range(first, past)]
     assert merged == list(range(len(found.parts)))
     for key_start, num_keys, first, past in found.merges.tolist():
@@ -91,7 +91,7 @@ def test_more_tokens_than_two_bytes_count_are_cut_in_bounded_parts():
 
 @pytest.mark.gpu
 def test_a_segment_of_65_537_tokens_is_averaged_right():
-    """Equal scores: a token's result is the mean of the values so far, and a key's gradient of what comes after it."""
+    """Equal scores: a token's result is the mean of the values up to it; a key's gradient is that of the later tokens."""
     num_tokens = 65_537
     q, k = (torch.zeros(num_tokens, heads, 64, device="cuda", dtype=BF16) for heads in (4, 1))
     v = torch.arange(num_tokens, device="cuda").remainder(7).view(-1, 1, 1).expand(-1, 1, 64).to(BF16).requires_grad_()
@@ -119,7 +119,7 @@ def test_too_many_heads_for_a_tile_are_refused():
 # --- the order of a row's sum ----------------------------------------------------------------------------------------------
 
 def sum_layouts(what: Any, capability: int) -> set[str]:
-    """How the columns of the rows that a kernel sums lie over registers, lanes and warps: the order of the sum follows from it."""
+    """The layout over registers, lanes and warps of the columns that a kernel sums: it fixes the order of the sum."""
     code = build_for(what, capability)[0].asm["ttgir"]
     named = dict(re.findall(r"^(#\w+) = (#ttg.*)$", code, re.MULTILINE))
     reduced = set(re.findall(r"\}\) : \(tensor<\d+x\d+xf32, (#\w+)>\) -> tensor<\d+xf32", code))
@@ -128,7 +128,7 @@ def sum_layouts(what: Any, capability: int) -> set[str]:
 
 
 def columns_of(layout: str) -> str:
-    """A layout without what it says of rows: of a linear one the second place of each basis, else the last of each list."""
+    """The column part of a layout: of a linear layout the second entry of each basis, else the last of each list."""
     if "linear" in layout:
         parts = re.findall(r"(register|lane|warp) = \[(.*?)\](?=, \w+ =|\})", layout)
         return str([(name, [column for column in re.findall(r"\[\d+, (\d+)\]", bases) if column != "0"]) for name, bases in parts])

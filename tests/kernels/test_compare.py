@@ -1,4 +1,4 @@
-"""The error limits that every op is held to: chance in the plain form does not fail an op, a planted error does."""
+"""The error limits of compare.py: a lucky plain version does not fail an op, a planted error does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def draw(size: tuple[int, int, int], dtype: torch.dtype, seed: int = 0) -> list[
 
 
 class LuckyProduct(torch.autograd.Function):
-    """Correctly rounded, with its gradients: for the given inputs and not for their neighbours."""
+    """Correctly rounded values and gradients for the given inputs, but not for their neighbours."""
 
     chosen: torch.Tensor
 
@@ -40,7 +40,7 @@ class LuckyProduct(torch.autograd.Function):
 
 
 def in_another_order(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """As many roundings as a plain sum, term by term."""
+    """A plain sum term by term: the same number of roundings."""
     total = torch.zeros(x.shape[0], weight.shape[0], dtype=x.dtype)
     for k in reversed(range(x.shape[1])):
         total = total + x[:, k, None] * weight[None, :, k]
@@ -56,7 +56,7 @@ def naive(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_lucky_plain_form_fails_no_other_order_of_the_sum(seed: int):
-    """1,000 terms: some 10 ulp of error in a chain of f32 sums, which one draw of the plain form happens to escape."""
+    """1,000 terms: about 10 ulp of error in a chain of f32 sums, which one run of the plain version avoids by luck."""
     inputs = draw((3, 5, 1000), F32, seed)
     LuckyProduct.chosen = inputs[0]
 

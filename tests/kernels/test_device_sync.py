@@ -1,4 +1,5 @@
-"""The path from rewards to the loss has no device sync, tested without a GPU: fake CUDA tensors have no values to wait for."""
+"""The path from rewards to the loss has no device sync. Fake CUDA tensors test it without a GPU: they have no
+values, so that a read raises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kernels/dispatch.py, checks.py and `python -m kernels`: what is chosen, what is refused, what is printed."""
+"""kernels/dispatch.py, checks.py and `python -m kernels`: the choice, the refusals, the printed table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ X = torch.tensor(3.0)
 
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ops of these tests stay out of the real registry."""
+    """Keeps the ops of these tests out of the real registry."""
     monkeypatch.setattr(dispatch, "REGISTRY", {})
 
 
@@ -41,7 +41,7 @@ def test_auto_takes_the_first_that_can_run_on_the_device():
     assert op.choose(X).run(X) == 1.5
 
 
-def test_auto_passes_over_what_does_not_take_the_dtype_or_waits_to_be_asked():
+def test_auto_skips_what_lacks_the_dtype_or_runs_on_request_only():
     op = Op("picky", (
         Implementation("native", lambda x: x, dtypes=(F32,)), Implementation("torch", lambda x: x, is_automatic=False),
         Implementation("reference", lambda x: x)))
@@ -72,13 +72,13 @@ def test_an_implementation_declines_a_variant_that_it_does_not_implement(caplog:
         op.choose(X, "native", "mine")
 
 
-def test_a_variant_is_no_news_where_the_reference_runs_anyway(caplog: pytest.LogCaptureFixture):
+def test_a_variant_prints_nothing_if_the_reference_runs_anyway(caplog: pytest.LogCaptureFixture):
     op = Op("loss", (
         Implementation("triton", lambda x: x, needs_cuda, variants=("clip",)), Implementation("reference", lambda x: x)))
     assert op.choose(X, variant="mine").name == "reference" and not caplog.messages
 
 
-def test_nothing_able_is_a_clear_error_and_a_line_in_the_table():
+def test_no_usable_implementation_is_a_clear_error_and_a_line_in_the_table():
     op = Op("gpu_only", (Implementation("triton", lambda x: x, needs_cuda),))
     with pytest.raises(ValueError, match=r"gpu_only: nothing runs on cpu \(triton: needs CUDA\)"):
         op.choose(X)
@@ -185,7 +185,7 @@ def test_the_command_lists_every_op_package_with_torch_alone():
     assert packages and all(name in listed for name in packages), f"{packages} against {listed}"
 
 
-def test_a_device_that_is_none_is_refused_by_name(capsys: pytest.CaptureFixture[str]):
+def test_an_invalid_device_is_refused_by_name(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         command.main(["--device", "abacus"])
     assert "got 'abacus'" in capsys.readouterr().err

@@ -1,8 +1,8 @@
 """Every op on a GPU as the model calls it there: a row's bits in any batch, and torch.compile of it.
 
-The tests of each op against float64 run there too, in its own file (implementations.py). Sizes here are the default model's, and
-those of a model whose tiles fill a GPU, where a kernel could choose by the number of rows. Where only the reference runs, torch
-promises nothing.
+Each op's own test file compares it with float64 on a GPU too (implementations.py). Sizes here are the default
+model's, and those of a model whose tiles fill a GPU, where a kernel could depend on the number of rows. An op
+that has only the reference on the GPU is skipped: torch promises no bits.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def attention_rows(size: dict[str, object], dtype: torch.dtype) -> Rows:
 
 
 def paged_rows(size: dict[str, object], dtype: torch.dtype) -> Rows:
-    """A row is a sequence with a prompt of its own."""
+    """A row is a sequence with a separate prompt."""
     inputs = paged_inputs(NUM_ROWS, 1, 160, 32, size["heads"], dtype, CUDA)
     pages = inputs["pages"]
 

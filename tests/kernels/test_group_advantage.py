@@ -1,4 +1,4 @@
-"""group_advantage against plain Python loops over groups, and its edges: masks, lone members, groups without signal."""
+"""group_advantage against plain Python loops over groups; masks, groups of one, groups without signal."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_each_kind_is_its_definition(name: str, kind: str) -> None:
     advantages, has_signal = group_advantage(**inputs, kind=kind)
     expected, signals = by_hand(inputs["rewards"], inputs["mask"], kind)
     assert advantages.dtype == torch.float32 and has_signal.tolist() == signals
-    # Statistics are in f64 and stored in f32: half an ulp of an advantage below 16 is 4.8e-7.
+    # Computed in f64, stored in f32: half an ulp of an advantage below 16 is 4.8e-7.
     torch.testing.assert_close(advantages.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9)
 
 
@@ -119,13 +119,13 @@ def test_std_is_the_sample_standard_deviation() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(3, 1), (1030, 1), (600, 2), (47, 123), (3, 1025), (2, 5000), (1, 66_000)], ids=str)
 def test_any_number_and_size_of_groups(shape: tuple[int, int], kind: str) -> None:
-    """More groups than one program takes, and groups too large for one, beside the reference; rewards far from zero."""
+    """Against the reference: more groups than one program takes, groups too large for one; rewards far from zero."""
     generator = torch.Generator().manual_seed(1)
     rewards, mask = 1000 + torch.randn(shape, generator=generator), torch.rand(shape, generator=generator) < 0.9
     got = group_advantage(rewards, mask, kind)
     want = group_advantage(rewards.double(), mask, kind, impl="reference")
     assert torch.equal(got[1], want[1])
-    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-7, atol=1e-9)  # f64 within, rounded once to f32
+    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-7, atol=1e-9)  # computed in f64, rounded once to f32
     assert all(same_bits(a, b) for a, b in zip(got, group_advantage(rewards, mask, kind), strict=True))
 
 
@@ -144,7 +144,7 @@ def test_no_groups_give_no_advantages() -> None:
 
 
 def test_it_compiles_whole(implementation: str) -> None:
-    """Behind the public op, whose check for finite rewards reads values on the CPU."""
+    """Below the public op, whose check for finite rewards reads values on the CPU."""
     if implementation == "reference":
         pytest.skip("plain torch")
     run = OP.choose(torch.empty(0)).run
@@ -159,7 +159,7 @@ def test_float64_rewards_give_float64_advantages() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_an_unmasked_reward_that_is_no_number_raises_and_is_named(bad: float) -> None:
+def test_an_unmasked_reward_that_is_not_finite_raises_and_is_named(bad: float) -> None:
     rewards = torch.zeros(3, 4)
     rewards[2, 1] = bad
     with pytest.raises(ValueError, match=r"rewards\[2, 1\]"):
@@ -168,7 +168,7 @@ def test_an_unmasked_reward_that_is_no_number_raises_and_is_named(bad: float) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_without_the_check_an_unmasked_reward_that_is_no_number_shows_in_its_group(bad: float, kind: str) -> None:
+def test_without_the_check_a_reward_that_is_not_finite_shows_in_its_group(bad: float, kind: str) -> None:
     """A GPU cannot raise without a sync: the advantages must then not hide it, even if the other rewards are equal."""
     rewards = torch.tensor([[0.5, bad, 0.5], [0.0, 1.0, 2.0], [1.0, 1.0, bad]])
     mask = torch.tensor([[True, True, True], [True, True, True], [True, True, False]])
@@ -184,7 +184,7 @@ def test_no_mask_is_a_mask_of_all(kind: str) -> None:
         assert same_bits(got, want)
 
 
-def test_wrong_inputs_raise_and_say_what_came() -> None:
+def test_wrong_inputs_raise_with_expected_and_actual() -> None:
     rewards = torch.zeros(3, 4)
     for arguments, words in (
         ({"rewards": rewards[0]}, r"rewards must be f32\|f64\[B, G\], got f32\[4\]"),

@@ -1,6 +1,7 @@
 """grpo_loss: every combination of options against plain loops in float64; splitting, masks, extremes, metrics, errors.
 
-Tests of formulas run in float64, so by the reference; those of the last part hold each implementation in float32 to it.
+Tests of formulas run in float64, so on the reference; the last section compares each implementation with it in
+float32.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tests.kernels.loss_cases import PER_TOKEN, arguments, by_hand, loss_of, row
 implementation = each_implementation(OP)
 
 F64_NOISE = {"rtol": 1e-12, "atol": 1e-14}  # the same f64 sums in another order: some hundred roundings of 1e-16
-# exp of a log ratio of order 1 carries a few f32 roundings (6e-8); an advantage and a weight some more.
+# exp of a log ratio of order 1 has a few f32 roundings (6e-8); an advantage and a weight add some.
 F32_NOISE = {"rtol": 3e-6, "atol": 3e-7}
 
 
@@ -58,7 +59,7 @@ def test_every_combination_is_its_formula(ratio: Any, surrogate: Any, normalizer
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
 def test_the_gradient_is_the_slope_of_the_loss(ratio: Any, kl: Any) -> None:
-    """Finite differences; not for "cispo", whose stop_gradient is there to differ from its slope."""
+    """By finite differences; not for "cispo", whose gradient differs from its slope by design (stop_gradient)."""
     inputs = small()
     for surrogate in ("clip", "reinforce"):
         spec = LossSpec(ratio=ratio, surrogate=surrogate, kl_coef=0.3, kl_estimator=kl, entropy_coef=0.2, dual_clip=1.5,
@@ -191,7 +192,7 @@ def test_metrics_are_their_definitions() -> None:
     assert finished == pytest.approx(expected, rel=1e-12)
 
 
-def test_metrics_of_what_was_not_given_are_left_out() -> None:
+def test_metrics_of_missing_columns_are_left_out() -> None:
     inputs = {k: v for k, v in uneven().items() if k not in ("rollout_logprobs", "ref_logprobs", "entropy")}
     _, metrics = loss_of(inputs, LossSpec())
     assert not metrics.keys() & {"kl_sum", "entropy_sum", "logprob_gap_max", "importance_cut_sum"}
@@ -225,14 +226,14 @@ def test_merging_refuses_what_it_cannot_merge() -> None:
     ({"logprobs": torch.zeros(34, dtype=torch.bfloat16)}, {}, r"logprobs must be f32\|f64\[N\], got bf16\[34\]"),
     ({"impl": "abacus"}, {}, "impl must be one of"),
 ])
-def test_wrong_inputs_raise_and_say_what_came(changes: dict[str, Any], spec: dict[str, Any], words: str) -> None:
+def test_wrong_inputs_raise_with_expected_and_actual(changes: dict[str, Any], spec: dict[str, Any], words: str) -> None:
     given = {**uneven(), **changes}
     impl = given.pop("impl", "auto")
     with pytest.raises(ValueError, match=words):
         loss_of(given, LossSpec(**spec), impl)
 
 
-# --- each implementation in float32, beside the reference in float64 -------------------------------------------------------
+# --- each implementation in float32, against the reference in float64 ------------------------------------------------------
 
 def results(inputs: dict[str, Any], spec: LossSpec, impl: str = "auto") -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """[loss, dlogprobs, dentropy] for an upstream gradient of 3, metrics."""
@@ -260,7 +261,8 @@ def test_every_combination_is_the_references(ratio: Any, surrogate: Any, normali
     combinations = itertools.product(
         ("none", "tis", "icepop"), (None, "k1", "k2", "k3"), (0.0, 1.5), (0.0, 0.01))
     for number, (importance, kl, dual_clip, entropy_coef) in enumerate(combinations):
-        if IS_INTERPRETED and number % 4 != number // 4 % 4:  # 50 ms each: the last two choices, which take no other code, in turn
+        # Interpreted, a case takes 50 ms, so the last two options, which select no other code, alternate.
+        if IS_INTERPRETED and number % 4 != number // 4 % 4:
             continue
         assert_agree(inputs, LossSpec(
             ratio=ratio, surrogate=surrogate, normalizer=normalizer, dual_clip=dual_clip, importance=importance,  # type: ignore[arg-type]
@@ -269,7 +271,7 @@ def test_every_combination_is_the_references(ratio: Any, surrogate: Any, normali
 
 
 @pytest.mark.parametrize("name", ["one_token", "uneven", "empty", "step"])
-def test_what_is_not_given_is_not_measured(name: str) -> None:
+def test_missing_columns_have_no_metrics(name: str) -> None:
     inputs = make_inputs()[name]
     for absent in itertools.product((False, True), repeat=3):
         left_out = {key: None for key, is_out in zip(PER_TOKEN[3:], absent, strict=True) if is_out}
@@ -285,14 +287,14 @@ def test_long_sequences_empty_ones_and_wide_indices(ratio: Any, lengths: list[in
     inputs = {**columns, "sequence_index": index, "num_sequences": len(lengths), "total_loss_tokens": 80_000, "total_sequences": 9}
     spec = LossSpec(ratio=ratio, normalizer="sequence", kl_coef=0.1, importance="tis", entropy_coef=0.1)
     assert_agree(inputs, spec)
-    if len(index) > 65_536:  # once is enough of a test that the interpreter takes seconds for
+    if len(index) > 65_536:  # once only: the interpreter takes seconds
         return
     again = [results({**inputs, "sequence_index": index.to(dtype)}, spec)[0] for dtype in (torch.int32, torch.int64)]
     assert all(same_bits(a, b) for a, b in zip(*again, strict=True))
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
-def test_a_sequences_gradients_have_the_same_bits_wherever_it_stands(ratio: Any) -> None:
+def test_a_sequences_gradients_have_the_same_bits_at_any_index(ratio: Any) -> None:
     inputs = uneven(torch.float32)
     spec = LossSpec(ratio=ratio, normalizer="sequence", kl_coef=0.1, importance="icepop", entropy_coef=0.1)
     _, *whole = results(inputs, spec)[0]
@@ -331,7 +333,7 @@ def test_a_broken_logprob_shows_in_loss_gradient_and_metrics(implementation: str
 
 
 def test_a_sequence_index_out_of_range_shows_where_it_is_not_checked(implementation: str) -> None:
-    """On a GPU the public op cannot look without waiting: nothing may be read out of bounds then, and the loss is no number."""
+    """On a GPU the public op cannot check it without a sync: nothing may be read out of bounds, and the loss is NaN."""
     if implementation != "triton":
         pytest.skip("checked in advance")
     inputs, run = make_inputs()["uneven"], OP.choose(torch.empty(0)).run
@@ -343,7 +345,7 @@ def test_a_sequence_index_out_of_range_shows_where_it_is_not_checked(implementat
 
 
 def test_it_compiles_whole(implementation: str) -> None:
-    """Behind the checks of the public op, which read sequence_index."""
+    """Below the checks of the public op, which read sequence_index."""
     if implementation == "reference":
         pytest.skip("plain torch")
     inputs, spec, run = make_inputs()["uneven"], LossSpec(entropy_coef=0.1), OP.choose(torch.empty(0)).run

@@ -1,4 +1,4 @@
-"""What is the native grpo_loss's own: its bits with several threads, and the checks of the op beneath the public one."""
+"""The native grpo_loss: its bits with several threads, and the argument checks below the public op."""
 
 from __future__ import annotations
 

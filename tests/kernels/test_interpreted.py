@@ -1,6 +1,6 @@
-"""The Triton kernels' numbers without a GPU: each op's own tests once more, in a process where Triton interprets, and a whole step.
+"""The Triton kernels without a GPU: each op's tests again, and a whole step, in a process with Triton's interpreter.
 
-It proves the f32 arithmetic and the indexing. What it cannot see: bf16 rounding, races, and speed (tests marked `gpu`).
+This tests the f32 arithmetic and the indexing. It cannot test bf16 rounding, races or speed (tests marked `gpu`).
 """
 
 from __future__ import annotations

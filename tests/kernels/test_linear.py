@@ -1,4 +1,4 @@
-"""linear against float64, and the claim it exists for: a row's bits do not depend on the rows beside it."""
+"""linear against float64, and its purpose: a row's bits do not depend on the other rows of the batch."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ F32, BF16 = torch.float32, torch.bfloat16
 # (N, K): the default model's qkv, out, router, expert and head; then odd ones, narrow ones, and long sums.
 WEIGHTS = [(256, 128), (128, 128), (8, 128), (192, 128), (128, 96), (43, 128),
            (50, 33), (2, 16), (8, 8), (16, 8), (77, 100), (128, 2048)]
-# (M, N, K). A few rows by a long sum are left out: for one row torch calls a matrix-vector product, which keeps many partial
-# sums and so errs less than any matrix product does, in an order that no batch shares.
+# (M, N, K). Few rows with a long sum are left out: for one row torch calls a matrix-vector product, whose many
+# partial sums give a smaller error than any matrix product, in an order that no larger batch has.
 SHAPES = [(1, 64, 24), (5, 50, 33), (16, 8, 16), (17, 96, 128), (100, 43, 64), (3, 1, 7), (4, 9, 1), (47, 123, 47)]
 
 
@@ -50,7 +50,7 @@ def test_every_small_batch_keeps_the_bits(dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_a_weight_gradient_over_many_rows_is_right_and_the_same_in_every_run(dtype: torch.dtype):
-    """More rows than a GPU's program should walk alone: there they are cut, and the parts summed in order."""
+    """More rows than one GPU program should sum: they are split, and the partial sums are added in order."""
     inputs = list(make_inputs(1100, 24, 40, dtype).values())
     assert_no_worse_than_plain(linear, plain, plain, inputs)
     assert all(map(same_bits, values_and_gradients(linear, inputs), values_and_gradients(linear, inputs)))
@@ -64,11 +64,11 @@ def test_a_wide_weight_has_the_same_error_and_its_rows_their_bits():
     assert same_bits(linear(inputs["x"][133:], inputs["weight"]), got[133:])
 
 
-@pytest.mark.skipif(not IS_INTERPRETED, reason="calls the Triton launcher, on memory that is promised and never touched")
+@pytest.mark.skipif(not IS_INTERPRETED, reason="calls the Triton launcher, on memory that is reserved and never touched")
 def test_rows_that_begin_beyond_two_to_the_31_are_found():
     from kernels.linear.triton_kernel import config, gemm
 
-    far = (1 << 30) + 64  # fits 32 bits, and twice it does not
+    far = (1 << 30) + 64  # fits 32 bits, twice it does not
     x, out = (torch.frombuffer(mmap.mmap(-1, 4 * (2 * far + 16)), dtype=F32).as_strided((3, 16), (far, 1)) for _ in range(2))
     weight = torch.randn(16, 16)
     x[:] = torch.randn(3, 16)
@@ -101,7 +101,7 @@ def test_no_rows_give_no_rows_and_zero_gradients():
     assert weight.grad is not None and torch.equal(weight.grad, torch.zeros(5, 7))
 
 
-def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+def test_wrong_arguments_raise_with_expected_and_actual():
     x, weight = make_inputs(3, 5, 7, F32).values()
     with pytest.raises(ValueError, match=r"linear: x must be .*\[M, K\], got f32\[3, 7, 1\] on cpu"):
         linear(x[..., None], weight)

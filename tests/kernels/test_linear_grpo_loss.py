@@ -1,4 +1,4 @@
-"""linear_grpo_loss: the loss, metrics and logprobs of its two ops called in turn, their gradients, and blocks of rows."""
+"""linear_grpo_loss against its two ops called in turn: loss, metrics, logprobs, gradients, and blocks of rows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def fused(
 
 
 def in_turn(inputs: dict[str, Any], spec: LossSpec, impl: str) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """The two ops; impl "plain": by torch's own log_softmax, in the operands' dtype."""
+    """The two ops; impl "plain": torch's log_softmax in the operands' dtype."""
     head, constants = split(inputs)
     logprobs, entropy = definition(*head, 0.8) if impl == "plain" else linear_logprob(*head, 0.8, impl=impl)
     loss, metrics = grpo_loss(logprobs, constants, spec, entropy, "reference" if impl == "plain" else impl)
@@ -61,7 +61,7 @@ def widened(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_gradients(inputs: dict[str, Any], spec: LossSpec) -> None:
-    """The loss is right, and its gradients are no worse than by plain torch, whose bf16 logits are rounded."""
+    """The loss is right, and its gradients are no worse than plain torch's, whose bf16 logits are rounded."""
     exact = widened(inputs)
 
     def ours(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ def check_gradients(inputs: dict[str, Any], spec: LossSpec) -> None:
     pair = [inputs[key] for key in LEAVES]
     # The mean of errors of a few ulp of logprobs around 4, at advantages around 1.
     torch.testing.assert_close(ours(*pair).double(), plain(*(x.double() for x in pair)), rtol=0, atol=1e-6)
-    # A scalar's one error is chance, so that gradients alone are compared.
+    # The error of one scalar is chance, so only gradients are compared.
     assert_no_worse_than_plain(*(lambda *x, f=f: f(*x) - f(*x).detach() for f in (ours, plain, plain)), pair)
 
 
@@ -107,7 +107,7 @@ def test_everything_has_the_bits_of_the_two_ops_called_in_turn(name: str, implem
 def test_rows_in_blocks_give_the_same_loss_and_gradients_as_right(
     name: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """A budget for 128 rows' softmax: several blocks at the token level; at the sequence level all is computed again."""
+    """A budget for the softmax of 128 rows: several blocks at the token level; the sequence level recomputes all."""
     if implementation != "triton":
         pytest.skip("the Triton kernels alone have a budget")
     inputs = case(BF16, [60, 90, 1, 150], 1100)
@@ -116,7 +116,7 @@ def test_rows_in_blocks_give_the_same_loss_and_gradients_as_right(
     keep, kept = function.kept_softmax, []
 
     def keep_one(*args: Any) -> tuple[torch.Tensor, ...]:
-        assert all(softmax() is None for softmax in kept), "the budget is of one block: the last one's softmax must be gone"
+        assert all(softmax() is None for softmax in kept), "the budget is one block: the last block's softmax must be freed"
         made = keep(*args)
         kept.append(weakref.ref(made[0]))
         return made
@@ -182,7 +182,7 @@ def test_it_compiles_whole():
     assert all(map(same_bits, values_and_gradients(compiled, pair), values_and_gradients(loss, pair)))
 
 
-def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+def test_wrong_arguments_raise_with_expected_and_actual():
     inputs, spec = case(), SPECS["grpo"]
     for name, value, says in (
         ("hidden", inputs["hidden"][0], r"hidden must be .*\[N, D\], got f32\[24\] on cpu"),

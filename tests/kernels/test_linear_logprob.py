@@ -30,7 +30,7 @@ TEMPERATURES = [1.0, 0.6, 2.5]
 def definition(
     hidden: torch.Tensor, weight: torch.Tensor, target_ids: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """By torch's own log_softmax, in the operands' dtype (logprobs of bf16 operands in f32, as a trainer would)."""
+    """By torch's log_softmax in the operands' dtype (logprobs of bf16 operands in f32, as a trainer would)."""
     logits = hidden @ weight.T / temperature
     logprobs = F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
     return logprobs.gather(1, target_ids[:, None]).squeeze(1), -(logprobs.exp() * logprobs).sum(-1)
@@ -63,7 +63,7 @@ def test_temperature_divides_the_logits():
 
 @pytest.mark.parametrize("far", [1e2, 1e4, -1e4])
 def test_a_shift_of_all_logits_changes_nothing_even_at_ten_thousand(far: float):
-    """Logits whose differences are exact in f32 beside the shift: so must the logprobs be, to a few ulp."""
+    """The logits' differences stay exact in f32 after the shift, so the logprobs change by a few ulp at most."""
     near = torch.tensor([[0.0, 0.5, -1.0, 2.0, 1.5]])
     hidden, targets = torch.tensor([[1.0, far]]), torch.tensor([2])
     weight = torch.stack((near[0], torch.ones(5)), dim=1)
@@ -123,7 +123,8 @@ def test_a_row_has_the_same_bits_in_any_batch(hidden_size: int, vocab_size: int,
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="torch's sums, not the kernel's; a whole minute")
 def test_a_large_vocabularys_sum_is_not_split_over_threads_for_a_lone_row():
-    """torch splits a sum of more than 32,768 terms with a single result; then one row's bits would be its thread count's."""
+    """torch splits a sum of more than 32,768 terms with one result over threads; then the bits of a single row
+    would depend on the number of threads."""
     inputs = make_inputs(3, 8, 40_000, F32)
     torch.set_num_threads(1)
     whole = linear_logprob(**inputs)
@@ -136,7 +137,7 @@ def test_a_large_vocabularys_sum_is_not_split_over_threads_for_a_lone_row():
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_chunks_whose_logits_are_far_apart_are_merged_without_loss(order: int):
-    """A far chunk adds nothing to the sum and nothing to the entropy, whichever comes first; a near one counts in full."""
+    """A chunk of far smaller logits adds nothing to sum and entropy, in either order; an equal one counts in full."""
     logits = torch.cat([torch.full((1024,), -1e4), torch.full((1024,), -1e30), torch.zeros(4)][::order])
     near = torch.cat([torch.zeros(1024), torch.full((1024,), -2.0), torch.full((2,), 1.0)][::order])
     for z in (logits, near):
@@ -212,7 +213,7 @@ def test_broken_logits_show_in_their_own_row():
 def test_chunks_of_the_backward_pass_and_a_kept_softmax_keep_the_error(
     budget: int, dtype: torch.dtype, implementation: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """Three chunks of the vocabulary, two blocks of rows; more tokens than 1024, below which no softmax is kept."""
+    """Three chunks of the vocabulary, two blocks of rows; more than 1024 tokens, as fewer keep no softmax."""
     if implementation != "triton":
         pytest.skip("the Triton kernels alone have a budget")
     from kernels.linear_logprob import triton_kernel
@@ -260,7 +261,7 @@ def test_no_rows_give_no_results_and_zero_gradients():
     assert weight.grad is not None and not weight.grad.any()
 
 
-def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+def test_wrong_arguments_raise_with_expected_and_actual():
     hidden, weight, targets = make_inputs(3, 4, 7, F32).values()
     with pytest.raises(ValueError, match=r"linear_logprob: hidden must be .*\[N, D\], got f32\[4\] on cpu"):
         linear_logprob(hidden[0], weight, targets)

@@ -16,8 +16,8 @@ from tests.kernels.test_linear_logprob import definition
 pytestmark = pytest.mark.skipif(not ISA, reason="needs the native library")
 F32, BF16 = torch.float32, torch.bfloat16
 native = partial(linear_logprob, impl="native")
-# (N, D, V): the vocabulary is taken 1024 tokens at a time; rows in blocks; odd everything. A few
-# rows by a long sum are left out, for test_linear.py's reason.
+# (N, D, V): the vocabulary is taken 1024 tokens at a time; rows in blocks; odd sizes. Few rows
+# with a long sum are left out, for test_linear.py's reason.
 SHAPES = [(1, 1, 1), (47, 47, 123), (123, 3, 1024), (20, 16, 1025), (600, 8, 2100)]
 
 
@@ -90,7 +90,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary():
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_torchs_own_gemm_is_there_by_name_and_agrees(dtype: torch.dtype):
+def test_torchs_own_gemm_is_available_by_name_and_agrees(dtype: torch.dtype):
     inputs = make_inputs(5, 16, 43, dtype)
     for got, want in zip(linear_logprob(**inputs, impl="torch"), linear_logprob(**inputs, impl="reference"), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=2e-6)  # f32 sums in another order

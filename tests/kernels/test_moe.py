@@ -1,4 +1,5 @@
-"""Mixture of experts against a float64 loop over tokens: the choice and its ties, the combine, the balance loss, and the bits."""
+"""Mixture of experts against a float64 loop over tokens: routing and its ties, the weighted sum, the balance
+loss, and the bits."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def uneven(num_tokens: int, num_experts: int, k: int, dtype: torch.dtype, hidden: int = 24, inner: int = 20) -> Tensors:
-    """Most tokens on the last experts, none on the first: several pieces of one expert, many blocks, and empty ones."""
+    """Most tokens on the last experts, none on the first: an expert of several tiles, many blocks, and empty ones."""
     inputs = make_inputs(num_tokens, num_experts, k, hidden, inner, dtype)
     logits = draw(num_tokens, num_experts, seed=4) + torch.arange(num_experts) ** 2 * (12 / num_experts**2)
     logits[:, 0] = -100
@@ -58,7 +59,7 @@ def by_hand(
 def plain(
     x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """Every expert on every token, weighted by 0 where it was not chosen: matrix products in the operands' dtype."""
+    """Every expert on every token, with weight 0 if it was not chosen: matrix products in the operands' dtype."""
     total = torch.zeros_like(x)
     for expert in range(gate_up.shape[0]):
         gate, up = (x @ gate_up[expert].T).chunk(2, dim=1)
@@ -120,7 +121,7 @@ def test_the_bias_steers_the_choice_but_not_the_weights():
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_route_passes_the_gradient_of_its_weights(score: str, normalize: bool):
-    """Against finite differences, where the choice does not move."""
+    """Against finite differences at logits where the routed experts do not change."""
     logits = draw(5, 6).double().requires_grad_()
     upstream = draw(5, 2, seed=2).double()
 
@@ -131,11 +132,11 @@ def test_route_passes_the_gradient_of_its_weights(score: str, normalize: bool):
 
 
 def test_a_lone_normalised_expert_gives_its_router_no_gradient():
-    """k = 1 with normalize is weight 1 whatever the logits: known, and why such a model must not normalise."""
+    """k = 1 with normalize gives weight 1 for any logits, which is why such a model must not normalise."""
     logits = draw(5, 4).requires_grad_()
     picked = route(logits, 1)
     assert picked.weights.eq(1).all()
-    assert torch.autograd.grad(picked.weights.sum(), logits)[0].abs().max() < 1e-6  # x / x has a rounding left, no slope
+    assert torch.autograd.grad(picked.weights.sum(), logits)[0].abs().max() < 1e-6  # x / x has no slope, only rounding
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -256,7 +257,7 @@ def test_two_runs_have_the_same_bits(dtype: torch.dtype):
     assert all(map(same_bits, values_and_gradients(experts, arguments), values_and_gradients(experts, arguments)))
 
 
-def test_nothing_need_be_kept_where_no_gradient_is_wanted():
+def test_the_result_has_the_same_bits_without_a_gradient():
     inputs = make_inputs(20, 4, 2, 8, 4, F32)
     with_gradient = {**inputs, "x": inputs["x"].clone().requires_grad_()}
     assert same_bits(experts(**with_gradient).detach(), experts(**inputs))
@@ -268,7 +269,7 @@ def test_many_tokens_are_routed_in_one_batch():
     assert all(map(same_bits, (part[-3:] for part in route(logits, 2)), route(logits[-3:], 2)))
 
 
-def test_the_matrices_may_lie_as_a_transpose_left_them():
+def test_transposed_matrices_give_the_same_bits():
     inputs = make_inputs(20, 3, 2, 8, 6, F32)
     moved = {name: tensor.transpose(0, -1).contiguous().transpose(0, -1) for name, tensor in inputs.items()}
     assert same_bits(experts(**moved), experts(**inputs))
@@ -299,7 +300,7 @@ def test_an_experts_gradient_does_not_depend_on_the_loads_of_the_others(dtype: t
 @pytest.mark.parametrize("shape", [(4, 2, 24, 40)] if IS_INTERPRETED else [
     (8, 2, 128, 96), (4, 2, 16, 8), (3, 3, 20, 12), (16, 4, 32, 5)], ids=str)
 def test_a_token_has_the_same_bits_in_any_batch(shape: tuple[int, int, int, int], dtype: torch.dtype):
-    """However many others are sent to its experts."""
+    """For any number of other tokens that its experts get."""
     inputs = make_inputs(NUM_ROWS, *shape, dtype)
 
     def rows(start: int, end: int) -> torch.Tensor:
@@ -363,7 +364,7 @@ def test_experts_are_counted():
 
 # --- contracts -----------------------------------------------------------------------------------------------------------
 
-def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+def test_wrong_arguments_raise_with_expected_and_actual():
     logits, ids = torch.zeros(3, 4), torch.zeros(3, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"route: router_logits must be f32\|f64\[T, E\], got bf16\[3, 4\] on cpu"):
         route(logits.bfloat16(), 2)

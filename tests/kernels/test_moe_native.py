@@ -51,7 +51,7 @@ def test_two_runs_and_two_threads_give_the_same_bits_and_write_every_element(siz
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_an_expert_with_several_pieces_has_its_gradients(dtype: torch.dtype):
-    """More rows than one product of a weight's gradient sums over, and than one group holds."""
+    """More rows than one product of a weight's gradient sums over, and more than one group holds."""
     inputs = uneven(1100, 3, 2, dtype)
     assert_no_worse_than_plain(partial(experts, impl="native"), plain, by_hand, [inputs[name] for name in ARGUMENTS])
 
@@ -74,7 +74,7 @@ def test_large_sizes_are_right(dtype: torch.dtype):
     assert float((got - want).abs().max()) <= (2e-2 if dtype == BF16 else 2e-6) * float(want.abs().max())  # as above
 
 
-def test_nothing_is_kept_where_no_gradient_is_wanted():
+def test_nothing_is_kept_without_a_gradient():
     inputs = make_inputs(20, 4, 2, 8, 4, dtype=F32)
     y, empty = torch.empty_like(inputs["x"]), torch.empty(0, 8)
     OPS.moe_experts_fwd(y, empty, *(inputs[name] for name in ARGUMENTS))

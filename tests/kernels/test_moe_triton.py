@@ -1,4 +1,4 @@
-"""The Triton experts' sort and tiles against torch's stable sort, and what a GPU does with experts that do not exist."""
+"""The Triton experts' sort and tiles against torch's stable sort, and the GPU's results for invalid expert ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kernels/native.py: which library is loaded, the reason if none is, and that an explicit request works or raises."""
+"""kernels/native.py: the library that it loads, the reason if it loads none, and that an explicit request works or raises."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_best_that_was_built_and_that_the_cpu_runs_is_picked(flags: frozense
     assert isa == picked and bool(why) == (not picked)
 
 
-def test_nothing_built_says_how_to_build(built: Path):
+def test_without_a_library_the_reason_names_the_build_command(built: Path):
     assert native.pick_isa("", ZEN4) == ("", "not built here (`make native` builds it, or names what is missing)")
 
 

@@ -1,4 +1,4 @@
-"""What all native ops with a gradient are held to: no second derivative that is silently none, and nothing of torch's defaults."""
+"""All native ops with a gradient: a second derivative raises, and torch's defaults change no result."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ CASES = cases()
 
 
 def leaves_of(name: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The inputs anew, and those of them that take a gradient; rope's tables are facts."""
+    """New inputs, and those of them that take a gradient (rope's tables do not)."""
     leaves = [x.clone().requires_grad_(x.is_floating_point() and (name != "rope" or x.dim() == 3)) for x in CASES[name][1]]
     return leaves, [leaf for leaf in leaves if leaf.requires_grad]
 

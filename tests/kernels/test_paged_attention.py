@@ -1,4 +1,4 @@
-"""Paged attention: its numbers, and that a decoded token has the bits of the packed form, whatever the batch and the blocks."""
+"""Paged attention: its values, and that a decoded token has the bits of packed attention for any batch and blocks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Cache:
         return self.stored[start, length]
 
     def attend(self, queries: list[Query], spare_blocks: int = 0) -> torch.Tensor:
-        """Queries whose segments share a prefix name it once."""
+        """Queries whose segments share a prefix pass it once."""
         prefixes = list(dict.fromkeys(segment[2:] for segment, _ in queries))
         own = [self.store(*segment[:2])[: place // BLOCK_SIZE + 1] for segment, place in queries]
         pages = plan_pages(
@@ -97,7 +97,8 @@ def test_every_token_of_every_segment_decodes_to_the_bits_of_the_pack():
 @pytest.mark.parametrize(("prompt", "completion"),
     [(150, 70)] if IS_INTERPRETED else [(200, 200), (250, 260), (680, 400)])
 def test_parts_of_several_key_tiles_decode_to_the_bits_of_the_pack(prompt: int, completion: int):
-    """Past some 200 terms torch cuts a sum by its length, which padding differs between the forms: tiles keep below that."""
+    """Above about 200 terms torch splits a sum by its length, which padding changes from packed to paged; tiles
+    are shorter than that."""
     segments = pack([(prompt, [completion, 9])])
     inputs = make_inputs(segments, 2, 1, 16, F32)
     packed, cache = attention(**inputs), Cache(inputs, 120)
@@ -114,7 +115,7 @@ def test_decoding_follows_the_definition():
     torch.testing.assert_close(Cache(inputs, 120).attend(queries).double(), want, rtol=0, atol=4e-6)  # as in packed
 
 
-def test_where_the_blocks_lie_changes_no_bit():
+def test_block_placement_changes_no_bit():
     inputs, queries = make_inputs(MIXED, 4, 2, 16, F32), draw_queries(9 if IS_INTERPRETED else 40, seed=6)
     assert same_bits(Cache(inputs, 120, seed=1).attend(queries), Cache(inputs, 200, seed=2).attend(queries))
 
@@ -122,7 +123,7 @@ def test_where_the_blocks_lie_changes_no_bit():
 @pytest.mark.parametrize("group_size", [1, 2, 16])
 @pytest.mark.parametrize("prompt", [5, 70])
 def test_a_group_of_any_size_decodes_as_each_of_it_alone(prompt: int, group_size: int):
-    """The prompt's blocks are read once for the group: shorter and longer than a key tile."""
+    """The prompt's blocks are read once for the group; prompts shorter and longer than a key tile."""
     segments = pack([(prompt, [7] * group_size), (3, [9])])
     inputs = make_inputs(segments, 4, 2, 16, F32)
     cache = Cache(inputs, 120)
@@ -134,7 +135,7 @@ def test_a_group_of_any_size_decodes_as_each_of_it_alone(prompt: int, group_size
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="a thousand tiles, one after another")
 def test_many_thousands_of_keys_are_one_row():
-    """65,537 own keys: equal scores, so that the result is the mean of the values."""
+    """65,537 keys after the prefix, with equal scores: the result is the mean of the values."""
     num_keys = 65_537
     num_blocks = -(-num_keys // 16)
     values = torch.arange(num_blocks * 16 * 2, dtype=F32).view(1, num_blocks, 16, 2).remainder(7)
@@ -143,7 +144,7 @@ def test_many_thousands_of_keys_are_one_row():
                        num_kv_heads=1, num_blocks=num_blocks)
     out = paged_attention(torch.zeros(1, 1, 2), torch.ones_like(values), values, pages)
     want = values.view(-1, 2)[:num_keys].double().mean(0)
-    # some thousand sums of tiles in f32: 6e-5 at the very worst, a thirtieth of it in the mean
+    # about a thousand sums of tiles in f32: 6e-5 at worst, a thirtieth of that on average
     torch.testing.assert_close(out.flatten().double(), want, rtol=1e-5, atol=0)
 
 
@@ -167,7 +168,7 @@ def test_paged_attention_of_no_rows_is_empty():
     assert out.shape == (0, 4, 8)
 
 
-def test_paged_attention_refuses_inputs_that_want_a_gradient():
+def test_paged_attention_refuses_inputs_that_require_a_gradient():
     cache, one = torch.zeros(2, 3, BLOCK_SIZE, 8), torch.zeros(1, dtype=torch.int64)
     pages = plan_pages(prefix_table=one[:, None], prefix_lens=one, prefix_index=one, own_table=one[:, None], own_lens=one + 1,
                        num_kv_heads=2, num_blocks=3)

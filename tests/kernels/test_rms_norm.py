@@ -1,4 +1,4 @@
-"""rms_norm: float64 accuracy, gradients, and bits that do not depend on a row's place in the batch."""
+"""rms_norm: float64 accuracy, gradients, and bits that do not depend on a row's index in the batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ implementation = each_implementation(OP, ADD_OP)
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 DTYPES = [F32, BF16]
-# Below, at and past a vector register (16 f32 lanes), the model's widths, and one past each: where a loop's tail begins.
+# Below, at and above a vector register (16 f32 lanes), the model's widths, and one more than each, for a loop's tail.
 WIDTHS = [1, 33, 128] if IS_INTERPRETED else [1, 3, 8, 15, 16, 17, 32, 33, 96, 128, 129, 200]
 
 
@@ -40,7 +40,7 @@ def test_rms_norm_is_no_worse_than_plain(shape: tuple[int, ...], dtype: torch.dt
 
 
 def test_bf16_results_are_rounded_once():
-    """Within half a step of the exact value; one more rounding on the way would go beyond it."""
+    """Within half a step of the exact value; a second rounding would exceed it."""
     inputs = make_inputs((50, 64), BF16)
     got, exact = rms_norm(**inputs), plain_norm(inputs["x"].double(), inputs["weight"].double())
     half_step = torch.exp2(exact.abs().log2().floor()) * torch.finfo(BF16).eps / 2
@@ -64,14 +64,14 @@ def test_rms_norm_follows_its_formula_on_a_row_done_by_hand():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [47, 128] if IS_INTERPRETED else [16, 32, 47, 123, 128, 2048])
 def test_norm_and_gradients_of_many_rows_are_no_worse_than_plain(size: int, dtype: torch.dtype):
-    """More rows than one part of dweight's sum. Over fewer columns the root mean square of dweight's error is a matter of luck."""
+    """More rows than one partial sum of dweight. With fewer columns the root mean square of its error is luck."""
     inputs = make_inputs((150 if IS_INTERPRETED else 300, size), dtype)
     assert_no_worse_than_plain(rms_norm, plain_norm, plain_norm, [inputs["x"], inputs["weight"]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [slice(0, 4), slice(5, 6)], ids=str)
-def test_heads_read_where_they_lie_have_the_bits_of_a_copy_and_so_have_their_gradients(heads: slice, dtype: torch.dtype):
+def test_strided_heads_have_the_bits_and_gradients_of_a_copy(heads: slice, dtype: torch.dtype):
     cut, dy = make_inputs((30, 8, 32), dtype)["x"][:, heads], make_inputs((30, 9, 32), dtype, seed=1)["x"][:, heads]
     weight = make_inputs((1, 32), F32)["weight"]
     results = []
@@ -138,7 +138,7 @@ def test_many_rows_in_one_batch():
     assert same_bits(got[-3:], rms_norm(x[-3:], weight)) and got.isfinite().all()
 
 
-@pytest.mark.skipif(not IS_INTERPRETED, reason="the Triton kernels' own")
+@pytest.mark.skipif(not IS_INTERPRETED, reason="tests the Triton kernels")
 @pytest.mark.parametrize("max_parts", [1, 3])
 def test_dweights_sum_is_right_however_many_rows_a_part_has(max_parts: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("kernels.rms_norm.triton_kernel.MAX_PARTS", max_parts)
@@ -146,9 +146,9 @@ def test_dweights_sum_is_right_however_many_rows_a_part_has(max_parts: int, monk
     assert_no_worse_than_plain(rms_norm, plain_norm, plain_norm, [inputs["x"], inputs["weight"]])
 
 
-@pytest.mark.skipif(not IS_INTERPRETED, reason="the Triton kernels' own")
+@pytest.mark.skipif(not IS_INTERPRETED, reason="tests the Triton kernels")
 def test_rows_more_than_2_to_the_31_elements_apart_are_found(tmp_path: Path):
-    """In a file of holes, of which only the rows' own pages exist."""
+    """In a sparse file, of which only the pages of these rows exist."""
     stride = 2**30 + 64
     storage = torch.from_file(str(tmp_path / "holes"), shared=True, size=3 * stride, dtype=BF16)
     rows = storage.as_strided((3, 2, 32), (stride, 32, 1))
@@ -160,7 +160,7 @@ def test_rows_more_than_2_to_the_31_elements_apart_are_found(tmp_path: Path):
     assert same_bits(turned, want)
 
 
-@pytest.mark.skipif(not IS_INTERPRETED, reason="the Triton kernels' own")
+@pytest.mark.skipif(not IS_INTERPRETED, reason="tests the Triton kernels")
 def test_the_triton_ops_compile_without_a_graph_break():
     x, weight = make_inputs((9, 2, 8), F32).values()
     table = rope_inputs(9, 2, 8, F32)
@@ -178,7 +178,7 @@ def test_results_keep_the_inputs_dtype():
         assert rms_norm(**make_inputs((2, 8), dtype)).dtype == dtype
 
 
-def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+def test_wrong_arguments_raise_with_expected_and_actual():
     with pytest.raises(ValueError, match=r"rms_norm: x must be float\[\.\.\., D\], got i64\[2, 4\] on cpu"):
         rms_norm(torch.zeros(2, 4, dtype=torch.int64), torch.ones(4))
     with pytest.raises(ValueError, match=r"rms_norm: weight must be f32\|f64\[4\], got f32\[3\] on cpu"):

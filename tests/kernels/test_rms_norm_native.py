@@ -1,4 +1,4 @@
-"""The native rms_norm and rope: heads read where they lie, bits of the gradients, poisoned outputs, bad arguments."""
+"""The native rms_norm and rope: strided heads read without a copy, bits of the gradients, poisoned outputs, bad arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ norm, turn = partial(rms_norm, impl="native"), partial(rope, impl="native")
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("head_dim", [2, 6, 32, 94, 128])
-def test_heads_read_where_they_lie_have_the_bits_of_a_copy_and_so_have_their_gradients(head_dim: int, dtype: torch.dtype):
+def test_strided_heads_have_the_bits_and_gradients_of_a_copy(head_dim: int, dtype: torch.dtype):
     qkv = make_inputs((70, 8, head_dim), dtype)
     cos, sin = (rope_inputs(70, 1, head_dim, F32)[name] for name in ("cos", "sin"))
     for cut in (slice(0, 4), slice(5, 6)):

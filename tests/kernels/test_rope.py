@@ -1,4 +1,4 @@
-"""rope: float64 accuracy, gradients, and bits that do not depend on a row's place in the batch, nor on how x was cut."""
+"""rope: float64 accuracy, gradients, and bits that do not depend on a row's index in the batch or x's strides."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = [F32, BF16]
 
 
 def plain_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """As complex numbers would turn, pair by pair: (x[c], x[c + C/2]) -> e^(i angle) times it."""
+    """By complex numbers: the pair (x[c], x[c + C/2]) times e^(i angle)."""
     half = x.shape[-1] // 2
     cos, sin = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
     first, second = x[..., :half], x[..., half:]
@@ -29,7 +29,7 @@ def plain_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 @pytest.mark.parametrize("shape", [(1, 1, 2), (9, 4, 32), (30, 3, 6), (0, 2, 8)], ids=str)
 def test_rope_is_no_worse_than_plain(shape: tuple[int, int, int], dtype: torch.dtype):
     inputs = make_inputs(*shape, dtype)
-    # The tables are facts, not weights: their gradients are summed over heads and belong to no one.
+    # The tables are constants: their gradients would be sums over heads that no parameter uses.
     op, plain, exact = (
         lambda x, f=f, dt=dt: f(x, inputs["cos"].to(dt), inputs["sin"].to(dt))
         for f, dt in ((rope, F32), (plain_rope, F32), (plain_rope, F64))
@@ -38,18 +38,18 @@ def test_rope_is_no_worse_than_plain(shape: tuple[int, int, int], dtype: torch.d
 
 
 def test_bf16_results_are_rounded_once():
-    """Within half a step of the exact value; one more rounding on the way would go beyond it."""
+    """Within half a step of the exact value; a second rounding would exceed it."""
     inputs = make_inputs(50, 2, 16, BF16)
     got, exact = rope(**inputs), plain_rope(**{name: tensor.double() for name, tensor in inputs.items()})
     half_step = torch.exp2(exact.abs().log2().floor()) * torch.finfo(BF16).eps / 2
-    # The difference of two products may cancel: an f32 rounding of its terms is then more than the result's half step.
+    # The difference of two products may cancel: the f32 rounding of its terms then exceeds the result's half step.
     assert ((got.double() - exact).abs() <= 1.001 * half_step + 1e-6).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", [(1, 1, 8), (4, 2, 32), (3, 3, 6)], ids=str)
 def test_heads_cut_from_a_fused_projection_keep_their_bits(heads: tuple[int, int, int], dtype: torch.dtype):
-    """q and k are strided views of one matrix, as the model cuts them: normed, then turned."""
+    """q and k are strided views of one matrix, as in the model: normed, then rotated."""
     num_heads, num_kv_heads, head_dim = heads
     x = norm_inputs((NUM_ROWS, num_heads + 2 * num_kv_heads, head_dim), dtype)
     table = make_inputs(NUM_ROWS, 1, head_dim, dtype)
@@ -80,7 +80,7 @@ def test_results_keep_the_inputs_dtype():
         assert rope(**make_inputs(2, 1, 8, dtype)).dtype == dtype
 
 
-def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+def test_wrong_arguments_raise_with_expected_and_actual():
     x, cos, sin = make_inputs(3, 2, 8, F32).values()
     with pytest.raises(ValueError, match=r"rope: x must be .*\[T, H, C\], got f32\[3, 8\] on cpu"):
         rope(x[:, 0], cos, sin)

@@ -41,7 +41,7 @@ def chi_square_bound(degrees: int) -> float:
 
 
 def from_logits(logits: torch.Tensor, num_rows: int, **options: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """num_rows draws, each with a key of its own, from one row of logits."""
+    """num_rows draws from one row of logits, each with a different key."""
     hidden = torch.ones(num_rows, 1)
     keys, positions = torch.arange(num_rows) * 7919 + (1 << 40), torch.zeros(num_rows, dtype=torch.int64)
     return sample(hidden, logits[:, None], keys, positions, **options)  # type: ignore[arg-type]
@@ -124,7 +124,7 @@ TRUNCATIONS = [
 
 
 def kept_by_hand(probabilities: list[float], top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> set[int]:
-    """From the likeliest down, equal ones by index; all three rules look at the full distribution."""
+    """In descending probability, equal ones by index; all three rules read the full distribution."""
     order = sorted(range(len(probabilities)), key=lambda v: (-probabilities[v], v))
     kept = set()
     for rank, v in enumerate(order):
@@ -152,7 +152,7 @@ def test_equal_tokens_are_cut_by_index():
     assert truncation_mask(even, 0, 1.0, 1.0).all()
 
 
-@pytest.mark.skipif(IS_INTERPRETED, reason="ten thousand rows of five programs; that tokens are the reference's is tested below")
+@pytest.mark.skipif(IS_INTERPRETED, reason="ten thousand rows of five programs; the tokens are compared with the reference's below")
 @pytest.mark.parametrize("options", TRUNCATIONS, ids=str)
 def test_truncated_draws_follow_the_renormalised_softmax_and_record_the_kept_mass(options: dict[str, float]):
     logits = torch.tensor([2.0, 0.0, 1.0, -1.0, 1.5, 0.3, -0.5])
@@ -177,7 +177,7 @@ def test_temperature_zero_is_greedy_with_ties_by_index_and_the_logprob_at_temper
     torch.testing.assert_close(logprob, torch.log_softmax(logits, dim=0)[1].expand(50), rtol=0, atol=5e-7)  # 2 ulp of 1
 
 
-# --- beside the reference ------------------------------------------------------------------------------------------------
+# --- against the reference ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("options", [
@@ -208,8 +208,8 @@ def test_hard_cuts_are_the_references(kind: str):
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 5000, "top_p": 0.5}], ids=str)
 def test_a_vocabulary_of_151936_is_drawn_from_to_its_last_token(options: dict[str, float]):
-    """Many chunks of several tiles, a last tile that is not full, and in one row the last token by far the likeliest."""
-    # In the interpreter a tile takes 40 ms, and more where noise is drawn behind it.
+    """Many chunks of several tiles, a last tile that is not full, and one row whose last token has nearly all the mass."""
+    # In the interpreter a tile takes 40 ms, and more with noise.
     vocab_size = 40_000 if IS_INTERPRETED and not options else 151_936
     inputs = exact_inputs(1 if IS_INTERPRETED else 50, 2, vocab_size, BF16)
     inputs["weight"][-1] = torch.tensor([30.0, -30.0])
@@ -221,7 +221,7 @@ def test_a_vocabulary_of_151936_is_drawn_from_to_its_last_token(options: dict[st
 
 
 def test_logits_of_ten_thousand_draw_as_their_differences_do():
-    """Exact in f32 beside the shift; the noise must not drown in it."""
+    """The differences stay exact in f32 after the shift; the noise must not be rounded away."""
     near, (keys, positions) = torch.tensor([0.0, 0.5, -1.0, 2.0, 1.5]), make_noise(60)
     weight = torch.stack((near, torch.ones(5)), dim=1)
     tokens = [sample(torch.tensor([[1.0, far]]).expand(60, 2), weight, keys, positions)[0] for far in (0.0, 1e4, -1e4)]
@@ -347,7 +347,7 @@ def test_a_broken_row_breaks_no_other_where_it_is_not_waited_for(
 ):
     if implementation != "triton":
         pytest.skip("raises at once")
-    monkeypatch.setattr("kernels.sample.triton_kernel.check_tokens", lambda tokens: None)  # what the CPU, interpreting, does
+    monkeypatch.setattr("kernels.sample.triton_kernel.check_tokens", lambda tokens: None)  # as the interpreter does on the CPU
     inputs = make_inputs(5, 4, 6, F32)
     want = sample(**inputs, **options)  # type: ignore[arg-type]
     inputs["hidden"][3, 2] = math.nan
@@ -364,7 +364,7 @@ def test_impossible_options_are_refused(options: dict[str, float]):
         sample(**make_inputs(2, 4, 6, F32), **options)  # type: ignore[arg-type]
 
 
-def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+def test_wrong_arguments_raise_with_expected_and_actual():
     inputs = make_inputs(3, 4, 7, F32)
     for name, bad, message in [
         ("hidden", inputs["hidden"][0], r"hidden must be .*\[R, D\], got f32\[4\]"),

@@ -1,4 +1,5 @@
-"""sample on a GPU (csrc/sample/cuda.cu) against the reference on the CPU; with nvcc alone, what it takes of each architecture."""
+"""sample on a GPU (csrc/sample/cuda.cu) against the reference on the CPU; with nvcc alone, its resources on each
+architecture."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ CUDA = torch.device("cuda")
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
-def test_the_kernels_spill_nothing_and_take_what_the_record_says():
-    """A change of the kernel writes the record anew: its text is in the error."""
+def test_the_kernels_spill_nothing_and_use_the_recorded_resources():
+    """After a change of the kernel, replace the record by the text of the error."""
     recorded = json.loads(RECORD.read_text())
     release = re.search(r"release (\S+),", subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout)
     found: dict[str, dict[str, dict[str, int]]] = {}
@@ -50,7 +51,7 @@ def test_the_kernels_spill_nothing_and_take_what_the_record_says():
     assert found == recorded["kernels"], json.dumps({"nvcc": release[1], "kernels": found}, indent=1)
 
 
-def test_it_is_never_the_automatic_choice_and_says_why_it_cannot_run():
+def test_it_is_never_the_automatic_choice_and_gives_its_reason():
     [cuda] = [i for i in OP.implementations if i.name == "cuda"]
     assert not cuda.is_automatic
     assert cuda.refusal(torch.device("cpu"), torch.float32) == "CUDA only"
@@ -63,7 +64,7 @@ def test_it_is_never_the_automatic_choice_and_says_why_it_cannot_run():
 
 @pytest.mark.skipif(not (native.FOLDER / "_native_cuda.so").is_file(), reason="the CUDA library was not built here")
 def test_the_op_refuses_tensors_that_are_not_on_a_gpu():
-    """The library loads without a driver; on the CPU nothing answers to it."""
+    """The library loads without a driver; the op has no CPU implementation."""
     torch.ops.load_library(str(native.FOLDER / "_native_cuda.so"))
     empty = torch.empty(2)
     with pytest.raises(NotImplementedError, match="sample_cuda"):
@@ -83,7 +84,7 @@ gpu = [pytest.mark.gpu, pytest.mark.usefixtures("needs_library")]
 
 
 def on_gpu(logits: torch.Tensor, **options: float) -> Drawn:
-    """As `reference` does it: one hidden state a row, the rows as weight."""
+    """As `reference`: one hidden state a row, the rows as weight."""
     keys, positions = make_noise(len(logits))
     inputs = (torch.eye(len(logits)), logits.T.contiguous(), keys, positions)
     token, logprob, kept = sample(*(x.cuda() for x in inputs), **options, impl="cuda")  # type: ignore[arg-type]
@@ -116,7 +117,7 @@ class TestOnGpu:
         inputs = make_inputs(64, 128, 1000, torch.bfloat16)
         got = sample(**{name: x.cuda() for name, x in inputs.items()}, top_p=0.9, impl="cuda")
         want = sample_reference(*inputs.values(), 1.0, 0, 0.9, 0.0)
-        same = got[0].cpu() == want[0]  # two sums of 128 products in other orders: a near tie may fall the other way
+        same = got[0].cpu() == want[0]  # two sums of 128 products in different orders: a near tie may be decided differently
         assert int(same.sum()) >= 63
         torch.testing.assert_close(got[1].cpu()[same], want[1][same], rtol=1e-5, atol=1e-5)
 

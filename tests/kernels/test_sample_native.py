@@ -1,4 +1,5 @@
-"""What is the native sample's own: scores that its quick noise cannot tell apart, its threads, and the checks of the op beneath."""
+"""The native sample: scores that its fast noise cannot separate, its threads, and the argument checks below the
+public op."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def test_equal_logits_draw_where_the_noise_is_largest_whatever_the_key():
 
 
 def test_scores_a_rounding_apart_are_settled_as_the_reference_settles_them():
-    """Two tokens whose scores differ by a few units in the last place, or not at all: a quick estimate must not decide."""
+    """Two tokens whose scores differ by a few units in the last place or by nothing: the fast estimate must not decide."""
     num_rows = 500
     keys, positions = torch.arange(num_rows) * 7919, torch.arange(num_rows)
     noise = gumbel(keys, positions, 2)

@@ -1,4 +1,4 @@
-"""csrc/sample/select.h, the GPU's selection without a sort, run on the host by threads: the reference's draws."""
+"""csrc/sample/select.h, the GPU's selection without a sort, run by host threads, draws the reference's tokens."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_top_k_from_one_to_all_is_the_references(kind: str, library: ctype
     for k in range(1, 19):
         got = drawn(library, logits, top_k=k)
         assert_drawn_alike(got, reference(logits, top_k=k))
-        assert k < 17 or (got[2] == 0).all(), "where nothing is cut, the kept mass is exactly 1"
+        assert k < 17 or (got[2] == 0).all(), "without truncation the kept mass is exactly 1"
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 50}, {"top_p": 0.95}, {"top_k": 5000, "top_p": 0.99, "min_p": 1e-4}], ids=str)

@@ -1,4 +1,4 @@
-"""A surrogate of the user's: one function, named in the config or registered. The reference runs it, and one line says so."""
+"""A user's surrogate: one function, named in the config or registered. The reference runs it, and prints one line."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_module_and_function_name_a_surrogate_in_the_current_folder(tmp_path: Pa
     torch.testing.assert_close(loss.detach(), -(inputs.advantages * logprobs.detach().exp()).mean())
 
 
-def test_a_name_that_is_no_surrogate_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_not_a_surrogate_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_second_loss.py").write_text(MODULE)
     (tmp_path / "my_broken_loss.py").write_text("import no_such_module_of_mine")
     monkeypatch.chdir(tmp_path)

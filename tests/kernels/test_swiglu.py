@@ -1,4 +1,4 @@
-"""swiglu: float64 accuracy, gradients, and bits that do not depend on a row's place in the batch."""
+"""swiglu: float64 accuracy, gradients, and bits that do not depend on a row's index in the batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ implementation = each_implementation(OP)
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 DTYPES = [F32, BF16]
 needs_native = pytest.mark.skipif(not ISA, reason="needs the native library")
-# Below, at and past a vector register (16 f32 lanes), the model's widths, and one past each: where a loop's tail begins.
+# Below, at and above a vector register (16 f32 lanes), the model's widths, and one more than each, for a loop's tail.
 WIDTHS = [1, 33, 96] if IS_INTERPRETED else [1, 3, 8, 15, 16, 17, 32, 33, 96, 128, 129, 200]
 
 
@@ -35,11 +35,11 @@ def test_swiglu_is_no_worse_than_plain(shape: tuple[int, int], dtype: torch.dtyp
 
 
 def test_bf16_results_are_rounded_once():
-    """Within half a step of the exact value; one more rounding on the way would go beyond it."""
+    """Within half a step of the exact value; a second rounding would exceed it."""
     gate_up = 3 * make_inputs(50, 64, BF16)["gate_up"]
     got, exact = swiglu(gate_up), plain_swiglu(gate_up.double())
     half_step = torch.exp2(exact.abs().log2().floor()) * torch.finfo(BF16).eps / 2
-    # 1e-6: beside a result near 0, the f32 rounding of silu itself counts.
+    # 1e-6: for a result near 0 the f32 rounding of silu itself counts.
     assert ((got.double() - exact).abs() <= 1.001 * half_step + 1e-6).all()
 
 
@@ -57,7 +57,7 @@ def test_swiglu_and_its_gradient_stay_finite_at_the_far_ends(dtype: torch.dtype)
     out = swiglu(gate_up)
     out.sum().backward()
     assert gate_up.grad is not None and gate_up.grad.isfinite().all()
-    # silu(-88) is -5e-37: nothing beside 1, in any of these types
+    # silu(-88) is -5e-37: negligible against 1, in any of these types
     torch.testing.assert_close(out[:, 0], 2 * gate.clamp(min=0), rtol=0, atol=1e-30)
 
 
@@ -73,7 +73,7 @@ def test_results_keep_the_inputs_dtype():
         assert swiglu(**make_inputs(2, 8, dtype)).dtype == dtype
 
 
-def test_wrong_arguments_are_named_with_what_was_expected_and_what_came():
+def test_wrong_arguments_raise_with_expected_and_actual():
     with pytest.raises(ValueError, match=r"swiglu: gate_up must be .*\[T, 2I\], got f32\[4\] on cpu"):
         swiglu(torch.zeros(4))
     with pytest.raises(ValueError, match=r"swiglu: gate_up must hold two halves of equal width, got width 5"):

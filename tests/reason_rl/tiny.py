@@ -1,4 +1,4 @@
-"""Small models, problems and graded groups that several tests share: built by key, no tokenizer and no task needed."""
+"""Small models, problems and graded groups that several tests share, built without a tokenizer or a task."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DENSE = replace(MOE, num_experts=1, num_experts_per_tok=1, intermediate_size=80,
 
 
 def tiny_model(config: ModelConfig = MOE, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 6.0) -> Transformer:
-    """Weights `scale` times the usual: a fresh model is nearly uniform, and then no test of sampling could fail."""
+    """Weights `scale` times the usual: a fresh model is nearly uniform, so that no test of sampling could fail."""
     model = Transformer(config, VOCAB_SIZE, dtype).initialise(seed)
     with torch.no_grad():
         for index, (name, parameter) in enumerate(model.named_parameters()):

@@ -1,4 +1,4 @@
-"""Tokenizers of the kinds that checkpoints come with, trained here on a page of text, and the folders they lie in."""
+"""Tokenizers of the types that checkpoints have, trained here on a page of text, and their folders."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ KINDS = {"byte_level": byte_level, "byte_fallback": byte_fallback, "unigram": un
 
 
 def folder_of(folder: Path, kind: str = "byte_level", generation: dict[str, Any] | None = None, **config: Any) -> Path:
-    """A checkpoint's folder, its weights aside. config: keys of tokenizer_config.json."""
+    """A checkpoint's folder without weights. config: keys of tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(KINDS[kind](), encoding="utf-8")
     named = {"eos_token": "<|im_end|>"} if kind == "byte_level" else {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}

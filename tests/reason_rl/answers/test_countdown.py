@@ -1,4 +1,4 @@
-"""Countdown: only an expression that uses each number once and hits the target is a solution; tricks are none."""
+"""Countdown: only an expression that uses each number once and hits the target is a solution; tricks fail."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_tricks_are_no_solutions(text: str) -> None:
 
 
 def test_the_plain_form_of_the_tricks_is_a_solution() -> None:
-    """So the tests above fail for the trick and not for the numbers."""
+    """So the tests above fail because of the trick and not because of the numbers."""
     assert is_countdown_solution("8", [8], 8)
     assert is_countdown_solution("8+8-8", [8, 8, 8], 8)
     assert is_countdown_solution("8+0", [8, 0], 8)

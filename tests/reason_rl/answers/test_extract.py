@@ -1,4 +1,4 @@
-"""Which part of a completion is its answer: one answer block, or math's stated rule."""
+"""Finds the answer in a completion: one answer block, or math's documented rule."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The math grader: bounded on any text, honest about what it can't read, and right about every answer of the data sets at hand.
+"""The math grader: bounded on any text, ungradable if it cannot read an answer, and right about every answer of
+the local data sets.
 
-Which answers are equal is said by docs/rewards.md's tables (test_rewards_doc.py); here is what a table cannot show.
+docs/rewards.md has tables of equal answers (test_rewards_doc.py); these tests check properties beyond them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def test_no_text_takes_long_or_raises_and_none_of_these_is_five(text: str) -> No
     for answer in ("5", "\\sqrt{5}", "x^5", "(5,5)", "5,5"):
         assert status(answer, text) == "wrong"
         assert grade_math({"text": f"\\boxed{{{text}}}", "answer": answer}).status == "wrong"
-    assert time.process_time() - start < 2.0  # milliseconds each, of the processor: a loaded machine is no slower
+    assert time.process_time() - start < 2.0  # milliseconds of CPU time each, so that a loaded machine is no slower
 
 
 @given(st.text(st.sampled_from("0123456789.,/+-*^_=<>()[]{}|!%$\\ ab\nxfracsqrtpiboxedtextor°½٣"), max_size=60),
@@ -81,7 +82,7 @@ def test_the_quick_way_and_the_long_way_agree(number: int, places: int) -> None:
 
 
 def test_what_the_right_answer_draws_decides_the_points_and_nothing_else_does() -> None:
-    """The same verdict whenever it is asked."""
+    """The verdict is the same each time."""
     random.seed(0)
     first = [status("x^3 - x", text) for text in ("x(x-1)(x+1)", "x^3", "(x-2)(x-3)(x+5)")]
     random.seed(1)
@@ -162,7 +163,7 @@ def test_where_a_right_answer_is_not_real_nothing_is_compared() -> None:
     assert status("\\ln x^2", "2\\ln x") == "wrong"  # it has values where x is negative
 
 
-def test_names_differ_in_all_that_stands_below_them() -> None:
+def test_names_with_different_subscripts_differ() -> None:
     for name in ("x_{1,2}", "x_{n+1}", "x_{ij}", "x_1"):
         assert status(name, f"3{name} - 2{name}") == "right"  # by value and not as the same text
         for other in ("x_{3,4}", "x_{n-1}", "x_{ji}{}", "x_2", "x_{1,2,3}", "x"):
@@ -182,7 +183,7 @@ def gsm8k() -> list[tuple[str, str]]:
 
 
 def math_answers() -> list[tuple[str, str]]:
-    """The answer as the data set's own rule has it, by another way than the grader's: the last box, braces counted."""
+    """The answer by the data set's rule, not by the grader's code: the last box, with braces counted."""
     pairs = []
     for row in read("math/train.jsonl"):
         rest = row["solution"].split("\\boxed")[-1].lstrip()
@@ -203,7 +204,7 @@ def test_every_gold_solution_of_gsm8k_is_right_and_wrong_for_every_other_answer(
 
 @needs_data
 def test_every_gold_solution_of_math_is_right() -> None:
-    """All of 4,500, of 99.5% asked for. Each right answer is read and has a value: this is more than an equality of texts."""
+    """All of 4,500; the goal was 99.5%. Each right answer is parsed and has a value: equal texts are not enough."""
     pairs = math_answers()
     assert len(pairs) == 4500
     for answer, solution in pairs:
@@ -219,7 +220,7 @@ def test_every_gold_solution_of_math_is_right() -> None:
 
 @needs_data
 def test_gold_solutions_of_math_are_wrong_for_other_problems_answers() -> None:
-    """Each against four answers of other problems, drawn at random; where digits and letters are the same, the value may be."""
+    """Each against four random answers of other problems; answers with the same digits and letters may be equal."""
     pairs, rng = math_answers(), random.Random(0)
 
     def content(answer: str) -> str:

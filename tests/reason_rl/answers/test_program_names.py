@@ -25,12 +25,12 @@ def test_the_programs_names_are_found_in_the_tests(source: str, names: list[str]
     "assert Approx(f(2), 0.5)", "x = f(2)\nassert Approx(x) == 0.5", "for e in [Counter('ab')]:\n    assert f('ab') == e",
     "def answer():\n    return f('ab')\nassert answer() == Counter('ab')", "assert abs(sum(1, 2) - 3) < 1", "assert True",
 ])
-def test_tests_that_leave_open_whose_a_name_is_are_refused(source: str) -> None:
+def test_tests_with_an_ambiguous_name_are_refused(source: str) -> None:
     with pytest.raises(ValueError, match=r"entry_points|no function of the program"):
         program_names(source, ())
 
 
-def test_entry_points_say_whose_a_name_is() -> None:
+def test_entry_points_decide_which_names_are_the_programs() -> None:
     assert program_names("assert decode(encode('a')) == 'a'", ["encode", "decode"])[0] == ["decode", "encode"]
     assert program_names("assert abs(sum(1, 2) - 3) < 1", ["sum"])[0] == ["sum"]
     for source in ("assert isclose(f(2), 0.5)", "assert 1 == 1", "f = 1\nassert f == 1"):

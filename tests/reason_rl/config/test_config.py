@@ -1,4 +1,4 @@
-"""The config: what overrides what, what is refused in which words, and that writing and reading give the same config."""
+"""The config: the order of overrides, refusals and their messages, and that a written config reads back equal."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-# --- what wins
+# --- precedence
 
 
 def test_nothing_given_is_the_defaults():
@@ -64,7 +64,7 @@ def test_the_last_override_wins():
 
 
 def test_a_section_given_in_part_keeps_its_own_defaults():
-    # pretrain_optim's defaults are not OptimConfig's: a key given must not reset the others to the class's.
+    # pretrain_optim's defaults are not OptimConfig's: a given key must not reset the others to the class's.
     got = load_config(None, ["--pretrain_optim.lr=0.5", "--loss.clip_low=0.1"])
     assert got.pretrain_optim == dataclasses.replace(Config().pretrain_optim, lr=0.5)
     assert got.loss == dataclasses.replace(Config().loss, clip_low=0.1)
@@ -77,7 +77,7 @@ def test_the_command_line_takes_both_ways_of_giving_a_value(tmp_path: Path):
     assert (got.rl.steps, got.rl.group_size, got.run.name, got.optim.lr) == (8, 4, "a=b", 1e-3)
 
 
-def test_shorthands_stand_for_the_keys_everyone_has():
+def test_shorthands_set_the_common_keys():
     got = parse_command_line(["--device", "cpu", "--dtype=float32", "--seed", "3", "--name", "x", "--resume", "never"])
     assert (got.run.device, got.run.dtype, got.run.seed, got.run.name, got.run.resume) == (
         "cpu", "float32", 3, "x", "never")
@@ -137,11 +137,12 @@ def test_a_choice_takes_its_words_and_refuses_others_by_listing_them(dotted: str
     assert refused(f"--{dotted}=nonsense") == f"{dotted} must be one of {list(choices)}, got 'nonsense'"
 
 
-# --- what is not known
+# --- unknown keys
 
 
 @pytest.mark.parametrize(("override", "nearest"), [
-    ("rl.group_sizes=4", "'rl.group_size'"), ("rl.stpes=4", "'rl.steps'"), ("model.num_hidden_layer=2", "'model.num_hidden_layers'"),
+    ("rl.group_sizes=4", "'rl.group_size'"), ("rl.stpes=4", "'rl.steps'"),
+    ("model.num_hidden_layer=2", "'model.num_hidden_layers'"),
     ("samplin.top_k=4", "'sampling'"), ("sed=1", "'seed'"), ("divice=cpu", "'device'"),
     ("optim.learning_rate=1", "known"),
 ])  # fmt: skip
@@ -157,7 +158,7 @@ def test_an_unknown_key_in_the_file_names_the_nearest(tmp_path: Path):
         load_config(write(tmp_path, "[modell]\nnum_layers = 4\n"))
 
 
-def test_a_key_where_a_section_belongs_is_refused_even_beside_an_override(tmp_path: Path):
+def test_a_key_in_place_of_a_section_is_refused_even_with_an_override(tmp_path: Path):
     path = write(tmp_path, "rl = 3\n")
     for overrides in ([], ["--rl.steps=4"]):
         with pytest.raises(ConfigError, match=r"\[rl\] must be a table of keys, got 3"):
@@ -172,7 +173,7 @@ def test_a_missing_file_lists_its_neighbours(tmp_path: Path):
         load_config(tmp_path / "nowhere" / "run.toml")
 
 
-def test_broken_toml_and_broken_utf8_are_said_with_the_path(tmp_path: Path):
+def test_an_error_in_toml_or_utf8_names_the_path(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"run\.toml is not valid TOML"):
         load_config(write(tmp_path, "[rl\n"))
     (tmp_path / "run.toml").write_bytes(b'[run]\nname = "\xff"\n')
@@ -185,7 +186,7 @@ def test_broken_toml_and_broken_utf8_are_said_with_the_path(tmp_path: Path):
     (["a.toml", "b.toml"], "one config file at most, got a.toml and b.toml"),
     (["--steps=3"], "an override reads --section.key=value"),
 ])  # fmt: skip
-def test_a_malformed_command_line_says_what_is_wrong(arguments: list[str], words: str):
+def test_a_malformed_command_line_is_a_clear_error(arguments: list[str], words: str):
     with pytest.raises(ConfigError, match=words):
         parse_command_line(arguments)
 
@@ -199,8 +200,10 @@ def test_a_malformed_command_line_says_what_is_wrong(arguments: list[str], words
     ("rl.group_size=1 rl.advantage=leave_one_out", "at least 2 with rl.advantage='leave_one_out'"),
     ("rl.group_size=1 rl.advantage=batch_std", "at least 2 with rl.advantage='batch_std'"),
     ("rl.prompts_per_step=3 rl.group_size=3 rl.num_minibatches=2", "= 9 must be divisible by rl.num_minibatches = 2"),
-    ("model.num_attention_heads=6 model.num_key_value_heads=4", "model.num_attention_heads = 6 must be divisible by model.num_key_value_heads = 4"),
-    ("model.num_attention_heads=2 model.num_key_value_heads=4", "model.num_attention_heads = 2 must be divisible by model.num_key_value_heads = 4"),
+    ("model.num_attention_heads=6 model.num_key_value_heads=4",
+     "model.num_attention_heads = 6 must be divisible by model.num_key_value_heads = 4"),
+    ("model.num_attention_heads=2 model.num_key_value_heads=4",
+     "model.num_attention_heads = 2 must be divisible by model.num_key_value_heads = 4"),
     ("model.num_experts=4 model.num_experts_per_tok=5", "at most model.num_experts = 4, got 5"),
     ("model.head_dim=33", "model.head_dim must be even (RoPE turns pairs), got 33"),
     ("sampling.max_tokens=256", "leaves no room for a prompt in model.max_position_embeddings = 256"),
@@ -249,13 +252,13 @@ BELOW = [(key, bad) for keys, bads in [
 
 
 @pytest.mark.parametrize(("dotted", "value"), BELOW)
-def test_each_range_is_held(dotted: str, value: int):
+def test_each_range_is_checked(dotted: str, value: int):
     assert refused(f"--{dotted}={value}").startswith(f"{dotted} must be ")
 
 
 def test_every_number_of_the_config_has_a_range_or_a_reason_to_have_none():
     ranged = {*config_checks.POSITIVE, *config_checks.NOT_NEGATIVE, *config_checks.BETAS, *config_checks.SHARES}
-    free = {"task.max_level"}  # held above min_level
+    free = {"task.max_level"}  # checked to be above min_level
     free |= {k for k in DOTTED if k.startswith("reward.")}  # weights may punish
     free |= {k for k in DOTTED if k.startswith("loss.")}  # LossSpec checks its own
     numbers = set()
@@ -266,7 +269,7 @@ def test_every_number_of_the_config_has_a_range_or_a_reason_to_have_none():
     assert not ranged - numbers and numbers == (ranged | free) & numbers, sorted(numbers - ranged - free)
 
 
-# --- there and back
+# --- round trips
 
 
 def test_the_dump_of_any_config_loads_to_an_equal_one(tmp_path: Path):
@@ -280,7 +283,7 @@ def test_the_dump_of_any_config_loads_to_an_equal_one(tmp_path: Path):
 def test_any_text_and_number_survives_the_dump(text: str, number: float, count: int):
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # lone surrogates cannot stand in a file
+    except UnicodeEncodeError:  # lone surrogates cannot be written to a file
         return
     run = dataclasses.replace(Config().run, wandb_project=text, seed=count)
     config = dataclasses.replace(Config(), run=run, optim=dataclasses.replace(Config().optim, lr=number))
@@ -293,7 +296,7 @@ def test_the_difference_names_each_changed_key_and_nothing_else():
     assert config_difference(old, Config()) == []
 
 
-# --- words
+# --- help texts
 
 SELF_EXPLAINING = {
     "seed", "tensorboard", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -305,7 +308,7 @@ SELF_EXPLAINING = {
 
 
 @pytest.mark.parametrize("module", [config_schema, config_reward, config_task, spec], ids=["config", "reward", "task", "loss"])
-def test_every_field_has_a_docstring_below_it_or_a_name_that_says_it_all(module: object):
+def test_every_field_has_a_docstring_or_a_self_explaining_name(module: object):
     tree = ast.parse(inspect.getsource(module))
     silent = []
     for node in (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name != "Config"):

@@ -1,5 +1,5 @@
-"""Chat templates: text and tokens equal those of transformers for each family, and a template that
-misbehaves is one clear error."""
+"""Chat templates: text and tokens equal those of transformers for each family, and a bad template is one
+clear error."""
 
 from __future__ import annotations
 

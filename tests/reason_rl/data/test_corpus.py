@@ -53,7 +53,7 @@ def test_every_answer_of_the_default_corpus_is_right(documents: list[Document]) 
             assert answer == str(value_of(prompt))
 
 
-def test_a_thought_has_as_many_lines_as_its_kind_says(documents: list[Document]) -> None:
+def test_a_thought_has_the_number_of_lines_of_its_kind(documents: list[Document]) -> None:
     for document in documents:
         if document.kind == "fact":
             assert re.fullmatch(r"\d[-+*]\d=\d<eos>", TOKENIZER.decode(document.token_ids))
@@ -113,7 +113,7 @@ def test_a_document_longer_than_the_context_is_refused() -> None:
 
 
 def test_documents_are_those_of_the_record() -> None:
-    """A changed record means that the same config pretrains on other documents than it used to."""
+    """If the record changes, the same config pretrains on other documents than before."""
     digests = []
     for config in (Config(), COUNTDOWN):
         text = repr([(d.token_ids, d.kind, d.level) for d in corpus_documents(config, TOKENIZER, 0, 200)])

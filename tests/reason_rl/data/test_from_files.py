@@ -187,7 +187,7 @@ def test_files_are_found_under_the_tasks_own_names(forty: Path, tmp_path: Path) 
     assert len(train_of(load_problems(config_of(tmp_path / "mbpp", "code", heldout_share=0.0), TOKENIZER))) == 2
 
 
-def test_files_that_are_not_there_are_named(forty: Path) -> None:
+def test_missing_problem_files_are_named(forty: Path) -> None:
     for config, message in (
         (config_of(""), "reads its problems from files: set task.path to a JSONL file, or to a folder with train.jsonl"),
         (config_of(forty / "nowhere.jsonl"), "task.path names no file: .*nowhere.jsonl"),
@@ -264,7 +264,7 @@ def test_a_steps_problems_follow_from_seed_step_and_round_alone(forty: Path) -> 
     config = config_of(forty)
     first = load_problems(config, TOKENIZER).train(7, 4)
     random.seed(0)  # no global generator takes part
-    again = load_problems(config, byte_tokenizer())  # and no state: this object has drawn nothing before
+    again = load_problems(config, byte_tokenizer())  # and no state: this object has not drawn before
     assert again.train(7, 4) == first and again.train(7, 2) == first[:2]
 
 
@@ -339,7 +339,7 @@ def test_pass_rates_are_found_by_id_or_prompt_and_rows_of_one_problem_add_up(for
 
 
 def test_a_pass_rate_is_of_the_samples_that_could_be_graded(forty: Path) -> None:
-    """And a prompt may hold a character that Unicode treats as a line break."""
+    """A prompt may also hold a character that Unicode treats as a line break."""
     rows = [{"problem_id": 1, "num_right": 2, "num_samples": 4, "num_graded": 2},
             {"prompt": "a\u2028b", "num_right": 1, "num_samples": 4},
             {"problem_id": 2, "num_right": 0, "num_samples": 4, "num_graded": 0}]

@@ -188,7 +188,7 @@ def test_the_split_does_not_depend_on_the_order_of_writing() -> None:
     assert {split for splits in seen.values() for split in splits} == {"corpus", "train", "heldout"}
 
 
-def test_splits_are_as_large_as_the_config_says() -> None:
+def test_splits_have_the_sizes_of_the_config() -> None:
     task = TaskConfig(heldout_share=0.2, rl_share=0.3)
     splits = [split_of(f"key {i}", task) for i in range(10_000)]
     # standard deviations 0.0040 and 0.0046: five of them
@@ -375,7 +375,7 @@ def recorded_config(name: str, folder: Path) -> Config:
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_problems_are_those_of_the_record(name: str, tmp_path: Path) -> None:
-    """A changed record means that the same config trains on other problems than it used to."""
+    """If the record changes, the same config trains on other problems than before."""
     problems = load_problems(recorded_config(name, tmp_path), TOKENIZER if name in TASKS else byte_tokenizer())
     train = []
     for step in range(3):

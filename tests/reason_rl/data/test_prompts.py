@@ -131,12 +131,12 @@ def test_problems_carry_what_their_prompt_ends_with(tmp_path: Path) -> None:
     ('prompt = "{problem}"\nexamples = ["x"]', "an example must have problem and completion"),
     ("prompt = ", "is not valid TOML"),
 ])
-def test_a_template_that_cannot_be_is_refused_by_its_key(text: str, message: str, tmp_path: Path) -> None:
+def test_an_invalid_template_is_refused_by_its_key(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         written(tmp_path, text)
 
 
-def test_a_template_that_is_not_there_is_refused_with_those_that_are() -> None:
+def test_an_unknown_template_is_refused_with_the_known_ones() -> None:
     for name in ("zero", "nowhere/own.toml"):
         with pytest.raises(ConfigError, match=r"must be one of chat, few_shot, plain, r1_zero, or the path of a \.toml file, got"):
             load_template(name)

@@ -41,7 +41,7 @@ def test_decode_gives_back_what_was_encoded(tokenizer: Tokenizer) -> None:
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 @settings(deadline=None)
-def test_the_byte_tokenizer_knows_any_text(text: str) -> None:
+def test_the_byte_tokenizer_encodes_any_text(text: str) -> None:
     ids = BYTES.encode(text)
     assert BYTES.decode(ids) == text == "".join(BYTES.pieces(ids))
     if not any(tag in text for tag in (*TAGS, "<pad>", "<eos>")):
@@ -101,7 +101,7 @@ def test_saving_and_loading_changes_nothing(tokenizer: Tokenizer, folder: Path, 
     assert (tmp_path / "foreign" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
-def test_a_missing_or_damaged_file_is_said_to_be_so(tmp_path: Path) -> None:
+def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
         Tokenizer.load(tmp_path)
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
@@ -175,7 +175,7 @@ def test_ends_are_read_from_the_models_config_where_there_is_no_other(tmp_path: 
     assert Tokenizer.load(folder).stop_ids == (2,)
 
 
-def test_a_folder_that_is_not_there_is_named_as_such(tmp_path: Path) -> None:
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no checkpoint folder at .*/nowhere"):
         Tokenizer.load(tmp_path / "nowhere")
 
@@ -192,7 +192,7 @@ def test_raw_prompts_and_texts_are_those_of_transformers(folder: Path) -> None:
 
 @pytest.mark.parametrize("adds", [True, False, None], ids=str)
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
-def test_tokenizer_json_alone_says_what_opens_a_raw_prompt(kind: str, adds: bool | None, tmp_path: Path) -> None:
+def test_tokenizer_json_alone_decides_the_first_tokens_of_a_raw_prompt(kind: str, adds: bool | None, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     folder = folder_of(tmp_path, kind, add_bos_token=adds, add_eos_token=adds)
     ids = Tokenizer.load(folder).encode_prompt("Tom has")
@@ -223,7 +223,7 @@ def test_a_stream_of_bytes_that_are_no_text_goes_on_after_them() -> None:
     assert [stream.push(token) for token in BYTES.encode("a数")] == ["a", "", "", "数"]
     assert stream.push(broken[0]) == "" and stream.push(BYTES.encode("b")[0]) == "\ufffdb"
     texts = [stream.push(token) for token in broken * 40]
-    assert "\ufffd" in "".join(texts)  # it does not hold them back for ever
+    assert "\ufffd" in "".join(texts)  # it holds them back for a limited time only
     assert ("".join(texts) + stream.push(BYTES.encode("!")[0])) == "\ufffd" * 40 + "!"
     assert stream.push(broken[0]) == "" and stream.flush() == "\ufffd" and stream.flush() == ""
     whole = BYTES.pieces(broken * 17 + BYTES.encode("🙂")[1:] + BYTES.encode("x"))  # held back too long
@@ -240,14 +240,14 @@ def by_character(tokenizer: Tokenizer, text: str) -> list[int]:
     ("1+1=2</think><answer>2</answer>", "<think>", 5), ("</think>x", "<think>", 0), ("12", "<think>", 2), ("", "<think>", 0),
     ("x</think>", "<think></think>", 0),
 ])
-def test_thinking_tokens_stand_between_the_tags_whether_those_are_tokens_or_not(
+def test_thinking_tokens_are_between_the_tags_of_one_or_several_tokens(
     text: str, prefix: str, count: int, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     pieces = Tokenizer.load(folder_of(tmp_path))
     assert not pieces.has_token("<think>")
     assert tokenizer.thinking_tokens(tokenizer.encode(text), prefix) == count
     assert pieces.thinking_tokens(by_character(pieces, text), prefix) == count
-    ids = [*tokenizer.encode(text), tokenizer.eos_id]  # an end token in a thought that never closed is of it
+    ids = [*tokenizer.encode(text), tokenizer.eos_id]  # an end token in a thought that never closes belongs to the thought
     assert tokenizer.thinking_tokens(ids, prefix) == pieces.thinking_tokens([*by_character(pieces, text), 2], prefix)
 
 
@@ -264,7 +264,7 @@ def test_a_thought_within_the_tags_own_tokens_is_one_token() -> None:
     assert [tokenizer.thinking_tokens(ids) for ids in ([0], [1], [3, 4], [3], [4], [2])] == [1, 0, 1, 1, 0, 0]
 
 
-def test_a_tag_that_is_a_piece_of_the_vocabulary_is_not_always_that_piece() -> None:
+def test_a_tag_in_the_vocabulary_may_still_be_split_over_tokens() -> None:
     vocab = {"<think>": 0, "</think>": 1, "<think>1": 2, "+1=2</": 3, "think>": 4, "2": 5, "</s>": 6}
     tokenizer = joined(vocab)
     assert [tokenizer.thinking_tokens(ids) for ids in ([2, 3, 4], [0, 5, 5, 1], [2, 5, 1], [0, 3, 4])] == [1, 2, 1, 1]

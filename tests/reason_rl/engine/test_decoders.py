@@ -1,4 +1,4 @@
-"""The native decoder equals the op-by-op one, bit for bit: tokens, logprobs, routed experts. And routing replay on these."""
+"""The native decoder equals the op-by-op one bit for bit: tokens, logprobs, routed experts. Also routing replay."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_both_decoders_rotate_by_scaled_angles():
 
 
 def test_torchs_own_gemms_stay_close_to_the_exact_ones():
-    """run.exact = "off": other bits, the same numbers to a rounding."""
+    """run.exact = "off": the bits differ, the values agree to rounding."""
     model = tiny_model(MOE, scale=2.0)
     packs = packed(rollout(model, "auto"))
     exact = trainer_logprobs(model, packs)
@@ -184,7 +184,7 @@ def test_replay_where_the_first_layer_is_dense_changes_no_bit():
 
 
 def test_replay_of_eight_experts_a_token_changes_no_bit():
-    """More choices than torch's short sums add in order."""
+    """More experts than the longest sum that torch adds in order."""
     model = tiny_model(replace(MOE, num_experts=12, num_experts_per_tok=8))
     for pack in packed(rollout(model, "ops", with_routed_experts=True, count=3)):
         fresh = token_logprobs(model, replace(pack, routed_expert_ids=None))[0]

@@ -1,4 +1,4 @@
-"""The engine's contract: what it records, when it stops, what it refuses, and that it computes nothing twice."""
+"""The engine's contract: its records, its stops, its refusals, and that it computes nothing twice."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_sampling_leaves_the_global_generator_alone(model: Transformer):
 
 
 def test_first_tokens_are_drawn_in_proportion_to_their_probability(model: Transformer):
-    """Chi-square of 2000 draws against the trainer's own distribution: beyond 100 on about 30 bins is one in 10^8."""
+    """Chi-square of 2000 draws against the trainer's distribution: a value above 100 on about 30 bins is one in 10^8."""
     p = problem(3, 8)
     groups = make_engine(model).generate([p], 2000, sampling(1, stop_ids=()), step=0)
     counts = Counter(c.token_ids[0] for c in groups[0].completions)
@@ -282,7 +282,7 @@ def test_broken_weights_are_an_error_and_not_a_token():
 
 
 def test_a_token_that_was_not_drawn_stops_the_engine_where_it_is_read():
-    """On a GPU `sample` does not wait to see broken logits: it gives -1."""
+    """On a GPU `sample` does not sync to check the logits: for broken ones it returns -1."""
     tokens, rest = torch.tensor([3, -1, 5]), torch.zeros(3)
     assert one_each(tokens.abs(), rest, rest).tokens == [[3], [1], [5]]
     with pytest.raises(ValueError, match="the logits of row 1 hold NaN or inf"):

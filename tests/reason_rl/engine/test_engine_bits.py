@@ -1,6 +1,6 @@
-"""The claim that training rests on: the logprobs that the engine records are the trainer's, bit for bit.
+"""The main claim of this project: the logprobs that the engine records equal the trainer's, bit for bit.
 
-No tolerance anywhere in this file: differences are counted as integers. A test that begins to fail on another machine or
+No test here has a tolerance: values are compared as integers. A test that fails on another machine or another
 torch has found a reduction order that depends on the batch (see kernels/linear/reference.py).
 """
 
@@ -43,7 +43,7 @@ MODELS = {
     "scaled rope": replace(MOE, rope_scaling='{"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}'),
 }
 BATCHES = (1, 2, 3, 7, 8, 9, 11, 64, 65, 256)
-# On both sides of a block (16) and of a key tile (128), and far from either.
+# Just below and above a block (16) and a key tile (128), and far from both.
 LENGTHS = (5, 15, 16, 17, 1, 31, 127, 128, 129, 40, 112, 113)
 
 
@@ -53,7 +53,7 @@ def generate(model: Transformer, num_sequences: int, group_size: int = 1, max_to
 
 
 def outcomes(groups: Sequence[Group]) -> list[tuple[object, ...]]:
-    """All that was recorded, by (problem, sample): tokens, logprobs, reasons."""
+    """Everything that the engine recorded, by (problem, sample): tokens, logprobs, reasons."""
     return sorted((g.problem.problem_id, c.sample_index, c.token_ids, c.logprobs, c.kept_logmass, c.finish_reason)
                   for g in groups for c in g.completions)
 
@@ -83,7 +83,7 @@ def test_logprobs_of_groups_are_the_trainers(name: str, dtype: torch.dtype):
 
 
 def test_completions_that_cross_the_key_tile_keep_their_bits(moe: Transformer):
-    """Own tokens past 128: tiles are counted from the layout's start, in the cache as in the pack."""
+    """Completions of more than 128 tokens: in cache and pack, tiles begin at the completion's first token."""
     problems = [problem(0, 3), problem(1, 100), problem(2, 120)]
     groups = make_engine(moe).generate(problems, 2, sampling(170, stop_ids=()), step=0)
     assert [num_different(moe, groups, tokens) for tokens in (1 << 20, 1)] == [0, 0]
@@ -149,7 +149,7 @@ def test_completions_do_not_depend_on_order_batch_or_group_size(moe: Transformer
     assert [g.completions[:3] for g in larger] == [g.completions for g in together]
 
 
-@pytest.mark.long  # two threads on cores that other tests keep busy wait for each other
+@pytest.mark.long  # slow on busy cores: two threads wait for each other
 def test_completions_do_not_depend_on_the_number_of_threads(moe: Transformer):
     torch.set_num_threads(1)
     one = generate(moe, 12)
@@ -160,7 +160,7 @@ def test_completions_do_not_depend_on_the_number_of_threads(moe: Transformer):
 
 
 def test_the_engine_samples_from_the_weights_as_they_are_now(moe: Transformer):
-    """No key of an older policy outlives its `generate`."""
+    """No key of an older policy is kept after its `generate`."""
     model = tiny_model(MOE)
     engine = make_engine(model)
     problems = [problem(i, 20) for i in range(4)]
@@ -185,7 +185,7 @@ def test_padding_rows_are_not_routed(moe: Transformer):
                                   "first layer dense, scaled routes"])
 @pytest.mark.parametrize("num_sequences", [1, 3, 9, 65])
 def test_bf16_rollout_weights_give_the_trainers_bits(name: str, num_sequences: int):
-    """The copy is cast once, the trainer at each use: same places, same rounding; expert activations included."""
+    """The copy is cast once, the trainer casts at each use: the same rounding, also in the experts."""
     model = tiny_model(MODELS[name], dtype=torch.bfloat16, scale=5.0)
     weights = SamplingWeights(model, replace(WORLD, size=2, dtype=torch.bfloat16))
     assert not weights.shares_memory

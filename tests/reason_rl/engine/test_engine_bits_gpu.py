@@ -1,6 +1,6 @@
 """The claims of test_engine_bits.py on a GPU, where every op of the model has a batch-invariant kernel.
 
-Torch's own CUDA kernels promise no bits: while the reference is all there is of some op on CUDA, this file skips and names it.
+Torch's CUDA kernels promise no bits: if an op has only its reference on CUDA, this file skips and names the op.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def test_an_unrelated_long_prefill_changes_no_bit(dtype: torch.dtype):
 
 @pytest.mark.parametrize("setting", [{"max_num_seqs": 1}, {"max_num_seqs": 5}, {"prefill_tokens": 1}, {"num_blocks": 13}], ids=str)
 def test_completions_do_not_depend_on_the_engines_settings(setting: dict[str, int], dtype: torch.dtype):
-    """Few at a time: new prompts enter while others decode. 13 blocks: sequences are preempted and come back."""
+    """Few at a time: new prompts enter while others decode. 13 blocks: sequences are preempted and resumed."""
     model = on_gpu("moe", dtype)
     groups = generate(model, 24, group_size=3, **setting)
     assert num_different(model, groups) == 0

@@ -1,6 +1,6 @@
-"""Decode steps by graphs: padded batches, buffers that stay and a step that runs again give the bits of a step run op by op.
+"""Decode steps by CUDA graphs: padded batches, fixed buffers and replays give the bits of a step run op by op.
 
-Here a capture only remembers the function; on a GPU it is a CUDA graph.
+On the CPU a fake capture keeps the function and a replay calls it; on a GPU it is a CUDA graph.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.reason_rl.tiny import CPU, DENSE, MOE, make_engine, num_different, pr
 
 
 def remember(step: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
-    """A graph as the engine sees it: it runs again on what its inputs hold then, into the same outputs."""
+    """A fake graph: a replay reads its inputs' present values and writes the same outputs."""
     outputs = tuple(torch.empty_like(output) for output in step())
 
     def replay() -> None:
@@ -64,7 +64,7 @@ def test_graphs_are_captured_once_and_read_the_weights_as_they_are():
     after = generate(engine)
     assert engine.graphs.num_captured == count and after != before and num_different(model, after) == 0
     generate(engine, temperature=0.5)
-    assert engine.graphs.num_captured > count  # it is a constant of the step
+    assert engine.graphs.num_captured > count  # a constant of the captured step
 
 
 def test_a_new_cache_takes_the_graphs_with_it():
@@ -85,7 +85,7 @@ def test_batches_above_the_bound_go_op_by_op():
 
 def test_padding_sequences_read_the_null_block_and_no_prompt():
     inputs = StepInputs(4, 2, 3, CPU)
-    for newest in (9, 8):  # the second time over what the first left
+    for newest in (9, 8):  # the second run overwrites the first one's values
         inputs.fill({"newest": np.array([newest]), "noise_keys": np.array([5]), "own_lens": np.array([17]),
                      "prefix_index": np.array([0]), "own_table": np.array([[7, 6]]), "prefix_table": np.array([[3]]),
                      "prefix_lens": np.array([11])})
@@ -114,11 +114,11 @@ def test_experts_by_torchs_products_which_wait_for_the_device_are_refused_at_the
 
 @pytest.mark.parametrize(("error", "message"), [
     (torch.OutOfMemoryError("no memory left"), "no memory left"), (RuntimeError("not permitted"), "cannot be captured")], ids=str)
-def test_a_capture_that_runs_out_of_memory_is_not_taken_for_one_that_waits(
+def test_out_of_memory_in_a_capture_is_not_reported_as_a_sync(
     error: RuntimeError, message: str, monkeypatch: pytest.MonkeyPatch
 ):
     cuda = MagicMock()
-    cuda.graph.return_value.__exit__.return_value = False  # lets an error through
+    cuda.graph.return_value.__exit__.return_value = False  # raises the error
     monkeypatch.setattr(torch, "cuda", cuda)
     step = MagicMock(side_effect=[(), error])  # the run beforehand, and the captured one
     with pytest.raises(type(error), match=message):

@@ -139,14 +139,14 @@ BAD: dict[str, tuple[Callable[[DecodeBatch], DecodeBatch], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_argument_is_named_with_what_was_expected_and_what_came(name: str):
+def test_a_bad_argument_raises_with_expected_and_actual(name: str):
     change, words = BAD[name]
     with pytest.raises(ValueError, match=words):
         run(batch=change(make_batch()))
 
 
-def test_blocks_that_no_key_reaches_may_be_anyones():
-    """Tables are padded: rows 0 and 1 have room in their first block, and of the second prefix one block is full."""
+def test_block_ids_beyond_the_keys_change_nothing():
+    """Block tables are padded: sequences 0 and 1 have room in their first block; one block of the second prefix is full."""
     padded = replace(make_batch(), own_table=torch.tensor([[3, 1], [5, 5], [7, 8]]), prefix_table=torch.tensor([[1, 3], [2, 7]]))
     assert run(batch=padded) == run()
 
@@ -181,7 +181,7 @@ def test_sizes_whose_products_could_wrap_are_refused(place: int, size: int, word
 
 @pytest.mark.parametrize("num_hidden_layers", [0, L])
 def test_subnormal_residuals_are_rounded_to_bf16_as_torch_does_it(num_hidden_layers: int):
-    """Layers that add nothing leave the embedding, whose numbers are below the smallest normal one; the norm then raises them."""
+    """The layers add nothing, so the residual is the embedding, of subnormal numbers; the norm then scales it up."""
     model, (keys, values) = make_model(torch.bfloat16), caches(torch.bfloat16)
     for layer in range(L):
         for matrix in (4, 8):  # out, down

@@ -1,4 +1,4 @@
-"""The block pool and the scheduler under random work: no block is lost, lent twice or read by two, and all work ends."""
+"""The block pool and the scheduler under random work: no block is lost or allocated twice, and all work ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.reason_rl.tiny import problem
 
 
 def check_accounts(scheduler: Scheduler, prompts: list[Prompt]) -> None:
-    """Every block but 0 is free, or a running prompt's, or one running sequence's; never two of these."""
+    """Every block but 0 is free, or belongs to one running prompt or to one running sequence."""
     owned = [b for s in scheduler.running for b in s.blocks] + [b for p in prompts if p.num_running for b in p.blocks]
     assert len(set(owned)) == len(owned) and 0 not in owned
     assert len(owned) + scheduler.pool.num_free == scheduler.pool.num_blocks - 1
@@ -29,7 +29,7 @@ def check_accounts(scheduler: Scheduler, prompts: list[Prompt]) -> None:
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 5)), min_size=1, max_size=6), st.integers(1, 8),
        st.integers(0, 12), st.integers(0, 10**6))
 def test_random_work_loses_no_block_and_ends(groups: list[tuple[int, int]], max_num_seqs: int, spare: int, seed: int):
-    """As the engine drives it: admit, grow, some tokens each, some finish. `spare`: blocks beyond the smallest pool."""
+    """In the engine's order: admit, grow, some tokens each, some finish. `spare`: blocks beyond the smallest pool."""
     rng, max_tokens = random.Random(f"{seed}/scheduler"), 40
     prompts = [Prompt(problem(i, length)) for i, (length, _) in enumerate(groups)]
     longest = max(length for length, _ in groups)
@@ -82,7 +82,7 @@ def test_a_block_is_held_ahead_only_where_it_is_needed_and_plenty_are_free():
     assert scheduler.pool.num_free == free - 1
     scheduler.pool.allocate(scheduler.pool.num_free - 3)
     scheduler.reserve_ahead(64, 8)
-    assert scheduler.pool.num_free == 3  # one for each that runs stays in hand
+    assert scheduler.pool.num_free == 3  # one for each running sequence stays free
 
 
 def test_sequences_are_admitted_in_order_and_the_youngest_is_preempted():

@@ -1,4 +1,5 @@
-"""The eval command end to end: it reproduces a run's numbers, continues after an interruption, and refuses in one line."""
+"""The eval command end to end: it reproduces a run's numbers, continues after an interruption, and refuses bad
+input in one line."""
 
 from __future__ import annotations
 

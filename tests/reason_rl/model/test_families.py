@@ -67,7 +67,7 @@ and 0.110 in transformers' own."""
 
 
 def theirs(name: str, seed: int = 0, **changes: Any) -> Any:
-    """transformers' model with every part away from its start: norms, biases and the experts' biases too."""
+    """transformers' model with every parameter away from its initial value: also norms, biases and expert biases."""
     kind, own = CASES[name]
     config = transformers.AutoConfig.for_model(kind, **{**COMMON, **own, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **EAGER).eval()
@@ -107,7 +107,7 @@ def their_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def check_argmax(ours: torch.Tensor, reference: torch.Tensor, tolerance: float, clear_share: float = 0.9) -> None:
-    """The greedy next token is the same wherever no error within the tolerance could turn it; and at how many that is."""
+    """The greedy next token is the same wherever the tolerance cannot change it; also checks how many those are."""
     top = reference.topk(2, dim=-1).values
     clear = top[:, 0] - top[:, 1] > 2 * tolerance
     assert torch.equal(ours.argmax(-1)[clear], reference.argmax(-1)[clear])
@@ -115,12 +115,12 @@ def check_argmax(ours: torch.Tensor, reference: torch.Tensor, tolerance: float, 
 
 
 def test_transformers_does_not_take_our_kernels_for_its_own():
-    """Hugging Face has a package `kernels` too, and asks for its version."""
+    """Hugging Face has a package `kernels` too, and transformers reads its version."""
     from transformers.utils.import_utils import is_kernels_available
     assert not is_kernels_available()
 
 
-def test_every_family_is_held_to_transformers():
+def test_every_family_is_compared_with_transformers():
     assert {kind for kind, _ in CASES.values()} == set(FAMILIES)
     assert {"auto", *FAMILIES} == set(get_args(get_type_hints(ModelConfig)["family"]))
 
@@ -139,8 +139,8 @@ def test_logits_are_transformers(name: str, tmp_path: Path):
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_bf16_logits_are_as_near_the_true_ones_as_transformers(name: str, tmp_path: Path):
-    """Other rounding points, so other bits: judged by the error against float32 on the same bf16 weights. A rounding may also pick
-    another expert, in either model, so it is the middle one of the tokens' errors that counts."""
+    """The two round at different points, so their errors against float32 on the same bf16 weights are compared.
+    A rounding may also change a routed expert in either model, so the median of the tokens' errors is taken."""
     rounded = theirs(name).bfloat16()
     rounded.save_pretrained(tmp_path)
     exact = their_logits(copy.deepcopy(rounded).float(), tokens())
@@ -156,7 +156,7 @@ def test_bf16_logits_are_as_near_the_true_ones_as_transformers(name: str, tmp_pa
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_transformers(name: str, tmp_path: Path):
-    """Of next-token cross-entropy, each parameter's; transformers' own saver gives theirs the names of files."""
+    """Each parameter's gradient of next-token cross-entropy, by the tensor names of transformers' own saver."""
     other = saved(tmp_path, name)
     model = load_model(tmp_path)
     targets = tokens().roll(-1)
@@ -170,13 +170,13 @@ def test_gradients_are_transformers(name: str, tmp_path: Path):
     got = file_views({key: p.grad for key, p in model.named_parameters() if p.grad is not None}, model.config)
     assert got.keys() == wanted.keys()
     for key in wanted:
-        # float32 sums over 64 tokens in another order: seen 6e-6 of a tensor's largest at most. And where the one weight of a token
-        # is made to sum to one, the router's gradient is 0 up to roundings.
+        # float32 sums over 64 tokens in another order: at most 6e-6 of a tensor's largest, measured. With one expert
+        # a token and normalised weights the router's gradient is 0 up to rounding.
         torch.testing.assert_close(got[key], wanted[key], rtol=0, atol=1e-5 * float(wanted[key].abs().max()) + 1e-8)
         assert wanted[key].any() or ".experts." in key, f"{key} has no gradient to compare"
 
 
-# --- config.json as published ones look, with the keys that they carry along
+# --- published config.json files, with their extra keys
 
 USUAL = {"attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": [2, 3], "hidden_act": "silu", "initializer_range": 0.02,
          "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "tie_word_embeddings": False}
@@ -232,7 +232,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "dynamic": {"factor": 4.0},
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 64},
     "yarn": {"factor": 4.0, ORIGINAL: 64},
-    # its ramp begins and ends between dimensions, so that cutting its ends would show
+    # its ramp begins and ends between dimensions, so that a truncation of its ends would fail the test
     "yarn, all keys": {"factor": 8.0, ORIGINAL: 128, "beta_fast": 8.0, "beta_slow": 0.05, "truncate": False, "mscale": 1.0,
                            "mscale_all_dim": 0.5},
     "yarn, attention factor": {"factor": 2.0, ORIGINAL: 128, "attention_factor": 0.7},
@@ -249,7 +249,7 @@ def test_scaled_rope_is_transformers_beyond_the_original_context(name: str, fami
     other, ids = saved(tmp_path, family, rope_parameters=table), tokens(250)
     model = load_model(tmp_path)
     reference = their_logits(other, ids)
-    # transformers' angles are float32: position * frequency at 250 is off by up to 250 * 2^-24 = 1.5e-5 there, ours by nothing
+    # transformers' angles are float32: position * frequency at 250 is off by up to 250 * 2^-24 = 1.5e-5; ours is exact
     torch.testing.assert_close(our_logits(model, ids), reference, rtol=0, atol=1e-4)
     inverse, magnitude = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[table["rope_type"]](other.config)
     ours = rope_table(2, 2 * len(inverse), 5000.0, model.config.rope_scaling)[:, 1]
@@ -284,7 +284,7 @@ def load_back(folder: Path) -> Any:
 
 
 def scaled(name: str) -> dict[str, Any]:
-    """Another theta and a scaling, so that both must go through config.json."""
+    """Another theta and a scaling, so that both must be written to config.json."""
     table: dict[str, Any] = {"rope_type": "linear", "rope_theta": 777.0, "factor": 4.0}
     return {"rope_parameters": table | ({"partial_rotary_factor": 0.4} if CASES[name][0] == "glm4_moe" else {})}
 
@@ -304,7 +304,7 @@ def test_our_export_loads_in_transformers_with_equal_logits(name: str, changed: 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_familys_own_keys_say_all_of_it(name: str, tmp_path: Path):
+def test_a_familys_own_keys_describe_it_completely(name: str, tmp_path: Path):
     saved(tmp_path, name)
     config, vocab_size = read_model_config(tmp_path)
     save_weights(tmp_path / "out", tiny_model(config).state_dict(), config, vocab_size, 1)

@@ -1,4 +1,4 @@
-"""The network against a plain float64 transcription; packing, gradients, balancing and initialisation of every variant."""
+"""The network against a plain float64 version; packing, gradients, balancing and initialisation of every variant."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Segment = tuple[int, int, int, int]
 
 
 def lively(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Transformer:
-    """A model whose every part shows in its output: norm weights away from 1, and matrices far from zero."""
+    """A model with norm weights away from 1 and large matrices, so that every parameter changes the output."""
     model = tiny_model(config, seed, dtype)
     with torch.no_grad():
         for index, parameter in enumerate(model.parameters()):
@@ -66,7 +66,7 @@ def document(length: int, seed: int) -> list[int]:
     return torch.randint(VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-# --- a float64 transcription, by Hugging Face's tensor names -------------------------------------------------------------
+# --- a float64 version, by Hugging Face's tensor names -------------------------------------------------------------------
 
 def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
@@ -74,7 +74,7 @@ def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def turned(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
     """One head at one position: pairs (c, c + C/2) as complex numbers."""
-    half = x.shape[0] // 2  # of what is turned
+    half = x.shape[0] // 2  # of the rotated part
     angle = torch.tensor([position * theta ** (-2 * c / x.shape[0]) for c in range(half)], dtype=torch.float64)
     z = torch.complex(x[:half], x[half:]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat((z.real, z.imag))
@@ -140,7 +140,7 @@ def test_the_model_is_its_float64_transcription(name: str):
     model, tokens = lively(VARIANTS[name]), document(20, seed=3)
     output = run(model, tokens, range(20), [(0, 20, 0, 0)])
     hidden, chosen = by_hand(model, tokens)
-    # f32 through two layers of some 10 products each, values up to 10: seen 3e-6 at most
+    # f32 through two layers of about 10 products each, values up to 10: at most 3e-6, measured
     torch.testing.assert_close(output.hidden.double(), hidden, rtol=0, atol=2e-5)
     if output.router is not None:
         counts = [[sum(experts.count(e) for experts in layer) for e in range(model.config.num_experts)] for layer in chosen]
@@ -157,7 +157,7 @@ def test_the_rope_table_is_cos_and_sin_of_position_times_frequency():
     assert table.shape == (2, 300, 4) and table.dtype == torch.float32
     for position, c in ((0, 0), (1, 0), (299, 0), (299, 3), (17, 2)):
         angle = position * 10000.0 ** (-2 * c / 8)
-        # worked out in f64 and rounded once: half an ulp of 1
+        # computed in f64 and rounded once: half an ulp of 1
         assert table[:, position, c].tolist() == pytest.approx([math.cos(angle), math.sin(angle)], abs=6e-8)
 
 
@@ -183,7 +183,7 @@ def test_gradients_reach_every_parameter(name: str, dtype: torch.dtype):
 
 
 def test_the_heads_of_one_token_are_normed_with_the_strides_of_many(monkeypatch: pytest.MonkeyPatch):
-    """A kernel is compiled by them; a reshape would give the only token others, and its row might be summed in another order."""
+    """Kernels are compiled by stride; a reshape could give a single token others, and so another order of its sums."""
     seen: list[tuple[int, ...]] = []
 
     def note(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -229,7 +229,7 @@ def test_a_documents_hidden_rows_have_the_same_bits_in_any_pack(name: str, dtype
                 assert torch.equal(packed[start : start + length], alone[which]), (order, which)
 
 
-def test_a_completion_has_the_same_bits_alone_with_its_prompt_and_beside_its_group():
+def test_a_completion_has_the_same_bits_alone_with_its_prompt_and_with_its_group():
     model = lively(BASE)
     prompt, completions = document(21, seed=0), [document(n, seed=n) for n in (5, 1, 40, 17)]
     tokens, positions, segments = list(prompt), list(range(21)), [(0, 21, 0, 0)]
@@ -256,7 +256,7 @@ def test_statistics_add_up_over_packs():
     assert parts[0].balance_loss > 30 * 0.9  # per token near 1 when even, more when not
 
 
-def test_statistics_are_left_out_where_nobody_asks_and_where_all_is_dense():
+def test_router_statistics_need_a_request_and_experts():
     tokens, positions = torch.tensor([1, 2, 3]), torch.arange(3)
     plan = plan_segments(torch.tensor([[0, 3, 0, 0]], dtype=torch.int32), 3)
     for name in ("softmax", "dense"):
@@ -342,7 +342,7 @@ def test_fresh_weights_have_their_spread_and_no_two_are_alike():
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_active_parameters_are_those_that_one_token_meets(name: str):
+def test_active_parameters_are_those_that_one_token_uses(name: str):
     config = VARIANTS[name]
     model = Transformer(config, VOCAB_SIZE)
     expert = 3 * config.hidden_size * config.moe_intermediate_size

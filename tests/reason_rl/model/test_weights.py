@@ -1,4 +1,4 @@
-"""Weights on disk: round trips of every variant to the bit, Qwen3-MoE's names and config, and damage that is named."""
+"""Weights on disk: exact round trips of every variant, Qwen3-MoE's names and config, and errors that name the damage."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def rewrite(folder: Path, **changes: Any) -> None:
 # --- round trips ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_what_was_saved_is_loaded_to_the_bit(name: str, tmp_path: Path):
+def test_saved_weights_load_to_the_same_bits(name: str, tmp_path: Path):
     model = saved(tmp_path / "new" / "folder", VARIANTS[name])
     loaded = load_model(tmp_path / "new" / "folder")
     assert loaded.config == VARIANTS[name] and loaded.vocab_size == VOCAB_SIZE
@@ -152,7 +152,7 @@ def test_the_fused_matrices_are_cut_where_they_should_be():
         assert torch.equal(torch.cat((gate, up)), block.mlp.gate_up_proj[expert]) and torch.equal(down, block.mlp.down_proj[expert])
 
 
-def test_what_qwen3_has_no_word_for_has_names_of_its_own():
+def test_tensors_that_qwen3_lacks_have_our_names():
     config = VARIANTS["everything"]
     names = set(file_views(tiny_model(config).state_dict(), config))
     own = {name for name in names if "e_score_correction_bias" in name or "shared_experts" in name}
@@ -173,7 +173,7 @@ def test_config_json_holds_the_whole_architecture(name: str):
 
 
 def test_a_foreign_config_is_read_in_both_spellings():
-    """The keys of a published Qwen3-MoE config, and the ones that transformers 5 writes."""
+    """The keys of a published Qwen3-MoE config, and those that transformers 5 writes."""
     foreign = {
         "model_type": "qwen3_moe", "vocab_size": 151936, "num_hidden_layers": 48, "hidden_size": 2048,
         "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
@@ -204,7 +204,7 @@ DEEPSEEK_V3 = {"model_type": "deepseek_v3", "kv_lora_rank": 512}
     ({"clip_qkv": 8.0}, "clip_qkv = 8.0 is not supported"),
     ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported"),
     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not supported"),
-    ({"auto_map": {"AutoModel": "m.M"}}, "auto_map = .* is not supported: a model with code of its own"),
+    ({"auto_map": {"AutoModel": "m.M"}}, "auto_map = .* is not supported: custom model code"),
     ({"mlp_bias": True}, "mlp_bias must be False, got True"),
     ({"attention_dropout": 0.1}, "attention_dropout must be 0.0, got 0.1"),
     ({"hidden_act": "gelu"}, "hidden_act must be 'silu' or 'swish', got 'gelu'"),
@@ -241,11 +241,11 @@ def test_an_architecture_that_is_not_ours_is_refused(change: dict[str, Any], mes
     {"decoder_sparse_step": 1, "mlp_only_layers": None}, {"attention_dropout": 0, "clip_qkv": None, "rope_scaling": None},
     {"quantization_config": None, "use_mrope": False, "_name_or_path": "x", "torch_dtype": "bfloat16", "transformers_version": "4"},
 ], ids="-".join)  # fmt: skip
-def test_what_is_named_but_switched_off_is_no_hindrance(change: dict[str, Any]):
+def test_a_feature_that_is_named_but_switched_off_is_accepted(change: dict[str, Any]):
     assert config_from_json({**config_to_json(BASE, VOCAB_SIZE, 3), **change}) == (BASE, VOCAB_SIZE)
 
 
-def test_dense_layers_may_be_said_by_a_step():
+def test_dense_layers_may_be_given_by_a_step():
     values = config_to_json(BASE, VOCAB_SIZE, 3) | {"decoder_sparse_step": 2, "intermediate_size": 14}
     assert config_from_json(values)[0] == replace(BASE, num_dense_layers=1, intermediate_size=14)
     with pytest.raises(ValueError, match=r"make layers \[0, 2\] of 4 dense"):
@@ -260,7 +260,7 @@ def test_windows_that_only_higher_layers_use_count_from_max_window_layers_on():
         config_from_json(values | {"max_window_layers": 1})
 
 
-def test_a_window_that_is_there_by_default_is_seen():
+def test_a_default_window_is_detected():
     """Qwen3's sliding_window is 4096 where the key is missing."""
     values = config_to_json(VARIANTS["dense"], VOCAB_SIZE, 3) | {"use_sliding_window": True, "max_window_layers": 0}
     assert "sliding_window" not in values and config_from_json(values)[0].max_position_embeddings == 64
@@ -344,7 +344,7 @@ def test_a_cut_off_weights_file_is_damaged(keep: int, tmp_path: Path):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"\xff\xfe", b"null"])
-def test_a_damaged_config_is_said_to_be_so(content: bytes, tmp_path: Path):
+def test_a_damaged_config_is_named(content: bytes, tmp_path: Path):
     saved(tmp_path)
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config\.json is damaged"):

@@ -58,7 +58,7 @@ def test_a_tensor_larger_than_a_shard_has_one_to_itself(tmp_path: Path):
     assert torch.equal(load_model(tmp_path).embedding.weight, tiny_model(MOE).embedding.weight)
 
 
-def test_what_was_saved_in_shards_is_loaded_to_the_bit(tmp_path: Path):
+def test_saved_shards_load_to_the_same_bits(tmp_path: Path):
     before, after = saved(tmp_path).state_dict(), load_model(tmp_path).state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
@@ -88,7 +88,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {"a": "../b.safetensors"}}', '{"weight_map": {"a": 3}}'])
-def test_a_damaged_index_is_said_to_be_so(content: str, tmp_path: Path):
+def test_a_damaged_index_is_named(content: str, tmp_path: Path):
     saved(tmp_path)
     (tmp_path / INDEX).write_text(content)
     with pytest.raises(ValueError, match=rf"{INDEX} is damaged"):
@@ -159,7 +159,7 @@ def test_layers_that_predict_further_tokens_are_left_out_by_name(tmp_path: Path)
     load_model(tmp_path / "out")
 
 
-# --- what is carried to the next folder
+# --- files and keys that are copied to the next folder
 
 def test_side_files_and_other_keys_of_config_json_go_on(tmp_path: Path):
     model = saved(tmp_path / "in")
@@ -232,7 +232,7 @@ print(before, memory("VmHWM"), held, float(model.head_weight[-1, -1]), float(mod
 
 
 def write_bf16_folder(folder: Path, config: ModelConfig, vocab_size: int, shard_bytes: int) -> dict[str, torch.Tensor]:
-    """Random bf16 shards without ever holding the model: each tensor is the head of one block of noise -> the shapes, by name."""
+    """Writes random bf16 shards without a model in memory: each tensor is the start of one noise block -> shapes by name."""
     with torch.device("meta"):
         views = file_views(Transformer(config, vocab_size).state_dict(), config)
     noise = torch.randn(max(view.numel() for view in views.values())).mul_(0.02).bfloat16()
@@ -272,7 +272,8 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 def test_loading_takes_the_memory_of_the_weights_and_a_chunk(weights_dtype: str, tmp_path: Path):
     config = replace(MOE, num_hidden_layers=4, hidden_size=256, num_experts=16, moe_intermediate_size=512,
                      tie_word_embeddings=False, max_position_embeddings=64)
-    wanted = write_bf16_folder(tmp_path, config, 20_000, shard_bytes=1 << 30)  # one file: mapped whole, it would show
+    # One file: if it were mapped whole, the peak would exceed the limit.
+    wanted = write_bf16_folder(tmp_path, config, 20_000, shard_bytes=1 << 30)
     before, peak, held, head, expert = measure(tmp_path, weights_dtype, chunk_bytes=4 << 20)
     assert head == float(wanted["lm_head.weight"][-1, -1])
     assert expert == float(wanted["model.layers.3.mlp.experts.15.down_proj.weight"][0, 0])
@@ -284,7 +285,7 @@ def test_loading_takes_the_memory_of_the_weights_and_a_chunk(weights_dtype: str,
 @pytest.mark.long
 @pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16"])
 def test_two_billion_parameters_load_in_less_than_a_fifth_more_than_their_weights(weights_dtype: str, tmp_path: Path):
-    """Memory of the whole process, the interpreter and torch included."""
+    """Memory of the whole process, including the interpreter and torch."""
     config = ModelConfig(family="qwen3_moe", num_hidden_layers=15, hidden_size=1024, num_attention_heads=16,
                          num_key_value_heads=4, head_dim=64, num_experts=48, num_experts_per_tok=4, moe_intermediate_size=768,
                          tie_word_embeddings=False, max_position_embeddings=4096)

@@ -1,7 +1,8 @@
-"""Two processes under torchrun (gloo, CPU) against one: the same completions, the same losses, checkpoints that change hands.
+"""Two processes under torchrun (gloo, CPU) against one: the same completions, the same losses, and checkpoints
+that either can resume.
 
-Sharded, a gradient is a sum of the ranks' shares, in another order than one process adds its microbatches: losses and
-weights agree to rounding, not to the bit. What was sampled from the same weights does agree to the bit.
+A sharded gradient is summed over ranks, one process sums over microbatches: the order differs, so losses and weights
+agree to rounding. Completions sampled from the same weights are equal to the bit.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run by two processes, from the base model that one process made."""
+    """The same run by two processes, from the base model of the single process."""
     out_dir = tmp_path_factory.mktemp("two")
     shutil.copytree(one / "bases", out_dir / "bases")
     done = run_apart(out_dir, processes=2)
@@ -91,7 +92,7 @@ def test_two_processes_sample_the_same_completions_from_the_same_weights(one: Pa
 
 @pytest.mark.long
 def test_two_processes_make_the_same_update_up_to_rounding(one: Path, two: Path):
-    """1e-5: f32 sums of some hundred terms in another order, then two updates; ratios are exponentials of such."""
+    """1e-5: f32 sums of about a hundred terms in another order, then two updates; ratios are their exponentials."""
     of_one, of_two = (rows(out_dir / "tiny", stage="grpo", phase="train")[0] for out_dir in (one, two))
     assert {key: of_two[key] for key in METRICS_OF_THE_UPDATE} == pytest.approx(
         {key: of_one[key] for key in METRICS_OF_THE_UPDATE}, rel=1e-5, abs=1e-5)
@@ -111,8 +112,9 @@ def test_two_processes_write_one_log(one: Path, two: Path):
 @pytest.mark.long
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_pretraining_by_two_processes_matches_one(optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """How far the two end apart, against how far the weights went: 10% for Muon, which raises the small singular values
-    of a gradient, made of rounding, as high as the large ones; 0.1% for AdamW, where a gradient near 0 may change its sign.
+    """The distance of the two results against the distance that training moved the weights. 10% for Muon, which scales
+    the small singular values of a gradient, which are rounding, up to the large ones; 0.1% for AdamW, where a
+    gradient near 0 may change its sign.
     """
     never_stop(monkeypatch)
     more = [f"--pretrain_optim.name={optimizer}", "--pretrain_optim.microbatch_tokens=100", "--pretrain.balance_coef=0.01",
@@ -130,10 +132,10 @@ def test_pretraining_by_two_processes_matches_one(optimizer: str, tmp_path: Path
 
 
 @pytest.mark.long
-def test_a_checkpoint_of_two_processes_is_gone_on_with_by_one_and_the_other_way_round(
+def test_one_process_resumes_a_checkpoint_of_two_and_the_reverse(
     one: Path, two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Steps 1 to 4 by two and the fifth by one, and the reverse: against five steps by two, and by one."""
+    """Steps 1 to 4 by two processes and step 5 by one, and the reverse, against five steps by two and by one."""
     never_stop(monkeypatch)
     for source, processes in ((two, 1), (one, 2)):
         out_dir = tmp_path / str(processes)
@@ -161,7 +163,7 @@ def test_a_checkpoint_of_two_processes_is_gone_on_with_by_one_and_the_other_way_
     ["--reward.custom=tests.reason_rl.run.train_rewards:always_raises"], FAR_FROM_DEFAULT,
 ], ids=lambda more: more[0])  # fmt: skip
 def test_every_way_of_training_works_with_two_processes(more: list[str], one: Path, tmp_path: Path):
-    """Among them steps of one microbatch, where the second rank is idle, and of none at all."""
+    """Includes steps of one microbatch, where the second rank is idle, and steps of none."""
     shutil.copytree(one / "bases", tmp_path / "bases")
     quick = ["--rl.steps=2", "--eval.every=0", "--eval.final_problems=2", "--eval.pass_at_k=0", "--pretrain.steps=4"]
     done = run_apart(tmp_path, *quick, *more, processes=2)

@@ -1,4 +1,4 @@
-"""`Clock`, on a clock that the test turns."""
+"""`Clock` on a fake time that the test advances."""
 
 from __future__ import annotations
 

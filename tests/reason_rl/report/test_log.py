@@ -1,4 +1,4 @@
-"""The run's log: what reaches disk, what `restore` keeps and removes, and which damage the readers accept."""
+"""The run's log: its writes to disk, the lines that `restore` keeps and removes, and the damage that readers accept."""
 
 from __future__ import annotations
 

@@ -3,10 +3,9 @@
     make fuzz                                      ten minutes
     python -m tests.reason_rl.reward.fuzz --seconds 60 --seed 3
 
-Held: every request gets a verdict, none is ungradable (no crash, no deadline, no memory limit, nothing raised), no worker is
-replaced, a text graded again gets the same verdict, and neither the workers nor this process grow. What breaks this is
-printed and goes, in its shortest form, into the attacks' tables. With REASON_RL_DATA the texts that are mutated are real
-ones.
+Checked: every request gets a verdict, none is ungradable (no crash, no deadline, no memory limit, nothing raised), no
+worker is replaced, a text graded again gets the same verdict, and neither the workers nor this process grow. A text
+that fails is printed; reduce it and add it to the attack tables. With REASON_RL_DATA real texts are mutated.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ def corpus() -> list[tuple[str, str, str]]:
 
 
 def mutate(rng: random.Random, text: str, other: str) -> str:
-    """A few edits, most of them near the end, where answers stand."""
+    """A few edits, most of them near the end, at the answer."""
     for _ in range(rng.choice((1, 1, 2, 3, 8))):
         at = len(text) - min(len(text), int(rng.expovariate(1 / 20))) if rng.random() < 0.7 else rng.randint(0, len(text))
         span = rng.choice((0, 1, 3, 10))
@@ -145,7 +144,7 @@ def run(seconds: float, seed: int, num_workers: int = 1) -> Report:
 
 
 def grade(service: VerifierService, rng: random.Random, requests: list[tuple[str, dict[str, Any]]], report: Report) -> None:
-    """The batch, and one text of it again in twenty."""
+    """Grades the batch, and one text in twenty again."""
     again = [one for one in requests if one[0] != "code" and rng.random() < 0.05]
     futures = [service.submit(kind, one) for kind, one in requests + again]
     verdicts = [future.result(timeout=60) for future in futures]
@@ -161,7 +160,7 @@ def grade(service: VerifierService, rng: random.Random, requests: list[tuple[str
 
 
 def sizes(service: VerifierService) -> dict[str, int]:
-    """Resident bytes by process, and what else may leak."""
+    """Resident bytes by process, and counts of other resources that may leak."""
     found = {f"worker {pid}": resident_bytes(pid) for pid in service.worker_pids()}
     return found | {"this process": resident_bytes(os.getpid()), "files": len(os.listdir("/proc/self/fd")),
                     "threads": threading.active_count()}

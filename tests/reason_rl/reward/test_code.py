@@ -57,7 +57,7 @@ def test_the_last_fenced_block_after_the_thought_is_the_program(text: str, progr
     "<answer> \n</answer>", "<answer>a</answer><answer>a</answer>",
     "<answer>a", "a</answer>", "</answer>a<answer>", "<answer>\n```\na\n</answer>\n```",
 ])
-def test_there_is_no_program_in(text: str) -> None:
+def test_a_text_without_a_program_has_none(text: str) -> None:
     assert extract_code(text) is None
 
 
@@ -69,7 +69,7 @@ def test_there_is_no_program_in(text: str) -> None:
     ("def f(x): return bytearray(1 << 30)", "memory"), ("def f(x):\n    while True: pass", "deadline"),
     ("import time\ntime.sleep(60)", "deadline"), ("while True: print('x' * 1000)", "output"),
 ])
-def test_what_a_program_brings_upon_itself_is_wrong_and_named(program: str, cause: str) -> None:
+def test_a_failure_that_the_program_causes_is_wrong_and_named(program: str, cause: str) -> None:
     verdict = run(program, "assert f(2) == 4", deadline_s=2.0, cpu_s=1)
     assert (verdict.status, verdict.cause, verdict.value) == ("wrong", cause, 0.0)
 
@@ -201,7 +201,7 @@ def request_of(row: dict[str, Any], program: str) -> dict[str, Any]:
 
 
 def function_of(row: dict[str, Any]) -> str:
-    """The name that the tests call; `set(...)` and `int(...)` stand around it in some."""
+    """The name that the tests call; some wrap it in `set(...)` or `int(...)`."""
     calls = [node.func.id for node in ast.walk(ast.parse(row["test_list"][0]))
              if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     return next(name for name in calls if name not in ("set", "int"))
@@ -219,7 +219,7 @@ def grade_mbpp(rows: list[dict[str, Any]], every: int, every_swapped: int) -> No
         verdicts = service.grade("code", requests)
     right, wrong = verdicts[: len(chosen)], verdicts[len(chosen) :]
     assert [(rows[i]["task_id"], verdict) for i, verdict in zip(chosen, right) if verdict.status != "right"] == []
-    same_problem = {(677, 850), (929, 666)}  # both: do these angles make a triangle; how often does an item occur
+    same_problem = {(677, 850), (929, 666)}  # the same problem twice: angles of a triangle; count of an item
     passed = {(rows[i]["task_id"], other["task_id"])
               for i, other, verdict in zip(swapped, others, wrong) if verdict.status != "wrong"}
     assert passed <= same_problem

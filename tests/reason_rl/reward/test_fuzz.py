@@ -1,4 +1,4 @@
-"""A minute of `make fuzz`, and proof that the fuzzer sees what it looks for."""
+"""A minute of `make fuzz`, and tests that the fuzzer finds planted faults."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def test_a_right_answer_out_of_format_still_counts_as_right() -> None:
     assert score.parts == {"accuracy": 1.0, "format": 0.0, "overlong": 0.0} and score.value == 1.0
 
 
-def test_the_task_says_what_decides_accuracy_unless_the_config_does() -> None:
+def test_the_task_chooses_the_accuracy_verifier_unless_the_config_does() -> None:
     text = "<think></think><answer>5.0</answer>"
     assert grade(PROGRAM, text, Config()).parts["accuracy"] == 0.0
     assert grade(PROGRAM, text, Config(reward=RewardConfig(verifier="math"))).parts["accuracy"] == 1.0
@@ -118,7 +118,7 @@ def test_a_reward_that_fails_leaves_the_completion_ungraded(function: str, cause
     assert score.parts["accuracy"] == 1.0
 
 
-def test_a_module_that_is_slow_to_import_is_not_on_a_completions_time(users_module: str) -> None:
+def test_a_slow_import_does_not_count_for_a_completions_deadline(users_module: str) -> None:
     Path("slow_reward.py").write_text("import time\ntime.sleep(1.0)\ndef one(problem, text): return 1.0\n")
     score = grade(PROGRAM, RIGHT, Config(reward=RewardConfig(custom="slow_reward:one", custom_deadline_s=0.3)))
     assert score.is_graded and score.parts["custom"] == 1.0
@@ -201,7 +201,7 @@ def test_a_reward_model_that_is_not_there_is_refused_before_work_starts(tmp_path
     assert check_rewards(Config(reward=RewardConfig(model=str(tmp_path))), PROGRAM) == []
 
 
-def test_what_the_prompt_ends_with_counts_as_the_completions_own(users_module: str) -> None:
+def test_the_completion_prefix_of_the_prompt_is_graded_with_the_completion(users_module: str) -> None:
     opened = replace(PROGRAM, completion_prefix="<think>")
     config = Config(reward=RewardConfig(custom=f"{users_module}:short"))
     whole, rest = grade(PROGRAM, RIGHT, config), RIGHT.removeprefix("<think>")
@@ -216,7 +216,7 @@ FORMS = [("18", "18"), ("1080", "1,080"), ("-7", "-7"), ("2.50", "2.5"), ("\\fra
 
 
 def test_two_thousand_gradings_a_second_and_more_with_the_workers_round_trip() -> None:
-    """The best of several, as a machine that is busy with other tests is slower; a tenth of what an idle one does."""
+    """The best of several runs, as other tests slow the machine down; the limit is a tenth of an idle machine's rate."""
     requests = [{"text": f"<think>{'so it goes on ' * 40}</think> It is \\boxed{{{given_text}}}.", "answer": answer}
                 for answer, given_text in FORMS] * 200
     with VerifierService(reward_kinds(RewardConfig()), num_workers=2) as service:

@@ -32,7 +32,7 @@ def reward_model(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_reward_model_scores_what_its_head_says_of_the_last_token(reward_model: Path) -> None:
+def test_a_reward_models_score_is_its_heads_output_at_the_last_token(reward_model: Path) -> None:
     model = load_reward_model(str(reward_model))
     scores = [model.score(model.encode(PROMPT + text)) for text in ("<think></think><answer>6</answer>", "7", "8")]
     assert all(0 < score < 1 for score in scores) and len(set(scores)) == 3
@@ -48,7 +48,7 @@ def test_a_reward_model_is_one_more_kind(reward_model: Path) -> None:
     load_reward_model.cache_clear()
     with make_grader(config, texts) as grader:
         scores = [grader.submit(PROBLEM, texts.completion(text)).score() for text in ("7", "7" * 60, "é")]
-        prefixed = replace(PROBLEM, prompt=f"{PROMPT}<think>", completion_prefix="<think>")  # it stands in the prompt already
+        prefixed = replace(PROBLEM, prompt=f"{PROMPT}<think>", completion_prefix="<think>")  # the prompt already ends with it
         assert grader.submit(prefixed, texts.completion("7")).score().parts["model"] == pytest.approx(opened, abs=1e-6)
     assert scores[0].parts["model"] == pytest.approx(expected, abs=1e-6)
     assert scores[0].value == pytest.approx(3 * expected, abs=1e-5)
@@ -57,8 +57,9 @@ def test_a_reward_model_is_one_more_kind(reward_model: Path) -> None:
     assert scores[2].cause.startswith("model unreadable: character 'é'")
 
 
-def test_a_reward_model_without_its_head_is_said(reward_model: Path) -> None:
+def test_a_reward_model_without_its_head_is_a_clear_error(reward_model: Path) -> None:
     (reward_model / HEAD_FILE).unlink()
     score = grade(PROBLEM, "7", Config(reward=RewardConfig(model=str(reward_model))))
     assert not score.is_graded and f"has no {HEAD_FILE}" in score.cause
-    assert score.cause.startswith("model start: ")  # weights are loaded at the worker's start, on no request's time
+    # Weights are loaded at the worker's start, which counts for no request's deadline.
+    assert score.cause.startswith("model start: ")

@@ -1,4 +1,4 @@
-"""The verifier service: it may not be hung, crashed, flooded or outlived by what it runs."""
+"""The verifier service: no request can hang, crash or flood it, or outlive it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BEHAVE = Kind("behave", verifier_kinds.behave, deadline_s=0.3, memory_bytes=1 <<
 
 
 def is_alive(pid: int) -> bool:
-    """A zombie is not."""
+    """A zombie is not alive."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -67,7 +67,7 @@ def test_a_worker_is_a_fresh_interpreter_without_torch_and_without_the_trainers_
 
 
 def test_the_kinds_functions_do_without_torch_and_numpy() -> None:
-    """A worker starts in a tenth of a second and takes some 20 MB, where torch alone would take ten times that."""
+    """A worker starts in a tenth of a second and takes about 20 MB; torch alone would take ten times that."""
     kinds = {kind.name: kind for kind in reward_kinds(RewardConfig(custom="bench.rewards:distinct_characters", model="a folder"))}
     light = [kind.function.__module__ for name, kind in kinds.items() if name != "model"]
     assert len(light) == 5
@@ -109,7 +109,7 @@ def test_a_function_that_closes_the_trainers_connection_ends_no_more_than_its_ba
 
 
 @pytest.mark.parametrize("garbage", [b"no json!!", b"[[1,2,3]]", b"{\"a\": 1}", b"[1,2,3,4]", b"[[],[],[]"])
-def test_what_is_no_verdict_on_the_trainers_connection_ends_the_worker(garbage: bytes) -> None:
+def test_a_message_that_is_not_a_verdict_ends_the_worker(garbage: bytes) -> None:
     with VerifierService([Kind("behave", verifier_kinds.behave, 30.0)], num_workers=1) as service:
         verdicts = service.grade("behave", [{"do": "forge", "bytes": garbage}, {"do": "good"}])
     assert [v.status for v in verdicts] == ["ungradable", "right"] and verdicts[0].cause == "crash"
@@ -123,7 +123,7 @@ def test_a_request_that_cannot_be_sent_is_ungradable() -> None:
     assert "cannot be sent" in verdicts[1].detail and metrics["ungradable/raised"] == 2
 
 
-def test_a_machine_that_gives_no_process_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_free_process_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left(*given: object, **more: object) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
@@ -152,7 +152,7 @@ def test_a_mistake_in_the_service_itself_leaves_no_request_waiting(monkeypatch: 
         assert not is_alive(pid)
 
 
-def test_a_machine_that_gives_no_thread_is_said_and_the_service_can_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_free_thread_is_reported_and_the_service_closes(monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -162,7 +162,7 @@ def test_a_machine_that_gives_no_thread_is_said_and_the_service_can_be_closed(mo
             verdict = service.submit("echo", {"x": 1}).result(timeout=10)
             assert verdict.cause == "start" and "can't start new thread" in verdict.detail
         assert service.grade("echo", [{"x": 1}])[0].status == "right"
-        with monkeypatch.context() as patch:  # one thread is there, and does the work of two
+        with monkeypatch.context() as patch:  # one thread exists, and does the work of two
             patch.setattr(threading.Thread, "start", none_left)
             assert [v.value for v in service.grade("echo", [{"x": x} for x in range(100)])] == list(range(100))
     with monkeypatch.context() as patch:
@@ -171,7 +171,7 @@ def test_a_machine_that_gives_no_thread_is_said_and_the_service_can_be_closed(mo
             service.submit("echo", {"x": 1})
 
 
-def test_a_service_that_says_nothing_any_more_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_for_a_silent_service_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("START_DEADLINE_S", 0.0), ("GRACE_S", 0.0), ("SLACK_S", 1.0)):
         monkeypatch.setattr(f"reason_rl.reward.pool.service.{name}", seconds)
     kind = Kind("behave", verifier_kinds.behave, deadline_s=0.5, batch=1)
@@ -208,7 +208,7 @@ def test_requests_whose_workers_are_lost_before_they_begin_are_tried_twice_and_n
     assert sum(tries) == 6
 
 
-def test_a_kinds_preparation_is_on_no_requests_time() -> None:
+def test_a_kinds_preparation_counts_for_no_requests_deadline() -> None:
     kind = Kind("where", verifier_kinds.where, deadline_s=0.5, prepare=time.sleep)
     with VerifierService([kind]) as service:  # sleep() without its argument
         assert service.grade("where", [{}])[0].detail.startswith("TypeError: ")
@@ -217,7 +217,7 @@ def test_a_kinds_preparation_is_on_no_requests_time() -> None:
         assert [v.value for v in service.grade("prepared", [{}, {}])] == [1, 1]
 
 
-def test_what_a_function_prints_is_no_verdict() -> None:
+def test_a_functions_output_is_not_a_verdict() -> None:
     with VerifierService([BEHAVE], num_workers=1) as service:
         assert [v.status for v in service.grade("behave", [{"do": "print"}, {"do": "raise"}])] == ["right", "ungradable"]
 
@@ -242,7 +242,7 @@ def test_a_function_that_a_worker_cannot_import_is_refused_at_once() -> None:
         Kind("inner", lambda request: RIGHT, 1.0)
 
 
-def test_a_module_that_a_worker_cannot_import_is_said_and_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_a_worker_cannot_import_is_reported_and_not_retried_forever(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = types.ModuleType("gone_by_then")
     exec("def f(request): pass", gone.__dict__)
     monkeypatch.setitem(sys.modules, "gone_by_then", gone)
@@ -255,12 +255,12 @@ def test_the_queue_is_bounded_and_the_caller_waits() -> None:
     with VerifierService([Kind("behave", verifier_kinds.behave, 5.0, batch=1)], num_workers=1, max_queued=3) as service:
         start = time.monotonic()
         futures = [service.submit("behave", {"do": "nap", "s": 0.1}) for _ in range(10)]
-        assert time.monotonic() - start > 0.4  # six of them had to be done before the last could be handed in
+        assert time.monotonic() - start > 0.4  # six of them had to end before the last could be submitted
         assert {f.result().status for f in futures} == {"right"}
         assert service.take_metrics()["queue_peak"] == 3
 
 
-def test_workers_of_a_kind_work_side_by_side() -> None:
+def test_workers_of_a_kind_run_in_parallel() -> None:
     with VerifierService([Kind("behave", verifier_kinds.behave, 5.0, batch=1, num_workers=4)], num_workers=1) as service:
         service.grade("behave", [{"do": "nap", "s": 0.2}] * 4)  # all four are started
         start = time.monotonic()
@@ -283,7 +283,7 @@ def test_no_process_and_no_thread_stays_behind() -> None:
         service.submit("echo", {"x": 1})
 
 
-def test_a_service_that_nobody_holds_any_more_ends_its_workers() -> None:
+def test_a_service_without_references_ends_its_workers() -> None:
     service = VerifierService([ECHO], num_workers=1)
     service.grade("echo", [{"x": 1}])
     (pid,) = service.worker_pids()

@@ -17,7 +17,7 @@ COUNTDOWN = {"numbers": [9, 8, 7], "target": 16}
 
 
 def table_rows(*columns: str) -> list[tuple[str, ...]]:
-    """The rows of all tables with these headings, their code marks taken off."""
+    """The rows of all tables with these headings, without their code marks."""
     rows, is_wanted = [], False
     for line in DOC.read_text(encoding="utf-8").splitlines():
         if not line.startswith("|"):

@@ -1,4 +1,4 @@
-"""Kinds for the tests of the verifier service: well-behaved, slow, and every way of going wrong."""
+"""Kinds for the tests of the verifier service: well-behaved, slow, and failing in every way."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def echo(request: Mapping[str, Any], plus: float = 0.0) -> Verdict:
 
 
 def where(request: Mapping[str, Any]) -> Verdict:
-    """The process as the function finds it."""
+    """The worker process as the function sees it."""
     facts = {"torch": "torch" in sys.modules, "main_thread": threading.current_thread() is threading.main_thread(),
              "pid": os.getpid(), "leads_group": os.getpgrp() == os.getpid(), "files": len(os.listdir("/proc/self/fd"))}
     return Verdict("right", value=1.0, parts={name: float(value) for name, value in facts.items()})
@@ -64,7 +64,7 @@ def behave(request: Mapping[str, Any]) -> Verdict:
             return graded(float("nan"))
         case "print":
             print("[[\"right\", \"\", 1.0, \"\", {}]]" * 1000, flush=True)
-        case "forge":  # what comes back through the trainer's connection is no verdict of ours
+        case "forge":  # sends something other than a verdict through the trainer's connection
             for fd in map(int, os.listdir("/proc/self/fd")):
                 with contextlib.suppress(OSError):
                     if fd > 2 and stat.S_ISSOCK(os.fstat(fd).st_mode):
@@ -82,7 +82,7 @@ def behave(request: Mapping[str, Any]) -> Verdict:
 
 
 def where_now(request: Mapping[str, Any]) -> Verdict:
-    """Never the same twice."""
+    """Never returns the same value twice."""
     return graded(time.perf_counter())
 
 

@@ -37,7 +37,7 @@ class Batch:
 
 
 def make_batch() -> Batch:
-    """Four prompts, the second without signal. How far the policy has moved goes from not at all to past every clip."""
+    """Four prompts, the second without signal. The policy's distance ranges from zero to beyond every clip."""
     rewards = [[1.0, 0.0, 1.1, 0.0, 1.0], [1.0] * 5, [0.0, 0.0, 0.1, 0.0, 1.0], [1.1, 1.0, 0.0, 1.0, 1.0]]
     moved = (0.3, 1e-4, 1.2, 0.0, 0.05)
     generator = torch.Generator().manual_seed(7)
@@ -167,7 +167,7 @@ OBJECTIVES: dict[str, tuple[Objective, str]] = {
 
 
 def resolved_spec(config: Config) -> LossSpec:
-    """constant_length 0 stands for the token budget of a completion."""
+    """constant_length 0 means the token budget of a completion."""
     return dataclasses.replace(config.loss, constant_length=config.loss.constant_length or config.sampling.max_tokens)
 
 
@@ -214,7 +214,7 @@ def test_the_loss_and_its_gradient_are_the_papers(name: str) -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     grad, grad_expected = gradients(loss, batch), gradients(expected, batch)
     torch.testing.assert_close(grad, grad_expected, rtol=1e-5, atol=1e-9)
-    assert grad.abs().max() > 1e-3  # so that 1e-9 above hides no term
+    assert grad.abs().max() > 1e-3  # so that the tolerance 1e-9 above hides no term
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -228,7 +228,7 @@ def test_the_loss_of_a_single_prompt_is_the_papers(name: str) -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_batch_reaches_both_sides_of_every_clip(name: str) -> None:
-    """Else the comparison above would not see a wrong clip."""
+    """Otherwise the comparison above could not detect a wrong clip."""
     config = load_config(PRESETS / f"{name}.toml")
     _, finished = our_loss(config, make_batch())
     for side in ("low", "high"):

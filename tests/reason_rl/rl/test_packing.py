@@ -91,7 +91,7 @@ def test_a_token_mask_of_another_length_is_refused():
 
 
 def test_positions_of_every_completion_continue_the_prompts():
-    """As in the engine: never from the pack's start, and without padding on the left."""
+    """As in the engine: positions never count from the pack's start, and there is no padding on the left."""
     m = only(packed([hand_made_group(0, 5, [3, 4]), hand_made_group(1, 2, [3, 2])], 1000))
     assert m.position_ids.tolist() == [*range(5), 5, 6, 5, 6, 7, *range(2), 2, 3, 2]
 

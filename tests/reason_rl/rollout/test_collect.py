@@ -45,7 +45,7 @@ def grader() -> Iterator[Grader]:
 
 
 class SlowPending:
-    """A verdict that comes when `score` is asked for, or with the test's `tick`."""
+    """A verdict that is ready at the call of `score`, or at the test's `tick`."""
 
     def __init__(self, grader: ManualGrader, completion: Completion) -> None:
         self.grader, self.completion, self.is_done = grader, completion, False
@@ -98,7 +98,7 @@ def test_completions_are_graded_while_others_are_sampled(
 def test_scores_are_those_of_the_completions(engine: Engine, grader: Grader) -> None:
     groups = gather(engine, grader)
     reasons = {completion.finish_reason for group in groups for completion in group.completions}
-    assert reasons == {"stop", "length"}  # both ways of ending were seen
+    assert reasons == {"stop", "length"}  # both finish reasons occur
     for group in groups:
         assert group.scores == tuple([grader.submit(group.problem, completion).score() for completion in group.completions])
 
@@ -180,7 +180,7 @@ def test_the_wait_for_the_last_verdicts_is_counted_as_reward(engine: Engine, mon
 
 def test_ranks_share_the_problems_and_each_gets_all_groups(engine: Engine, grader: Grader) -> None:
     class HalfWorld(World):
-        """Rank `rank` of 2; gathers what the other rank is known to have."""
+        """Rank `rank` of 2; gathers the known results of the other rank."""
 
         def gather(self, value: Any) -> list[Any]:
             parts.append(value)

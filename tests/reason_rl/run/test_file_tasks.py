@@ -19,7 +19,7 @@ MODEL = ModelConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, 
 
 @pytest.fixture
 def given(tmp_path: Path) -> list[str]:
-    """A checkpoint with random weights and a file of problems, one of which is none: the command line that runs them."""
+    """A checkpoint with random weights and a file of problems with one bad row -> the command line that runs them."""
     model, tokenizer = Transformer(MODEL, byte_tokenizer().vocab_size).initialise(0), byte_tokenizer()
     save_weights(tmp_path / "base", model.state_dict(), MODEL, tokenizer.vocab_size, tokenizer.eos_id)
     tokenizer.save(tmp_path / "base")
@@ -31,7 +31,7 @@ def given(tmp_path: Path) -> list[str]:
             "--task.heldout_share=0.3", "--eval.final_problems=6"]
 
 
-def test_a_run_on_a_file_ends_with_a_checkpoint_and_lists_what_it_left_out(given: list[str], tmp_path: Path, monkeypatch, capsys):
+def test_a_run_on_a_file_ends_with_a_checkpoint_and_lists_the_rows_left_out(given: list[str], tmp_path: Path, monkeypatch, capsys):
     never_stop(monkeypatch)
     assert run_here(tmp_path, *given, "--task.on_bad_row=skip") == 0
     run = tmp_path / "tiny"
@@ -59,7 +59,7 @@ def test_a_run_on_a_file_that_is_stopped_goes_on_to_the_same_bits(given: list[st
     assert fingerprints(tmp_path / "whole") == fingerprints(tmp_path / "parts")
 
 
-def test_a_run_whose_file_has_changed_is_not_gone_on_with(given: list[str], tmp_path: Path, monkeypatch, capsys):
+def test_a_run_whose_file_has_changed_does_not_resume(given: list[str], tmp_path: Path, monkeypatch, capsys):
     stop_after(monkeypatch, 2)
     assert run_here(tmp_path, *given, "--task.on_bad_row=skip") == 130
     told = ("as it is, so these keys have no effect: model.expert_bias = True (it has False), "

@@ -60,7 +60,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As a Hugging Face user has it: by transformers, a tokenizer of the data's own text, a chat template, a context of 40,960."""
+    """Written by transformers: a tokenizer trained on the data's text, a chat template, a context of 40,960."""
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     text = (data / "train.jsonl").read_text().splitlines()[:300]
@@ -81,7 +81,7 @@ def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of two steps of the preset, its sizes aside."""
+    """The folder of two steps of the preset with smaller sizes."""
     out_dir = tmp_path_factory.mktemp("runs")
     done = subprocess.run(
         [sys.executable, "train.py", str(PRESET), f"--model.init_from={folder}", f"--task.path={data}", f"--run.out_dir={out_dir}",
@@ -120,7 +120,7 @@ def test_the_result_is_a_folder_that_transformers_reads_with_equal_logits(finish
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "How many are 3 apples and 4?"}], add_generation_prompt=True,
                                         return_dict=False)
     ours = logits_of(load_model(final), ids)
-    # Logits up to some 10 in float32, two layers deep, in another order of sums.
+    # Logits up to about 10 in float32, two layers, with another order of sums.
     with torch.no_grad():
         torch.testing.assert_close(ours, theirs(torch.tensor([ids])).logits[0], rtol=0, atol=2e-5)
     before = logits_of(load_model(folder), ids)
@@ -178,7 +178,7 @@ def test_a_folder_is_measured_by_the_preset_and_what_is_measured_filters_problem
     ([], "no checkpoint folder at path/to/model"), (["--task.path=nowhere"], "task.path names no file: 'nowhere'"),
     (["--task.template=r1"], "task.template must be one of"), ([*SMALLER, "--sampling.max_tokens=40950"], "leaves 10"),
 ])  # fmt: skip
-def test_what_is_left_to_fill_in_is_one_clear_error(
+def test_a_key_of_the_preset_that_is_missing_or_wrong_is_one_clear_error(
     more: list[str], message: str, folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     never_stop(monkeypatch)
@@ -189,7 +189,7 @@ def test_what_is_left_to_fill_in_is_one_clear_error(
 
 
 def kept_for_backward(config: ModelConfig) -> tuple[int, int]:
-    """(bytes, packed tokens) of a forward pass in bf16, the weights' own storage aside."""
+    """(bytes, packed tokens) of a forward pass in bf16, without the weights' storage."""
     model = Transformer(config, VOCAB_SIZE, torch.bfloat16).initialise(0)
     (pack,) = packed([hand_made_group(0, 32, [64, 100])])
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -206,10 +206,10 @@ def kept_for_backward(config: ModelConfig) -> tuple[int, int]:
 
 
 @pytest.mark.skipif(bool(cpu_unsupported_reason(CPU)), reason="the reference ops keep more")
-def test_a_layer_keeps_what_the_presets_comment_works_out():
+def test_a_layer_keeps_the_bytes_of_the_presets_comment():
     config = ModelConfig(num_hidden_layers=1, hidden_size=192, num_attention_heads=6, num_key_value_heads=2, head_dim=32,
                          num_experts=1, intermediate_size=640, qk_norm="none", max_position_embeddings=256)
     (one, num_tokens), (two, _) = kept_for_backward(config), kept_for_backward(replace(config, num_hidden_layers=2))
     expected = 2 * (4 * 192 + 3 * 640 + 2 * 6 * 32 + 2 * 2 * 32)
-    # 2 %: beside these an attention keeps two f32 a row and head.
+    # 2 %: attention also keeps two f32 a row and head.
     assert (two - one) / num_tokens == pytest.approx(expected, rel=0.02)

@@ -1,4 +1,4 @@
-"""Recipes: which are refused before work, what a stage's key depends on, and a run of three stages that stops and goes on."""
+"""Recipes: refusals before any work, the inputs of a stage's key, and a run of three stages that stops and resumes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_without_stages_a_recipe_is_pretraining_then_grpo(tmp_path: Path):
     ('[[stage]]\nkind = "pretrain"\n[[stage]]\nkind = "grpo"\n[[stage]]\nkind = "grpo"', "2 stages are named 'grpo'"),
     ('[[stage]]\nkind = "grpo"', "starts from weights: put a stage before it.*model.init_from"),
     ('[[stage]]\nkind = "pretrain"\n[[stage]]\nkind = "grpo"\nafter = "base"',
-     "after 'base', but no earlier stage has that name; earlier stages: pretrain"),
+     "after 'base', which is no stage before it; before it: pretrain"),
     ('[[stage]]\nkind = "pretrain"\n[[stage]]\nkind = "pretrain"\nname = "b"\nafter = "pretrain"', "starts from random weights"),
     ('[[stage]]\nkind = "pretrain"\n[stage.pretrian]\nsteps = 1', "stage 'pretrain': unknown config section .pretrian."),
     ('[[stage]]\nkind = "pretrain"\n[stage.pretrain]\nstepz = 1', "stage 'pretrain': unknown config key pretrain.stepz"),
@@ -99,9 +99,11 @@ def test_a_resolved_recipe_reads_back_equal(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("change", "changed"), [
-    ("--run.name=other", set()), ("--run.out_dir=elsewhere", set()), ("--run.keep_checkpoints=5", set()), ("--engine.max_num_seqs=8", set()),
+    ("--run.name=other", set()), ("--run.out_dir=elsewhere", set()), ("--run.keep_checkpoints=5", set()),
+    ("--engine.max_num_seqs=8", set()),
     ("--rl.steps=3", {"grpo"}), ("--optim.lr=1e-5", {"grpo"}), ("--loss.kl_coef=0.1", {"grpo"}),
-    ("--pretrain.steps=3", {"pretrain", "grpo"}), ("--model.hidden_size=64", {"pretrain", "grpo"}), ("--seed=1", {"pretrain", "grpo"}),
+    ("--pretrain.steps=3", {"pretrain", "grpo"}), ("--model.hidden_size=64", {"pretrain", "grpo"}),
+    ("--seed=1", {"pretrain", "grpo"}),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_key_changes_with_what_the_output_follows_from_and_with_nothing_else(change: str, changed: set[str]):
     before, after = keys(load_config()), keys(load_config(None, [change]))
@@ -111,7 +113,8 @@ def test_a_key_changes_with_what_the_output_follows_from_and_with_nothing_else(c
 def test_a_key_changes_with_the_code_of_the_stages_rooms_and_with_the_users_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     before = keys(load_config())
     real = recipe.folder_digest
-    monkeypatch.setattr(recipe, "folder_digest", lambda folder, pattern="*": real(folder, pattern) + (folder.name == "rl") * "edited")
+    monkeypatch.setattr(recipe, "folder_digest",
+                        lambda folder, pattern="*": real(folder, pattern) + (folder.name == "rl") * "edited")
     after = keys(load_config())
     assert before["pretrain"] == after["pretrain"] and before["grpo"] != after["grpo"]
 
@@ -133,7 +136,9 @@ def test_a_large_files_digest_sees_a_change_of_size_and_of_a_sampled_block(tmp_p
     assert len(set(digests)) == 3
 
 
-def test_three_stages_run_in_order_each_from_the_one_before_and_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_three_stages_run_in_order_each_from_the_one_before_and_a_stopped_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     never_stop(monkeypatch)
     quick = ["--eval.every=0", "--eval.pass_at_k=0", "--eval.final_problems=4", "--eval.final_samples=1", "--pretrain.steps=12"]
     for name in ("whole", "stopped"):
@@ -143,7 +148,7 @@ def test_three_stages_run_in_order_each_from_the_one_before_and_a_stopped_run_go
     assert list(dict.fromkeys(row["stage"] for row in rows(whole))) == ["pretrain", "first", "second"]
     assert [row["step"] for row in rows(whole, stage="second", phase="train")] == [1, 2, 3]
     ends, starts = rows(whole, stage="first", phase="eval")[-1], rows(whole, stage="second", phase="eval")[0]
-    assert ends["step"] == 2 and starts["step"] == 0  # the second stage measures what the first one made
+    assert ends["step"] == 2 and starts["step"] == 0  # the second stage first evaluates the first one's weights
 
     # Stopped in every stage in turn: after 10 steps of pretraining, 1 of the first, 1 and 2 of the second.
     for num_questions in (1, 1 + 1, 1, 1):

@@ -1,4 +1,4 @@
-"""How a run refuses: bad input is one clear error before any work, and leaves no trace; and what it waits for can be stopped."""
+"""Refusals: bad input is one clear error before any work and leaves no files; a wait for another run can be stopped."""
 
 from __future__ import annotations
 

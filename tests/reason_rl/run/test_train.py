@@ -1,4 +1,4 @@
-"""A whole run, seconds long: what it writes, that a stopped one goes on to the same bits, and what it survives."""
+"""A whole run of seconds: its files, that a stopped run resumes to the same bits, and the failures that it survives."""
 
 from __future__ import annotations
 
@@ -128,19 +128,19 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     stop_after(monkeypatch, stop_at)
     code, text = said(capsys, lambda: run_here(with_base))
     if stop_at < 5:
-        assert code == 130 and f"stage grpo stopped after {stop_at} of 5 steps. The same command goes on" in text
+        assert code == 130 and f"stage grpo stopped after {stop_at} of 5 steps. The same command continues" in text
         assert not (with_base / "tiny" / "summary.json").exists()
         never_stop(monkeypatch)
         code, text = said(capsys, lambda: run_here(with_base))
         assert f"Resuming from {stage_folder(with_base, 'grpo')}/step_00000{stop_at}" in text
-    assert code == 0  # asked to stop at the last step, it may as well finish
+    assert code == 0  # a stop at the last step lets the run finish
     assert fingerprints(with_base / "tiny") == fingerprints(finished)
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint_to_the_same_bits(
     finished: Path, with_base: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Nothing is saved at the kill, and the log holds a step that the checkpoint does not, its last line torn."""
+    """The kill saves nothing: the log is one step ahead of the checkpoint, and its last line is torn."""
     never_stop(monkeypatch)
     real = Grpo.step
 
@@ -228,7 +228,7 @@ def test_another_run_goes_on_with_a_stage_that_one_began(
 def test_two_runs_that_want_one_stage_make_it_once(
     finished: Path, with_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """The other run, played here, holds the lock and releases it once the stage's output is there."""
+    """The test plays the other run: it holds the lock and releases it once the stage's output exists."""
     base = stage_folder(with_base, "pretrain")
     hidden = with_base / "elsewhere"
     base.rename(hidden)
@@ -252,7 +252,7 @@ def test_two_runs_that_want_one_stage_make_it_once(
     assert not list((with_base / "stages").glob("*.lock"))
 
 
-def test_a_drift_between_sampler_and_trainer_is_said_once_and_the_run_goes_on(
+def test_a_drift_between_sampler_and_trainer_is_printed_once_and_the_run_goes_on(
     with_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     real = grpo.policy_update
@@ -292,11 +292,12 @@ def test_dynamic_sampling_goes_on_when_the_problems_run_out(with_base: Path, mon
 
     never_stop(monkeypatch)
     monkeypatch.setattr(GeneratedProblems, "train", few)
-    assert run_here(with_base, "--rl.dynamic_sampling=3", "--rl.steps=1", "--reward.custom=tests.reason_rl.run.train_rewards:always_raises") == 0
+    reward = "tests.reason_rl.run.train_rewards:always_raises"
+    assert run_here(with_base, "--rl.dynamic_sampling=3", "--rl.steps=1", f"--reward.custom={reward}") == 0
     assert rows(with_base / "tiny", stage="grpo", phase="train")[0]["ungraded"] == 16
 
 
-def test_resume_never_begins_afresh_beside_the_old_run_and_can_itself_be_gone_on_with(
+def test_resume_never_starts_a_new_run_that_can_itself_be_resumed(
     finished: Path, with_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     shutil.copytree(finished, with_base / "tiny")
@@ -321,7 +322,8 @@ def test_a_broken_reward_leaves_completions_ungraded_and_the_run_goes_on(
     reward: str, counted: str, with_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     never_stop(monkeypatch)
-    code, text = said(capsys, lambda: run_here(with_base, f"--reward.custom=tests.reason_rl.run.train_rewards:{reward}", "--rl.steps=2"))
+    custom = f"--reward.custom=tests.reason_rl.run.train_rewards:{reward}"
+    code, text = said(capsys, lambda: run_here(with_base, custom, "--rl.steps=2"))
     cause = {"raises_at_times": "RuntimeError: no idea", "nan_at_times": "returned nan", "always_raises": "never any idea"}[reward]
     assert code == 0 and " ".join(text.split()).count("could not be graded") == 1 and cause in " ".join(text.split())
     steps = rows(with_base / "tiny", stage="grpo", phase="train")
@@ -343,12 +345,13 @@ def test_a_broken_reward_leaves_completions_ungraded_and_the_run_goes_on(
     ["--rl.num_minibatches=16"], ["--dtype=bfloat16", "--optim.name=muon"],
     ["--model.num_experts=1", "--model.intermediate_size=24"], ["--run.exact=on", "--dtype=bfloat16"],
     ["--rl.routing_replay=true", "--run.exact=on"],
-    ["--rl.routing_replay=true", "--model.num_experts=1", "--model.intermediate_size=24"], ["--engine.decoder=ops"], FAR_FROM_DEFAULT,
+    ["--rl.routing_replay=true", "--model.num_experts=1", "--model.intermediate_size=24"], ["--engine.decoder=ops"],
+    FAR_FROM_DEFAULT,
 ], ids=lambda more: more[0])  # fmt: skip
 def test_every_way_of_training_stops_and_goes_on_to_the_same_bits(
     more: list[str], with_base: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Two steps at once against one, a stop, and one: the reference policy, its optimizer and all the rest come back."""
+    """Two steps against one step, a stop, and one step: the resume restores reference policy, optimizer and all else."""
     never_stop(monkeypatch)
     quick = [*more, "--rl.steps=2", "--eval.every=0", "--eval.final_problems=2", "--eval.pass_at_k=0", "--pretrain.steps=4"]
     assert run_here(with_base, *quick) == 0

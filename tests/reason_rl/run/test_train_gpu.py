@@ -1,4 +1,4 @@
-"""Twenty steps of the default preset on a GPU, through train.py in a process of its own: what it ran, and what it logged."""
+"""Twenty steps of the default preset on a GPU, through train.py in a separate process: its kernels and its log."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def default_preset(folder: Path, device: str, *extra: str) -> Run:
 
 
 def plain_though_there_is_a_kernel(chosen: list[list[str]]) -> list[str]:
-    """The (op, device, dtype) that went to the reference although another implementation takes them by itself."""
+    """The (op, device, dtype) that ran on the reference although "auto" has another implementation for them."""
     import_ops()
     found = []
     for op, device, dtype, name in chosen:
@@ -101,7 +101,7 @@ def test_the_gap_is_reported_and_is_nothing_where_all_ops_are_ours(on_gpu: Run):
 
 
 def test_the_same_holds_on_a_cpu_for_a_few_steps(tmp_path: Path):
-    """The run above, small, on what every machine has: so that the checks themselves are checked."""
+    """The run above, smaller and on the CPU, so that every machine tests the checks."""
     small = ("--rl.steps=4", "--pretrain.steps=4", "--pretrain.tokens_per_step=256", "--rl.prompts_per_step=2", "--rl.group_size=4",
              "--eval.final_problems=4", "--eval.problems=4", "--eval.final_samples=1", "--sampling.max_tokens=12",
              "--rl.drop_no_signal=false", "--run.num_threads=1")

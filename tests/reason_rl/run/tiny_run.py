@@ -1,4 +1,4 @@
-"""A run small enough for a test: one layer, a pretraining of seconds, a handful of RL steps. In this process or another."""
+"""A run small enough for a test: one layer, seconds of pretraining, a few RL steps; in this process or another."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ FAR_FROM_DEFAULT = [
 
 
 def arguments(out_dir: Path, *more: str) -> list[str]:
-    """Command line of the tiny run, writing under `out_dir`; its TOML file lies there too."""
+    """Command line of the tiny run, which writes under `out_dir`; its TOML file is there too."""
     toml = out_dir / "tiny.toml"
     if not toml.exists():
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def run_here(out_dir: Path, *more: str) -> int:
 
 
 def run_apart(out_dir: Path, *more: str, processes: int = 1, start: bool = False) -> Any:
-    """In a process of its own, or several under torchrun. start: hand back the running process instead of waiting."""
+    """Runs in a new process, or in several under torchrun. start: return the running process instead of waiting."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -102,7 +102,7 @@ def run_apart(out_dir: Path, *more: str, processes: int = 1, start: bool = False
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, num_questions: int) -> None:
-    """Ctrl-C, as the loop sees it: should_stop() says yes from the given time on that it is asked."""
+    """Ctrl-C as the loop sees it: should_stop() returns True from the given call on."""
     asked = [0]
 
     def should_stop() -> bool:
@@ -136,8 +136,9 @@ def forget(out_dir: Path, *names: str) -> None:
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
-    """Of all that must be equal between two runs of one config, interrupted or not: metrics, rollouts, final weights."""
-    paths = [folder / "metrics.jsonl", *sorted((folder / "rollouts").rglob("*.jsonl")), *sorted((folder / "checkpoints/final").iterdir())]
+    """Hashes of the files that must be equal in two runs of one config: metrics, rollouts, final weights."""
+    paths = [folder / "metrics.jsonl", *sorted((folder / "rollouts").rglob("*.jsonl")),
+             *sorted((folder / "checkpoints/final").iterdir())]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
             if path.name not in ("trainer.pt", "timings.jsonl")}  # they hold seconds
 
@@ -148,4 +149,5 @@ def said(capsys: pytest.CaptureFixture[str], act: Callable[[], int]) -> tuple[in
     return code, capsys.readouterr().out
 
 
-__all__: Sequence[str] = ["ROOT", "arguments", "fingerprints", "forget", "never_stop", "rows", "run_apart", "run_here", "said", "stage_folder", "stop_after"]
+__all__: Sequence[str] = ["ROOT", "arguments", "fingerprints", "forget", "never_stop", "rows", "run_apart", "run_here",
+                          "said", "stage_folder", "stop_after"]

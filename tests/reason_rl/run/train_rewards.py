@@ -9,7 +9,7 @@ from reason_rl.records import Problem
 
 
 def by_hash(problem: Problem, text: str) -> float:
-    """Arbitrary but fixed, so that even an untrained model's groups have something to learn from."""
+    """Arbitrary but fixed, so that even an untrained model's groups have signal."""
     return zlib.crc32(f"{problem.problem_id}/{text}".encode()) % 8 / 8
 
 

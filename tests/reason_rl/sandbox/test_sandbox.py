@@ -1,4 +1,4 @@
-"""The sandbox: nothing escapes it, it leaves nothing behind, and nothing runs where it does not hold."""
+"""The sandbox: nothing escapes it, it leaves nothing behind, and no program runs if it does not hold."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_every_mixture_of_mechanisms_that_holds_grades_alike(use: tuple[str, ...
 
 
 @pytest.mark.parametrize("use", [(), ("landlock",), ("seccomp",)])
-def test_the_trial_sees_what_a_lesser_sandbox_lets_through(use: tuple[str, ...]) -> None:
+def test_the_trial_detects_what_a_weaker_sandbox_permits(use: tuple[str, ...]) -> None:
     assert sandbox.run_trial(use)
 
 ALL_HELD = {"rlimits": "", "namespaces": "", "landlock": "", "seccomp": ""}
@@ -166,7 +166,7 @@ def test_a_machine_without_processes_is_the_sandboxes_failure(monkeypatch: pytes
 
 
 @needs_sandbox
-def test_the_command_says_what_holds_and_fails_on_a_wrong_word() -> None:
+def test_the_command_prints_the_mechanisms_that_hold_and_refuses_an_unknown_one() -> None:
     command = [sys.executable, "-m", "reason_rl.sandbox"]
     said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert said.returncode == 0 and said.stdout.startswith("code sandbox: rlimits, ")
@@ -191,9 +191,9 @@ def test_jails_end_with_a_worker_that_is_killed() -> None:
 
 
 
-@pytest.mark.parametrize("number", [os.getpid(), 1 << 30], ids=["own", "nobody's"])
-def test_a_scratch_folder_is_an_orphan_only_once_nobody_holds_its_lock(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by its owner's number: in another process namespace it is somebody else's, or nobody's."""
+@pytest.mark.parametrize("number", [os.getpid(), 1 << 30], ids=["own", "unused"])
+def test_a_scratch_folder_is_an_orphan_only_once_its_lock_is_free(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner's process id decides nothing: in another process namespace it may be another process or none."""
     monkeypatch.setattr(sandbox, "SCRATCH_PREFIX", f"reason_rl_test_{os.getpid()}_")
     monkeypatch.setattr(sandbox.os, "getpid", lambda: number)
     folder, lock = sandbox.make_scratch()
@@ -263,6 +263,6 @@ def test_values_of_subclasses_come_back_plain() -> None:
 @pytest.mark.parametrize("data", [{"os.system": ["true"]}, {}, {"a": 1, "b": 2}, {"int": 5}, {"int": "z"},
                                   {"dict": [1]}, {"set": [[]]}, {"builtins.eval": ["1"]},
                                   {"decimal.Decimal": ["a"]}, {"builtins.range": [0, 1, 0]}])
-def test_what_is_no_plain_value_is_refused(data: Any) -> None:
+def test_a_value_that_is_not_plain_is_refused(data: Any) -> None:
     with pytest.raises((ValueError, TypeError, ArithmeticError)):
         wire.decode(data, find=lambda _: None)

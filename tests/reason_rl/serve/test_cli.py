@@ -1,4 +1,4 @@
-"""The command that talks to a checkpoint: tokens stream to stdout, bad input is one line on stderr."""
+"""The command-line chat with a checkpoint: tokens stream to stdout, bad input is one line on stderr."""
 
 from __future__ import annotations
 

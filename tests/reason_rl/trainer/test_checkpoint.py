@@ -1,4 +1,4 @@
-"""Checkpoints: what is written comes back to the bit, a folder that is there is whole, and a damaged one says so."""
+"""Checkpoints: they load to the same bits, an existing folder is whole, and damage raises an error that names it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_write_that_breaks_off_leaves_no_folder_that_looks_whole(tmp_path: Pat
     prune_checkpoints(tmp_path, 1, WORLD)
     assert newest_checkpoint(tmp_path) == step_folder(tmp_path, 1)
     monkeypatch.undo()
-    save(step_folder(tmp_path, 2), tiny_model(MOE))  # what the broken write left does not stand in the way
+    save(step_folder(tmp_path, 2), tiny_model(MOE))  # the rest of the broken write does not block this save
     assert newest_checkpoint(tmp_path) == step_folder(tmp_path, 2)
     assert {p.name for p in tmp_path.iterdir()} == {"step_000001", "step_000002"}
 

@@ -1,4 +1,4 @@
-"""The optimizer: schedule, groups, Muon on stacked matrices, clipping, and a state that goes on to the bit."""
+"""The optimizer: schedule, groups, Muon on stacked matrices, clipping, and a state that resumes to the same bits."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_factor_scales_every_rate():
 
 
 def test_muon_on_stacked_experts_is_torchs_muon_on_each_matrix():
-    """Equal to the bit: the stacked parameter only lends its memory to the 2-D ones."""
+    """Equal to the bit: the 2-D parameters are views of the stacked one."""
     generator = torch.Generator().manual_seed(0)
     stacked = nn.Parameter(torch.randn(3, 10, 6, generator=generator))
     flat = nn.Parameter(torch.randn(8, 12, generator=generator))
@@ -163,15 +163,15 @@ def test_a_state_of_another_optimizer_or_model_is_refused():
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.25, 1e6])
-def test_the_norm_over_all_parameters_is_told_and_clipped(limit: float):
-    """clip_norm = 0 leaves gradients as they are, and so does a limit that the norm does not reach."""
+def test_the_norm_over_all_parameters_is_returned_and_clipped(limit: float):
+    """clip_norm = 0 leaves gradients unchanged, and so does a limit above the norm."""
     model = tiny_model(DENSE)
     optimizer = Optimizer(model, replace(ADAMW, clip_norm=limit))
     seen: list[float] = []
     optimizer.adamw.register_step_pre_hook(lambda *_: seen.append(norm_of(model)))
     give_gradients(model, 0, scale=1.0)
     before = norm_of(model)
-    # 1e-5: the norm is a f32 sum of some 60,000 squares, and clip_grad_norm_ adds 1e-6 to what it divides by.
+    # 1e-5: the norm is an f32 sum of about 60,000 squares, and clip_grad_norm_ adds 1e-6 to its divisor.
     assert optimizer.step(1.0) == pytest.approx(before, rel=1e-5)
     assert seen[0] == pytest.approx(0.25 if limit == 0.25 else before, rel=1e-5)
     assert all(p.grad is None for p in model.parameters())

@@ -1,6 +1,7 @@
-"""An update and a rollout of a whole model on the Triton kernels: which ops ran, by what, and that the numbers are the CPU's.
+"""An update and a rollout of a whole model on the Triton kernels: each op's implementation, and equality with the
+CPU's results.
 
-Without a GPU in Triton's interpreter, for which tests/kernels/test_interpreted.py starts a process.
+Without a GPU they run in Triton's interpreter, in a process that tests/kernels/test_interpreted.py starts.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ ROLLOUT_OPS = MODEL_OPS | {"attention", "paged_attention", "sample"}  # prefill 
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The ops that ran and their implementation, picked as on a GPU: as if there were no native kernels."""
+    """The ops that ran and their implementation, chosen as on a GPU, without native kernels."""
     picked: dict[str, str] = {}
 
     def choose(self: Op, like: torch.Tensor, impl: str = "auto", variant: str = "") -> Implementation:
@@ -63,7 +64,7 @@ def test_an_update_runs_on_kernels_and_its_gradients_are_those_of_the_cpus(
     assert_on_kernels(ran, UPDATE_OPS)
     monkeypatch.undo()
     expected, want = policy_gradients(tiny_model(CONFIG), packs)
-    # 2e-5 of the largest: f32 sums of some hundred terms in another order, through a whole model.
+    # 2e-5 of the largest: f32 sums of about a hundred terms in another order, through a whole model.
     assert_same(expected, {name: gradient.cpu() for name, gradient in gradients.items()}, 2e-5)
     assert metrics == pytest.approx(want, rel=1e-4, abs=1e-6)
 

@@ -1,7 +1,8 @@
-"""One update: the loss and its gradients do not depend on the cut, masked completions give none, and on policy the ratio is 1.
+"""One update: loss and gradients do not depend on the microbatches, masked completions give no gradient, and on
+policy the ratio is 1.
 
-Gradients are compared in float64 models, where two orders of a sum of some thousand terms differ by about 1e-15 of the
-largest: 1e-12 is then exact. The optimizer's own steps are in test_optimizer.py.
+Gradients are compared in float64 models, where two orders of a sum of about a thousand terms differ by about 1e-15 of
+the largest: 1e-12 then means exact. test_optimizer.py tests the optimizer's steps.
 """
 
 from __future__ import annotations
@@ -55,12 +56,12 @@ GROUPS = [hand_made_group(i, 4 + 3 * i, [5, 1, 9, 3]) for i in range(3)]
 
 
 def policy_of(model: Transformer, optimizer: object, world: World = WORLD) -> Policy:
-    """The parts of a Policy that an update uses, as they are given."""
+    """A stand-in for Policy with the attributes that an update uses."""
     return SimpleNamespace(model=model, optimizer=optimizer, world=world, updated=lambda: None)  # type: ignore[return-value]
 
 
 class Catcher:
-    """Stands for the optimizer: keeps the gradients and changes nothing."""
+    """A fake optimizer: keeps the gradients and changes nothing."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -114,7 +115,7 @@ def test_the_policy_gradient_does_not_depend_on_the_cut(name: str):
 
 
 def test_the_policy_gradient_does_not_depend_on_the_cut_in_f32():
-    """5e-6 of the largest entry: f32 sums of some hundred terms in another order."""
+    """5e-6 of the largest entry: f32 sums of about a hundred terms in another order."""
     model = tiny_model(MOE)
     expected, _ = policy_gradients(model, packed(GROUPS, 10**6))
     gradients, _ = policy_gradients(model, packed(GROUPS, 20))
@@ -137,7 +138,7 @@ def test_the_supervised_gradient_does_not_depend_on_the_cut():
 
 @dataclass(frozen=True)
 class LoneRank(World):
-    """One rank of several, its neighbours silent: enough to see which share of the gradient it computes."""
+    """One rank of several without the others, to test its share of the gradient."""
 
     def gather(self, value: T) -> list[T]:
         return [value]
@@ -163,7 +164,7 @@ def test_the_mean_of_the_ranks_gradients_is_the_gradient(size: int):
 
 @pytest.mark.parametrize("spec", [SPEC, LossSpec(kl_coef=0.1), LossSpec(ratio="sequence", normalizer="sequence")])
 def test_an_idle_microbatch_gives_gradients_of_zero(spec: LossSpec):
-    """All of them there, so that every rank's collectives match, and all exactly 0."""
+    """Every parameter has a gradient, so that all ranks' collectives match, and each is exactly 0."""
     model = tiny_model(MOE)
     (like,) = packed(GROUPS[:1], 10**6)
     idle = replace(idle_microbatch(like), ref_logprobs=torch.zeros(0) if spec.kl_coef else None)
@@ -247,7 +248,7 @@ def test_broken_weights_never_reach_the_optimizer():
 
 @pytest.mark.parametrize("why", ["ungraded", "truncated"])
 def test_a_completion_that_takes_no_part_gets_no_gradient(why: str):
-    """Its tokens may be anything: the packs, and so the gradients, are the same to the bit."""
+    """Its tokens do not matter: the packs, and so the gradients, are the same to the bit."""
     def group(extra: Sequence[int]) -> Group:
         made = graded(hand_made_group(0, 6, [4, 5, 3]), [1.0, 0.0, 0.7])
         odd = replace(made.completions[1], token_ids=tuple(extra), finish_reason="length" if why == "truncated" else "stop")
@@ -273,7 +274,7 @@ def test_advantages_of_zero_give_gradients_of_zero():
 
 
 def test_the_router_learns_from_the_policy_gradient():
-    """Scores are gathered from the router's own logits; a replayed or detached score would leave it still."""
+    """Scores are gathered from the router's logits; a replayed or detached score would give no gradient."""
     gradients, _ = policy_gradients(tiny_model(MOE), packed(GROUPS, 10**6))
     assert all(g.abs().max() > 1e-6 for name, g in gradients.items() if name.endswith("router"))
 
@@ -291,7 +292,7 @@ def test_kl_to_the_policy_itself_is_zero_and_to_another_pulls_towards_it():
 
 
 def reinforce_gradients(model: Transformer, packs: Sequence[Microbatch], weight: Any) -> dict[str, torch.Tensor]:
-    """Written out: d/dw of -sum weight(pack) * advantage * logprob / N."""
+    """By hand: d/dw of -sum weight(pack) * advantage * logprob / N."""
     total = sum(pack.num_loss_tokens for pack in packs)
     loss = sum((-weight(pack) * pack.advantages * token_logprobs(model, pack)[0]).sum() / total for pack in packs)
     assert isinstance(loss, torch.Tensor)
@@ -304,7 +305,7 @@ def reinforce_gradients(model: Transformer, packs: Sequence[Microbatch], weight:
 @pytest.mark.parametrize("cut", [{"top_p": 0.7}, {"top_k": 4}, {"min_p": 0.2}])
 @pytest.mark.parametrize("old", ["rollout", "recompute"])
 def test_a_truncated_sampler_is_weighed_by_its_own_probability(cut: dict[str, float], old: str):
-    """The behaviour policy is softmax / kept mass, so on policy TIS weighs each token's term by the mass it kept.
+    """The behaviour policy is softmax / kept mass, so on policy TIS weighs each token's term by its kept mass.
     1e-5 of the largest entry: weights are exponentials of f32 differences.
     """
     model = tiny_model(DENSE)

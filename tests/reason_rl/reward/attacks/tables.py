@@ -1,4 +1,4 @@
-"""Reads the attack tables: TOML files beside this one, each a list of cases; math.toml says how they read."""
+"""Reads the attack tables: TOML files in this folder, each a list of cases; math.toml explains their format."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Attack:
 
 
 def load(table: str, **places: object) -> list[Attack]:
-    """places: what stands for @victim@, @parent@ and the like in the texts."""
+    """places: the values of @victim@, @parent@ and others in the texts."""
     def text_of(template: str) -> str:
         text = REPEATED.sub(lambda found: found[1] * int(found[2]), template)
         for name, value in places.items():

@@ -1,7 +1,8 @@
 """Hostile completions, each with the verdict it must get, through the verifier service as a run uses it.
 
-None may score, hang past its deadline or harm what is around it. `make test` runs every tenth of each table, `make test-long` all.
-The honest completions of each case must be right, so that a grader which says "wrong" to everything fails too.
+None may score, run past its deadline or harm its surroundings. `make test` runs a tenth of each table,
+`make test-long` all. The honest completions of each case must be right, so that a grader which returns "wrong" for
+everything fails too.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def world() -> Iterator[World]:
 
 
 def need_sandbox() -> None:
-    """A machine that gives too little cannot run these; where the variable is set, as in CI, that is a failure."""
+    """Skips on a machine whose sandbox does not hold; fails there if the variable is set, as in CI."""
     try:
         require_sandbox()
     except SandboxError as error:
@@ -75,7 +76,7 @@ def request_of(attack: Attack) -> tuple[str, dict[str, Any]]:
 
 
 def judged(attack: Attack, verdict: Verdict) -> Verdict:
-    """For the format table the format part is what counts."""
+    """For the format table the format part decides."""
     if attack.case["task"] != "format":
         return verdict
     assert verdict.is_graded
@@ -144,13 +145,13 @@ def test_there_are_three_hundred_attacks_and_more_of_every_kind() -> None:
 
 
 def test_the_files_that_attacks_name_in_the_repository_exist() -> None:
-    """An attack on a file that is not there shows nothing."""
+    """An attack on a missing file would test nothing."""
     named = {name for table in TABLES for name in re.findall(r"@repo@/([\w/.]+)", (HERE / f"{table}.toml").read_text("utf-8"))}
     assert named and [name for name in named if not (ROOT / name).is_file()] == []
 
 
 def test_programs_that_escape_are_programs() -> None:
-    """A syntax error would be graded wrong too, and show nothing."""
+    """A syntax error would be graded wrong too, and test nothing."""
     for attack in [*load("code_escape", parent=1, port=1), *load("code_exhaust")]:
         if not attack.name.startswith("source "):
             program = extract_code(attack.text)
@@ -158,12 +159,13 @@ def test_programs_that_escape_are_programs() -> None:
 
 
 @pytest.mark.parametrize(("name", "sign"), [
-    ("write to a file", "content"), ("make a file beside it", "files outside"), ("change times", "files outside"),
+    ("write to a file", "content"), ("make a file in its folder", "files outside"), ("change times", "files outside"),
     ("remove the folder", "content"), ("TCP to the parent", "TCP"), ("UDP to the parent", "UDP"),
     ("processors of the parent", "priority"), ("subprocess", "is left"),
 ])
-def test_what_an_attack_does_without_a_sandbox_is_seen(name: str, sign: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that "no harm" above is not said by one who does not look. Each of these is harmless."""
+def test_the_harm_of_an_attack_without_a_sandbox_is_detected(
+        name: str, sign: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that `harm` above is known to detect harm. Each of these attacks is harmless."""
     monkeypatch.setattr("tests.reason_rl.reward.attacks.world.GRACE_S", 0.5)
     (attack,) = [attack for attack in load("code_escape", **world.places()) if attack.name == name]
     affinity, policy = os.sched_getaffinity(0), os.sched_getscheduler(0)

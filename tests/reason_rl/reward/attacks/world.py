@@ -1,7 +1,7 @@
-"""What attacks could harm, set up so that it shows: a file that everyone may write, a listening port, the tests' own process.
+"""Targets for attacks, so that harm is detected: a file that everyone may write, a listening port, the tests' process.
 
-`World.harm` compares with how things were. Processes that an attack leaves behind become children of this one, which makes itself
-their reaper, so that none is overlooked.
+`World.harm` compares them with their first state. Processes that an attack leaves behind become children of this
+one, which makes itself their reaper, so that all are found.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class World:
         }
 
     def harm(self) -> list[str]:
-        """What is not as it was; waits a little for processes that are on their way out."""
+        """Lists everything that changed; waits a little for processes that are ending."""
         now = self.look()
         found = [f"{name}: was {was}, is {now[name]}" for name, was in self.before.items() if was != now[name]]
         for kind, listener in zip(("TCP", "UDP"), self.listeners):
@@ -93,7 +93,7 @@ def traces(path: Path) -> tuple[int, ...]:
 
 
 def children() -> set[int]:
-    """Of this process, by /proc: also those that were orphaned."""
+    """The children of this process, by /proc: also orphans."""
     found = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
