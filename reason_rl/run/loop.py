@@ -1,7 +1,7 @@
 """The loop that every stage runs in: log, evaluate, save, resume, stop, report.
 
-`Run` holds the folder and the objects that stages share. `Run.complete` reuses the output of a stage if a run with the
-same key has finished it; otherwise it trains from the newest checkpoint. Left out: the training step (stages/).
+`Run` holds the folder and the objects that stages share. `Run.complete` reuses the output of a stage if a run
+with the same key has finished it; else it trains from the newest checkpoint. Left out: the step (stages/).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Run:
     log: RunLog | None
     """None on all ranks but 0."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """{"pretrain_s": ..., "grpo_s": ..., "eval_s": ...}: wall-clock seconds over all sessions, reused stages included."""
+    """{"pretrain_s": ..., "grpo_s": ..., "eval_s": ...}: seconds of all sessions and of reused stages."""
 
     def __enter__(self) -> Run:
         return self
@@ -184,7 +184,8 @@ class StageRun:
             self.run.view.evaluation(done, metrics, timings)
 
     def _save_or_stop(self, done: int) -> None:
-        """Saves if a checkpoint is due on any rank (saving is a collective); raises Interrupted if any was asked to stop."""
+        """Saves if a checkpoint is due on any rank (a collective); raises Interrupted if any was asked to
+        stop."""
         # All ranks decide from the same gathered values.
         now_s, num_steps = time.perf_counter(), self.stage.num_steps
         flags = self.run.world.gather((self.run.should_stop(), now_s - self.saved_s > SAVE_EVERY_S))
@@ -200,8 +201,8 @@ class StageRun:
             raise Interrupted(f"stage {self.name} stopped after {done} of {num_steps} steps")
 
     def _save(self, folder: Path, done: int, is_final: bool = False) -> None:
-        """A collective. Saves weights, progress and the stage's log; the optimizer's state too unless `is_final`. Everything
-        else follows from the config and the step."""
+        """A collective. Saves weights, progress and the stage's log; the optimizer's state too unless
+        `is_final`. Everything else follows from the config and the step."""
         # The log, and for the output the rollouts.
         self._spend(f"{self.name}_s")
         run, policy = self.run, self.stage.policy

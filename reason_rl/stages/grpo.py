@@ -1,10 +1,12 @@
-"""Reinforcement learning with verifiable rewards (GRPO, arXiv:2402.03300, and its family): the page to read first.
+"""Reinforcement learning with verifiable rewards (GRPO, arXiv:2402.03300, and its family): the page to read
+first.
 
-`step` is the algorithm: problems -> rollouts and rewards -> advantages -> packed microbatches -> updates. The variants
-DAPO, Dr. GRPO, GSPO, CISPO and RLOO are keys of [rl] and [loss]; configs/algorithms has a preset for each.
+`step` is the algorithm: problems -> rollouts and rewards -> advantages -> packed microbatches -> updates. The
+variants DAPO, Dr. GRPO, GSPO, CISPO and RLOO are keys of [rl] and [loss]; configs/algorithms has a preset for
+each.
 
-Left out: a value model (the group's rewards are the baseline), and sampling ahead of the update (rollouts always come
-from the current weights).
+Left out: a value model (the group's rewards are the baseline), and sampling ahead of the update (rollouts
+always come from the current weights).
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from reason_rl.trainer.policy import frozen_copy
 from reason_rl.trainer.update import fill_logprobs, policy_update
 
 NOTABLE_GAP = 1e-3
-"""Nats: a larger gap between sampler and trainer on policy prints a warning, on devices where 0 is not expected."""
+"""Nats: a larger gap between sampler and trainer on policy prints a warning on a GPU."""
 
 
 class Grpo:
@@ -59,10 +61,10 @@ class Grpo:
         self.grader = Grader(config, start.tokenizer)  # its worker processes start at the first completion
 
     def step(self, index: int) -> StepStats:
-        """Samples and grades a group of completions per problem, compares them within the group, updates the policy."""
+        """Samples and grades a group of completions per problem, compares them, and updates the policy."""
         rl, clock, updates = self.config.rl, Clock(), []
         with clock("step"):
-            # Problems -> rollouts and rewards: each completion is graded when it ends, while others are still sampled.
+            # Problems -> rollouts and rewards: a completion is graded when it ends, while others are sampled.
             problems = self.problems.train(index, rl.prompts_per_step)  # the same on every rank
             sampled = self.collect(problems, rl.group_size, self.sampling, index, clock, rl.routing_replay)
             groups = self.refill(sampled, index, clock) if rl.dynamic_sampling else sampled
@@ -75,7 +77,7 @@ class Grpo:
                 minibatches = pack(groups, advantages, rl.num_minibatches, self.config.optim.microbatch_tokens)
                 minibatches = [self.with_logprobs(microbatches) for microbatches in minibatches]
 
-                # Update: forward, loss, backward, clip, optimizer step. Only the step's first update is on policy.
+                # Update: forward, loss, backward, clip, optimizer step. Only the first one is on policy.
                 for number, microbatches in enumerate(minibatches):
                     updates.append(policy_update(
                         self.policy, microbatches, self.loss, self.sampling.temperature, lr_factor=self.policy.lr_factor(index),
@@ -88,20 +90,20 @@ class Grpo:
 
     def collect(self, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, key: int, clock: Clock,
                 with_routed_experts: bool = False) -> list[Group]:
-        """Samples groups with the current weights and grades them. `key`: the step in the sampler's noise key."""
+        """Samples groups with the current weights and grades them. `key`: the step, for the noise key."""
         return collect(self.engine, self.grader, problems, group_size, sampling, world=self.world, step=key, clock=clock,
                        policy_version=self.policy.version,
                        with_routed_experts=with_routed_experts and self.policy.model.config.num_experts > 1)
 
     def refill(self, sampled: list[Group], index: int, clock: Clock) -> list[Group]:
-        """DAPO's dynamic sampling: groups of new problems replace groups without signal, and are added to `sampled`."""
+        """DAPO's dynamic sampling: new groups replace groups without signal, and are added to `sampled`."""
         rl = self.config.rl
         return refill(
             sampled, rl.dynamic_sampling, draw=lambda count, round, exclude: self.problems.train(index, count, round, exclude),
             sample=lambda problems: self.collect(problems, rl.group_size, self.sampling, index, clock, rl.routing_replay))
 
     def with_logprobs(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
-        """Adds old_logprobs (of the policy before the step's first update) and ref_logprobs, if the config needs them."""
+        """Adds old_logprobs (of the policy before the step's first update) and ref_logprobs, if needed."""
         temperature, filled = self.sampling.temperature, list(microbatches)
         if self.config.rl.old_logprobs == "recompute":
             filled = fill_logprobs(self.policy.model, filled, self.world, temperature=temperature, name="old_logprobs")
@@ -142,7 +144,7 @@ class Grpo:
 
     @staticmethod
     def check(config: Config, tokenizer: Tokenizer, problems: Problems | None) -> list[str]:
-        """Raises for too few problems, prompts that do not fit, rewards that cannot be loaded, a sandbox that cannot be used."""
+        """Raises for too few problems, prompts that do not fit, and a missing reward function or sandbox."""
         assert problems is not None
         settings = config.eval
         known = problems.to_check(config.rl.prompts_per_step, max(settings.final_problems, settings.problems))

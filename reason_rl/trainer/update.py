@@ -1,8 +1,9 @@
-"""One optimizer update from microbatches: supervised (pretraining, SFT) or policy gradient (GRPO and its family).
+"""One optimizer update from microbatches: supervised (pretraining, SFT) or policy gradient (GRPO and its
+family).
 
-Both use the same forward pass and compute logprobs in the same way: `linear_grpo_loss` is `linear_logprob` with the
-loss folded in. A loss is a sum over tokens, divided by one count over all microbatches and ranks, so it does not depend
-on how the batch was divided.
+Both use the same forward pass and compute logprobs in the same way: `linear_grpo_loss` is `linear_logprob`
+with the loss folded in. A loss is a sum over tokens, divided by one count over all microbatches and ranks, so
+it does not depend on how the batch was divided.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from reason_rl.trainer.policy import Policy
 def fill_logprobs(
     model: Transformer, microbatches: Sequence[Microbatch], world: World, *, temperature: float, name: str
 ) -> list[Microbatch]:
-    """The microbatches with field `name` (old_logprobs or ref_logprobs) computed by `model`. Each rank fills only the
-    microbatches that it trains on. Routing replay does not apply to the reference policy."""
+    """The microbatches with field `name` (old_logprobs or ref_logprobs) computed by `model`. Each rank fills
+    only the microbatches that it trains on. Routing replay does not apply to the reference policy."""
     def seen(m: Microbatch) -> Microbatch:
         return (replace(m, routed_expert_ids=None) if name == "ref_logprobs" else m).to(world.device)
 
@@ -78,16 +79,28 @@ def supervised_update(
             "grad_norm": grad_norm, "num_loss_tokens": float(total)}
 
 
+def loss_inputs(microbatch: Microbatch, total_loss_tokens: int, total_sequences: int) -> LossInputs:
+    """A microbatch's tensors for the loss. Without old_logprobs, rollout_logprobs take their place."""
+    rollout, kept, advantages = microbatch.rollout_logprobs, microbatch.kept_logmass, microbatch.advantages
+    assert rollout is not None and kept is not None and advantages is not None, "policy_update needs rollouts, not documents"
+    return LossInputs(
+        old_logprobs=rollout if microbatch.old_logprobs is None else microbatch.old_logprobs, advantages=advantages,
+        sequence_index=microbatch.sequence_index, num_sequences=microbatch.num_sequences,
+        total_loss_tokens=total_loss_tokens, total_sequences=total_sequences,
+        rollout_logprobs=rollout - kept, ref_logprobs=microbatch.ref_logprobs)
+
+
 def policy_update(
     policy: Policy, microbatches: Sequence[Microbatch], spec: LossSpec, temperature: float, *, lr_factor: float,
     max_gap: float = math.inf,
 ) -> dict[str, float]:
     """One policy-gradient update -> the loss's metrics.
 
-    Microbatches without old_logprobs use rollout_logprobs, the engine's record. loss.importance compares old_logprobs
-    with the truncated policy that sampled: rollout_logprobs - kept_logmass.
-    `max_abs_logprob_gap` is the largest |logprob - rollout_logprob|. In a step's first update, which is on policy, it is
-    the numerical difference of sampler and trainer. If it exceeds `max_gap`, the update raises before it changes weights.
+    Microbatches without old_logprobs use rollout_logprobs, the engine's record. loss.importance compares
+    old_logprobs with the truncated policy that sampled: rollout_logprobs - kept_logmass.
+    `max_abs_logprob_gap` is the largest |logprob - rollout_logprob|. In a step's first update, which is on
+    policy, it is the numerical difference of sampler and trainer. If it exceeds `max_gap`, the update raises
+    before it changes weights.
     """
     # Denominators over all microbatches and ranks.
     model, world = policy.model, policy.world
@@ -101,19 +114,14 @@ def policy_update(
     for local in rank_share(microbatches, world, idle):
         microbatch = local.to(world.device)
         hidden, _ = packed_hidden(model, microbatch)
-        rollout, kept, advantages = microbatch.rollout_logprobs, microbatch.kept_logmass, microbatch.advantages
-        assert rollout is not None and kept is not None and advantages is not None, "policy_update needs rollouts, not documents"
-        inputs = LossInputs(
-            old_logprobs=rollout if microbatch.old_logprobs is None else microbatch.old_logprobs, advantages=advantages,
-            sequence_index=microbatch.sequence_index, num_sequences=microbatch.num_sequences,
-            total_loss_tokens=total_tokens, total_sequences=total_sequences,
-            rollout_logprobs=rollout - kept, ref_logprobs=microbatch.ref_logprobs)
         loss, metrics, logprob = linear_grpo_loss(
-            hidden, model.head_weight, microbatch.target_ids, inputs, spec, temperature, impl=gemm_impl(model.batch_invariant))
+            hidden, model.head_weight, microbatch.target_ids, loss_inputs(microbatch, total_tokens, total_sequences), spec,
+            temperature, impl=gemm_impl(model.batch_invariant))
         (loss * world.size).backward()
         loss_sum += float(loss.detach())
         if local.num_loss_tokens:
-            gaps.append(float((logprob - rollout).abs().max()))
+            assert microbatch.rollout_logprobs is not None
+            gaps.append(float((logprob - microbatch.rollout_logprobs).abs().max()))
             parts.append({key: value.cpu() for key, value in metrics.items()})
 
     # The gap over all ranks; max() propagates NaN, and a NaN gap fails the check too.

@@ -141,7 +141,8 @@ def test_a_choice_takes_its_words_and_refuses_others_by_listing_them(dotted: str
 
 
 @pytest.mark.parametrize(("override", "nearest"), [
-    ("rl.group_sizes=4", "'rl.group_size'"), ("rl.stpes=4", "'rl.steps'"), ("model.num_hidden_layer=2", "'model.num_hidden_layers'"),
+    ("rl.group_sizes=4", "'rl.group_size'"), ("rl.stpes=4", "'rl.steps'"),
+    ("model.num_hidden_layer=2", "'model.num_hidden_layers'"),
     ("samplin.top_k=4", "'sampling'"), ("sed=1", "'seed'"), ("divice=cpu", "'device'"),
     ("optim.learning_rate=1", "known"),
 ])  # fmt: skip
@@ -199,10 +200,12 @@ def test_a_malformed_command_line_says_what_is_wrong(arguments: list[str], words
     ("rl.group_size=1 rl.advantage=leave_one_out", "at least 2 with rl.advantage='leave_one_out'"),
     ("rl.group_size=1 rl.advantage=batch_std", "at least 2 with rl.advantage='batch_std'"),
     ("rl.prompts_per_step=3 rl.group_size=3 rl.num_minibatches=2", "= 9 must be divisible by rl.num_minibatches = 2"),
-    ("model.num_attention_heads=6 model.num_key_value_heads=4", "model.num_attention_heads = 6 must be divisible by model.num_key_value_heads = 4"),
-    ("model.num_attention_heads=2 model.num_key_value_heads=4", "model.num_attention_heads = 2 must be divisible by model.num_key_value_heads = 4"),
+    ("model.num_attention_heads=6 model.num_key_value_heads=4",
+     "model.num_attention_heads = 6 must be divisible by model.num_key_value_heads = 4"),
+    ("model.num_attention_heads=2 model.num_key_value_heads=4",
+     "model.num_attention_heads = 2 must be divisible by model.num_key_value_heads = 4"),
     ("model.num_experts=4 model.num_experts_per_tok=5", "at most model.num_experts = 4, got 5"),
-    ("model.head_dim=33", "model.head_dim must be even (RoPE turns pairs), got 33"),
+    ("model.head_dim=33", "model.head_dim must be even (RoPE rotates pairs), got 33"),
     ("sampling.max_tokens=256", "leaves no room for a prompt in model.max_position_embeddings = 256"),
     ("sampling.temperature=0", "sampling.temperature must be above 0 for RL"),
     ("sampling.temperature=-1 rl.steps=0", "sampling.temperature must be at least 0, got -1"),

@@ -99,9 +99,11 @@ def test_a_resolved_recipe_reads_back_equal(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("change", "changed"), [
-    ("--run.name=other", set()), ("--run.out_dir=elsewhere", set()), ("--run.keep_checkpoints=5", set()), ("--engine.max_num_seqs=8", set()),
+    ("--run.name=other", set()), ("--run.out_dir=elsewhere", set()), ("--run.keep_checkpoints=5", set()),
+    ("--engine.max_num_seqs=8", set()),
     ("--rl.steps=3", {"grpo"}), ("--optim.lr=1e-5", {"grpo"}), ("--loss.kl_coef=0.1", {"grpo"}),
-    ("--pretrain.steps=3", {"pretrain", "grpo"}), ("--model.hidden_size=64", {"pretrain", "grpo"}), ("--seed=1", {"pretrain", "grpo"}),
+    ("--pretrain.steps=3", {"pretrain", "grpo"}), ("--model.hidden_size=64", {"pretrain", "grpo"}),
+    ("--seed=1", {"pretrain", "grpo"}),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_key_changes_with_what_the_output_follows_from_and_with_nothing_else(change: str, changed: set[str]):
     before, after = keys(load_config()), keys(load_config(None, [change]))
@@ -111,7 +113,8 @@ def test_a_key_changes_with_what_the_output_follows_from_and_with_nothing_else(c
 def test_a_key_changes_with_the_code_of_the_stages_rooms_and_with_the_users_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     before = keys(load_config())
     real = recipe.folder_digest
-    monkeypatch.setattr(recipe, "folder_digest", lambda folder, pattern="*": real(folder, pattern) + (folder.name == "rl") * "edited")
+    monkeypatch.setattr(recipe, "folder_digest",
+                        lambda folder, pattern="*": real(folder, pattern) + (folder.name == "rl") * "edited")
     after = keys(load_config())
     assert before["pretrain"] == after["pretrain"] and before["grpo"] != after["grpo"]
 
@@ -133,7 +136,8 @@ def test_a_large_files_digest_sees_a_change_of_size_and_of_a_sampled_block(tmp_p
     assert len(set(digests)) == 3
 
 
-def test_three_stages_run_in_order_each_from_the_one_before_and_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_three_stages_run_in_order_each_from_the_one_before_and_a_stopped_run_goes_on(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     never_stop(monkeypatch)
     quick = ["--eval.every=0", "--eval.pass_at_k=0", "--eval.final_problems=4", "--eval.final_samples=1", "--pretrain.steps=12"]
     for name in ("whole", "stopped"):
