@@ -11,8 +11,8 @@ workloads.py has the workloads and their models; TRL runs only W1 and W2. Temper
 step. To install TRL: `pip install trl transformers accelerate datasets`.
 
     step_s                     rollout, reward, loss, backward, optimizer and logging
-    train_s                    without rollout and reward; TRL's is its step minus generation
-    percent_of_gemm            the step's FLOP rate, in percent of that of a large product in the same dtype and
+    train_s                    packing, logprobs and update; TRL's is its step minus generation
+    percent_of_gemm            the step's FLOP rate, in percent of a large product's in the same dtype and
                                process: 2 FLOPs per active weight and sampled token, 6 per trained token,
                                attention not counted. On a GPU this is the MFU
     percent_of_decode_floor    on a GPU: the least time to read the rollout's weights and keys, over its time

@@ -27,9 +27,8 @@ class RunConfig:
     the native kernels are built; else float32."""
     exact: Literal["auto", "on", "off"] = "auto"
     """Whether the sampler's logprobs equal the trainer's bit for bit. "auto": batch-invariant ops on devices
-    that have them; each step logs the gap. "on": the same, and the run stops if the gap on policy is not 0.
-    "off": torch's GEMMs in projections, experts and the trainer's head; their rounding may depend on the
-    batch."""
+    that have them; each step logs the gap. "on": also stop if the gap on policy is not 0. "off": torch's
+    GEMMs in projections, experts and the trainer's head; their rounding may depend on the batch."""
     num_threads: int = 0
     """torch's CPU threads in each process. 0 divides the cores equally among the machine's processes; a
     single process uses OMP_NUM_THREADS if it is set."""
@@ -103,8 +102,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """The base model: next-token prediction on a synthetic corpus; most documents answer without a
-    thought."""
+    """The base model: next-token prediction on a synthetic corpus, mostly of answers without a thought."""
 
     tokenizer: Literal["char", "byte"] = "char"
     """"char": a token for each of the 52 characters of our tasks. "byte": a token per byte, for any text."""

@@ -19,8 +19,7 @@ class TaskConfig:
     max_level: int = 8
     """Largest difficulty of generated problems."""
     heldout_share: float = 0.05
-    """Share of problems, chosen by hash, kept for evaluation. File tasks ignore it if they have a held-out
-    file."""
+    """Share of problems, chosen by hash, kept for evaluation. File tasks with a held-out file ignore it."""
     rl_share: float = 0.05
     """Generated tasks: share of problems, chosen by hash, that RL uses and the corpus leaves out."""
     operations: str = "+-*"
@@ -53,5 +52,4 @@ class TaskConfig:
     max_pass_rate: float = 1.0
     """Leave problems with a higher pass rate out of RL."""
     curriculum: Literal["none", "easy_first"] = "none"
-    """Order in an epoch. "none": shuffled. "easy_first": shuffled bands of 0.1 pass rate, the easiest
-    first."""
+    """Order in an epoch. "none": shuffled. "easy_first": bands of 0.1 pass rate, easiest first."""

@@ -184,8 +184,7 @@ class StageRun:
             self.run.view.evaluation(done, metrics, timings)
 
     def _save_or_stop(self, done: int) -> None:
-        """Saves if a checkpoint is due on any rank (a collective); raises Interrupted if any was asked to
-        stop."""
+        """Saves if a checkpoint is due on any rank (a collective); raises Interrupted if asked to stop."""
         # All ranks decide from the same gathered values.
         now_s, num_steps = time.perf_counter(), self.stage.num_steps
         flags = self.run.world.gather((self.run.should_stop(), now_s - self.saved_s > SAVE_EVERY_S))

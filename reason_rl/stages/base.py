@@ -92,8 +92,7 @@ class Stage(Protocol):
         """Step `index`, counted from 0."""
 
     def evaluate(self, num_done: int) -> Metrics | None:
-        """Metrics of the policy after `num_done` steps (0: before the first); None if no evaluation is
-        due."""
+        """Metrics of the policy after `num_done` steps (0: before the first); None if none is due."""
 
     def close(self) -> None:
         """Ends worker processes."""

@@ -1,5 +1,4 @@
-"""Reinforcement learning with verifiable rewards (GRPO, arXiv:2402.03300, and its family): the page to read
-first.
+"""Reinforcement learning with verifiable rewards (GRPO, arXiv:2402.03300, and its variants).
 
 `step` is the algorithm: problems -> rollouts and rewards -> advantages -> packed microbatches -> updates. The
 variants DAPO, Dr. GRPO, GSPO, CISPO and RLOO are keys of [rl] and [loss]; configs/algorithms has a preset for
@@ -32,7 +31,7 @@ from reason_rl.trainer.policy import frozen_copy
 from reason_rl.trainer.update import fill_logprobs, policy_update
 
 NOTABLE_GAP = 1e-3
-"""Nats: a larger gap between sampler and trainer on policy prints a warning on a GPU."""
+"""Nats: a larger gap on policy prints a warning on a GPU or with run.exact = "off"; else any gap does."""
 
 
 class Grpo:
