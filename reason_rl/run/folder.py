@@ -123,7 +123,7 @@ def how_to_talk(folder: Path, config: Config) -> str:
 
 
 class StopSignal:
-    """The first Ctrl-C or SIGTERM (torchrun's) asks the run to save and stop; a second one kills it."""
+    """The first Ctrl-C or SIGTERM (torchrun's) asks the run to save and stop; a second one ends it."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
