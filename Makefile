@@ -13,7 +13,8 @@ NPROC ?= 1
 # Test processes that run in parallel, with one thread each.
 JOBS ?= 2
 
-# Without a compiler or a build tool, setup.py prints one line and the reference ops are used. A compile error fails.
+# Without a compiler or a build tool, setup.py prints one line and the reference ops are used. A compile error
+# fails.
 BUILD_NATIVE = echo 'building the native kernels' && $(BIN)/python setup.py -q build_ext --inplace && $(LIBRARIES) > .venv/.native
 # The stamp file lists the libraries that were built; if one is missing, they are built again.
 LIBRARIES := echo kernels/_native_*.so
@@ -101,8 +102,8 @@ $(BIN)/pip: | .venv/.wanted
 	@$(PIP) install -c .venv/pins.txt cmake ninja
 	@touch $@
 
-# Built again after a change of csrc/ (folders are listed too: a file may be deleted) or of its build files, or if the
-# libraries differ from the stamp's list.
+# Built again after a change of csrc/ (folders are listed too: a file may be deleted) or of its build files,
+# or if the libraries differ from the stamp's list.
 .venv/.native: .venv/.tools setup.py CMakeLists.txt $(shell find csrc) $(shell $(LIBRARIES) | cmp -s - .venv/.native || echo always)
 	@$(BUILD_NATIVE)
 

@@ -1,9 +1,9 @@
 """Train a language model to reason: read a recipe, run its stages in order.
 
-    torchrun train.py                                   the default recipe: pretrain a tiny MoE, then GRPO, on a CPU
-    torchrun train.py configs/countdown_cpu.toml        another recipe
-    torchrun train.py --rl.steps=10 --seed 1            any key of reason_rl/config
-    torchrun --nproc-per-node 2 train.py                several processes, sharded with FSDP2
+    torchrun train.py                                 the default recipe: pretrain a tiny MoE, then GRPO
+    torchrun train.py configs/countdown_cpu.toml      another recipe
+    torchrun train.py --rl.steps=10 --seed 1          any key of reason_rl/config
+    torchrun --nproc-per-node 2 train.py              several processes, sharded with FSDP2
 
 The algorithm is reason_rl/stages/grpo.py; the loop that logs, saves and resumes is reason_rl/run/loop.py.
 """
@@ -29,6 +29,8 @@ def main(config: Config) -> int:
             if world.is_main:
                 print(f"{folder.path} is finished: see {write_report(folder.path)}. --resume never repeats it in a new folder.")
             return 0
+
+        # Check everything, then run the stages in order.
         world = as_begun(world, folder)
         recipe = plan_recipe(config)
         with make_view(f"reason_rl · {config.run.name}", world.rank) as view:
@@ -41,6 +43,7 @@ def main(config: Config) -> int:
                 again = "The same command" if config.run.resume == "auto" else f"train.py {folder.path}/config.toml"
                 view.message(f"Saved: {stopped}. {again} continues from here.")
                 return 130
+
         if world.is_main:
             print(f"Done. The report: {folder.path}/report.html · talk to the model: {how_to_talk(folder.path, config)}")
         return 0

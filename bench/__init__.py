@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench.<name>`. Recorded results are in bench/results/; correctness is tested in tests/."""
+"""Benchmarks: `python -m bench.<name>`. bench/results/ has recorded results, tests/ the correctness tests."""

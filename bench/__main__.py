@@ -1,7 +1,10 @@
-"""Runs the benchmarks of all ops: `python -m bench [op ...] [--json [FILE]] [--plot FILE.png] [--budget-s 440]`.
+"""Runs the benchmarks of all ops.
 
-Each op runs in a new process, one after the other, so an op that fails, hangs or loses the device does not affect the
-others. Each op gets an equal share of the remaining time. Whole models are timed by bench.train_step and bench.rollout.
+    python -m bench [op ...] [--json [FILE]] [--plot FILE.png] [--budget-s 440]
+
+Each op runs in a new process, one after the other, so an op that fails, hangs or loses the device does not
+affect the others. Each op gets an equal share of the remaining time. Whole models are timed by
+bench.train_step and bench.rollout.
 """
 
 from __future__ import annotations
@@ -23,11 +26,11 @@ OPS = ("group_advantage", "rms_norm", "swiglu", "rope", "grpo_loss", "linear", "
        "linear_grpo_loss")
 """The slowest are last: they get the time that the others did not use."""
 GRACE_S = 40.0
-"""Added to an op's time, for its start and for the case that runs when the time is up; then the op is stopped."""
+"""Seconds that an op may exceed its time, for its start and for its last case, before it is stopped."""
 
 
 def run_op(op: str, budget_s: float, options: argparse.Namespace) -> dict[str, Any]:
-    """bench.<op> in a new process -> its record; if it fails, the rows it wrote until then and a row with the error."""
+    """bench.<op> in a new process -> its record; after a failure, the rows so far and one with the error."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "record.json"
         command = [sys.executable, "-m", f"bench.{op}", "--device", options.device, "--compile", options.compile,

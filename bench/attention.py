@@ -1,11 +1,11 @@
 """`attention` and `paged_attention` (kernels/attention/) against torch's and FlashAttention's.
 
     causal    whole sequences without a prefix, which every implementation supports
-    P x G     training packs: a prompt of P tokens once, then its G completions. The others have no shared prefix: they,
-              and ours as "not shared", get a copy of the prompt with each completion. `percent` counts the work with a
-              shared prompt for all of them
-    decode    one query per sequence over a paged cache. `percent` is of the bandwidth and counts a prompt's bytes once
-              per group
+    P x G     training packs: a prompt of P tokens once, then its G completions. The others have no shared
+              prefix: they, and ours as "not shared", get a copy of the prompt with each completion. `percent`
+              counts the work with a shared prompt for all of them
+    decode    one query per sequence over a paged cache. `percent` is of the bandwidth and counts a prompt's
+              bytes once per group
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ DECODES = {"numbers": [(batch, 1, 2048, 2048, LARGE, BF16) for batch in (1, 4, 1
            "small": [(256, 16, 16, 64, SMALL, BF16), (1, 1, 16, 64, SMALL, BF16)], "tiny": [(6, 3, 32, 16, TINY, F32)]}
 """(sequences, G, tokens of the prompt, own tokens, heads, dtype): whole blocks"""
 CHECKED = {LARGE: (4, 1, 128)}
-"""LARGE -> fewer heads for the error: the reference keeps attention weights, about 50 GB of float64 for all heads."""
+"""Fewer heads, for the error: the reference keeps attention weights, 50 GB of float64 for all heads."""
 WANTED = ("q", "k", "v")
 
 

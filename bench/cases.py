@@ -1,8 +1,8 @@
-"""One op on one shape, by all implementations: time, memory, error against float64, and whether two runs give equal bits.
+"""One op on one shape, by all implementations: time, memory, error, and whether two runs give equal bits.
 
-A `Case` has the inputs, the sides (our implementations, torch's, torch.compile of the reference, installed peers) and the
-least work that the op needs. Each bench/<op>.py makes a list of cases, the most important first. `measure` turns a case
-into rows with timing.py; suite.py runs the cases and prints the rows.
+A `Case` has the inputs, the sides (our implementations, torch's, torch.compile of the reference, installed
+peers) and the least work that the op needs. Each bench/<op>.py makes a list of cases, the most important
+first. `measure` turns a case into rows with timing.py; suite.py runs the cases and prints the rows.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def leaves(inputs: Inputs, wanted: Sequence[str]) -> Inputs:
 
 
 def call_of(call: Callable[..., Any], inputs: Inputs, wanted: Sequence[str], direction: str, upstream: Upstream) -> Call:
-    """The timed function of one direction of `call` on `inputs`, which it detaches from other calls' graphs."""
+    """The timed function of one direction of `call`, on `inputs` detached from other calls' graphs."""
     own = leaves(inputs, wanted)
 
     def gradients(outputs: Any, again: bool) -> tuple[torch.Tensor, ...]:
@@ -150,7 +150,7 @@ def call_of(call: Callable[..., Any], inputs: Inputs, wanted: Sequence[str], dir
 
 
 def error_of(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float | None:
-    """max over results of |got - want| / |want| (L2 norms; integers: the share that differs); None if not finite."""
+    """max |got - want| / |want| over results (L2 norms; integers: share that differs); None if not finite."""
     errors = []
     for mine, true in zip(got, want, strict=False):
         if not true.numel():
@@ -225,7 +225,7 @@ class Measurement:
         return [x.detach() for x in as_tuple(side.select(given) if direction == "forward" else given)]
 
     def facts(self, side: Side, direction: str) -> Row:
-        """Error, equality of two runs, and memory. The runs also trigger compilation, before anything is timed."""
+        """Error, equality of two runs, and memory. The runs also trigger compilation before timing."""
         # The error.
         part = "forward" if direction == "forward" else "backward"
         is_alike = part == "forward" or side.prepare is None
@@ -240,7 +240,7 @@ class Measurement:
         return {"error": error, "same_bits": same_bits(first, second), "peak_bytes": memory.peak_bytes}
 
     def timers(self, sides: Mapping[str, Side], direction: str, failures: dict[str, str]) -> dict[str, Timer]:
-        """A timer per side. If the fastest is short, all are timed by CUDA graphs, except those that cannot be captured."""
+        """A timer per side. If the fastest is short: CUDA graphs, for sides that can be captured."""
         # The clock on a CPU, events on a GPU.
         found: dict[str, Any] = {}
         cache = torch.empty(1 << 28, dtype=torch.uint8, device=self.device) if self.device.type == "cuda" else None
@@ -299,8 +299,8 @@ class Measurement:
 
 
 def measure(case: Case, setup: Setup, effort: Effort, deadline_s: float = math.inf) -> list[Row]:
-    """Rows of every side and direction. After `deadline_s` (time.monotonic) nothing more is measured. A side that fails has
-    the error in its row; a case whose inputs cannot be made has one row with the error."""
+    """Rows of every side and direction. After `deadline_s` (time.monotonic) nothing more is measured. A side
+    that fails has the error in its row; a case whose inputs cannot be made has one row with the error."""
     base = {"op": case.op, "shape": case.shape, "dtype": str(case.dtype).removeprefix("torch."), "direction": "all", "side": "all"}
     if time.monotonic() > deadline_s:
         return [base | {"says": "left out: no time was left"}]

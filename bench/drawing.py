@@ -27,7 +27,7 @@ def of_ours(rows: list[Row]) -> list[Row]:
 
 
 def roofline(axes: Axes, rows: list[Row], ceilings: dict[str, float]) -> None:
-    """GFLOP/s over FLOPs per byte. Ops that only move bytes are drawn at 1 FLOP per byte, so their height is GB/s."""
+    """GFLOP/s over FLOPs per byte. Ops that only move bytes are at 1 FLOP per byte: their height is GB/s."""
     # The ceilings.
     intensities = [10.0**power for power in range(-1, 5)]
     for name in ("bfloat16", "float32"):
@@ -39,7 +39,7 @@ def roofline(axes: Axes, rows: list[Row], ceilings: dict[str, float]) -> None:
         intensity = [max(row["flops"], row["bytes"]) / row["bytes"] for row in mine]
         heights = [x * row["gb_s"] for x, row in zip(intensity, mine, strict=True)]
         axes.scatter(intensity, heights, s=18, label=op, zorder=2, color=plt.get_cmap("tab20")(number))
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="GFLOP/s (GB/s at 1)", title="Our kernels and the ceilings")
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="GFLOP/s (GB/s at 1)", title="Our kernels, and ceilings")
     axes.legend(fontsize=7, loc="lower right")
 
 

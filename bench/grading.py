@@ -1,10 +1,11 @@
-"""Gradings per second of the verifier service, round trip to the workers included, and of math-verify if installed.
+"""Gradings per second of the verifier service, with the workers' round trip, and of math-verify if installed.
 
     .venv/bin/python -m bench.grading [--json bench/results/grading_cpu.json]
 
-A request is a completion of about 100 words and its right answer, in the trainer's format; workers are warm. The result
-is the fastest of several rounds, because other programs on the machine only slow a round down. math-verify runs in this
-process, without the service, on the same answers; answers that the two grade differently are printed.
+A request is a completion of about 100 words and its right answer, in the trainer's format; workers are warm.
+The result is the fastest of several rounds, because other programs on the machine only slow a round down.
+math-verify runs in this process, without the service, on the same answers; answers that the two grade
+differently are printed.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def cases(setup: Setup) -> list[Case]:
             op="grpo_loss", shape=f"{name} N{n}, ratio by {level}", dtype=torch.float32, wanted=("logprobs",),
             exact=functools.partial(call, impl="reference"), make=functools.partial(draw, name, setup.device),
             sides={**setup.ours("grpo_loss", call, torch.float32), **setup.compiled(functools.partial(call, impl="reference"))},
-            # Bytes per token: forward reads four f32 and an index and writes the gradient, which backward scales.
+            # Per token, forward reads four f32 and an index and writes the gradient; backward scales it.
             work={"forward": (0, 24 * n), "backward": (0, 8 * n)}))
     return found
 

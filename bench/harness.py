@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: a description of the machine, the `--json [FILE]` option, memory, GEMM and copy rates, medians.
+"""Shared by all benchmarks: a description of the machine, the `--json` option, memory, rates, medians.
 
 Needs only torch. Left out: workloads and peers, which are in each `bench/<name>.py`.
 """
@@ -27,6 +27,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 def describe_setting(device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Device, versions and commit, recorded with every result."""
+    # The machine and the versions; then the GPU's and the dtype.
     device = torch.device(device)
     setting: dict[str, Any] = {
         "device": device.type,
@@ -57,8 +58,8 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def commit(checkout: Path = CHECKOUT) -> str:
-    """The checkout's commit, with "-dirty" if tracked files differ from it. Without git: REASON_RL_COMMIT, for a copy of
-    the checkout on another machine, or "unknown"."""
+    """The checkout's commit, with "-dirty" if tracked files differ from it. Without git: REASON_RL_COMMIT,
+    for a copy of the checkout on another machine, or "unknown"."""
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -87,8 +88,8 @@ def write_json(record: Mapping[str, Any], target: str | None) -> None:
 
 
 def peak_rss_bytes(process: int | str = "self") -> int:
-    """Peak resident memory of this process, or of another by its id, since it started. A benchmark reports the difference
-    between the values at the end and after start-up.
+    """Peak resident memory of this process, or of another by its id, since it started. A benchmark reports
+    the difference between the values at the end and after start-up.
 
     Read from /proc if it exists: getrusage's ru_maxrss starts a child at its parent's peak, even across exec.
     """
@@ -117,7 +118,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def time_calls(call: Callable[[], object], repeats: int, warmup: int = 1) -> list[float]:
-    """Seconds of each of `repeats` calls, after `warmup` untimed ones; on CUDA, synchronized before and after."""
+    """Seconds of each of `repeats` calls, after `warmup` untimed ones; synchronized with a GPU."""
     for _ in range(warmup):
         call()
     seconds = []
@@ -163,5 +164,5 @@ def copy_gbytes(device: torch.device | str = "cpu", repeats: int = 5) -> float:
 
 
 def gemm_rates(device: torch.device | str = "cpu", size: int | None = None) -> dict[str, float]:
-    """{"float32": GFLOP/s, "bfloat16": GFLOP/s} of size^3 products; default size: 2048 on a CPU, 8192 on a GPU."""
+    """{"float32": GFLOP/s, "bfloat16": GFLOP/s} of size^3 products; default: 2048 on a CPU, 8192 on a GPU."""
     return {str(dtype).removeprefix("torch."): gemm_gflops(dtype, device, size) for dtype in (torch.float32, torch.bfloat16)}

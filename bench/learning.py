@@ -1,11 +1,11 @@
-"""Trains a preset from random weights with several seeds and compares the results with the project's promises.
+"""Trains a preset from random weights with several seeds and checks the project's promises.
 
-    python -m bench.learning --json bench/results/program_cpu.json --plot docs/program.png
-    python -m bench.learning --preset countdown --json bench/results/countdown_cpu.json --plot docs/countdown.png
+    python -m bench.learning --json bench/results/program_cpu.json --plot program.png
+    python -m bench.learning --preset countdown --json bench/results/countdown_cpu.json --plot countdown.png
 
-Each seed is one process of train.py in an empty folder, so pretraining is included. To test a change of RL only, --bases
-reuses the base models of an earlier call. The record has the summary and evaluation curve of every seed, and the
-machine. Left out: a selection of seeds; all seeds are reported.
+Each seed is one process of train.py in an empty folder, so pretraining is included. To test a change of RL
+only, --bases reuses the base models of an earlier call. The record has the summary and evaluation curve of
+every seed, and the machine. Left out: a selection of seeds; all seeds are reported.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Promise:
     most_logprob_gap: float = 1e-4
     """Nats between sampler and trainer, the largest over all steps."""
     least_problems: int = 500
-    """Held-out problems of the first and of the last evaluation, each with at least `least_samples` samples."""
+    """Held-out problems of the first and the last evaluation, each with `least_samples` samples or more."""
     least_samples: int = 4
 
 

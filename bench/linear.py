@@ -1,4 +1,4 @@
-"""`linear` (kernels/linear/) against torch's GEMM, impl="torch": a training pack, a decode step, a router, the default model."""
+"""`linear` (kernels/linear/) against torch's GEMM, on shapes of training, decode and routers."""
 
 from __future__ import annotations
 

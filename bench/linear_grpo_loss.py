@@ -1,4 +1,4 @@
-"""`linear_grpo_loss` (kernels/linear_grpo_loss/), from hidden states to gradients, against plain torch and Liger.
+"""`linear_grpo_loss` (kernels/linear_grpo_loss/), hidden states to gradients, against torch and Liger.
 
 Only `full` is timed: an implementation with the loss folded in computes the gradients in its forward pass.
 """

@@ -1,4 +1,4 @@
-"""`linear_logprob` (kernels/linear_logprob/) against cross-entropies of torch, Liger and Apple, which give no entropy.
+"""`linear_logprob` (kernels/linear_logprob/) against cross-entropies of torch, Liger and Apple.
 
 `percent` of backward counts 4NDV FLOPs, as if the softmax was saved; recomputing the logits takes 6NDV.
 """

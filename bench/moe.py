@@ -1,4 +1,4 @@
-"""`experts` and `route` (kernels/moe/) against F.grouped_mm and peers: 128 experts, training and decode; the default model."""
+"""`experts` and `route` (kernels/moe/) against F.grouped_mm and peers, on shapes of training and decode."""
 
 from __future__ import annotations
 

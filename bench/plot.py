@@ -3,8 +3,8 @@
     python -m bench.plot OUT.png RUN [RUN ...]          one run per seed
     python -m bench.plot --stage grpo-2 OUT.png RUN     this stage; default: the last one with evaluations
 
-Each run is a line; nothing is averaged. Needs matplotlib (extra `bench`). Left out: other metrics of a run, which its
-report shows (reason_rl/report/page.py).
+Each run is a line; nothing is averaged. Needs matplotlib (extra `bench`). Left out: other metrics of a run,
+which its report shows (reason_rl/report/page.py).
 """
 
 from __future__ import annotations

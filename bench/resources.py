@@ -3,8 +3,8 @@
     python -m bench.resources [op ...] [--json FILE]
 
 Registers per thread, bytes spilled, shared memory per program, matrix instructions and asynchronous copies.
-tests/kernels/test_ahead_of_time.py compares them with bench/results/triton_resources.json: write it again after a change
-of a kernel.
+tests/kernels/test_ahead_of_time.py compares them with bench/results/triton_resources.json: write it again
+after a change of a kernel.
 """
 
 from __future__ import annotations

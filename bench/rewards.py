@@ -1,4 +1,4 @@
-"""The reward of timed steps: cheap, and not constant within a group. A separate module, so that workers need no torch."""
+"""The reward of timed steps: cheap, and not constant. A separate module, so that workers need no torch."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
 """Time the engine's rollout: tokens per second of each decoder.
 
-native: several tokens per C++ call, on a CPU. ops: op by op. graphs: CUDA graphs of whole decode steps, on a GPU.
+native: several tokens per C++ call, on a CPU. ops: op by op. graphs: CUDA graphs of decode steps, on a GPU.
 
     python -m bench.rollout                        workload W1 of bench.train_step, each decoder in turn
     python -m bench.rollout --workload W2 --dtype float32 --decoder native --json rollout.json
 
-`percent_of_gemm` is the model's FLOP rate (2 FLOPs per active weight and token, attention not counted) in percent of the
-rate of a large product, measured in the same run. On a GPU there is also `percent_of_decode_floor` (workloads.py). Each
-decoder runs in a new process. The command fails if they draw different tokens or logprobs.
+`percent_of_gemm` is the model's FLOP rate (2 FLOPs per active weight and token, attention not counted) in
+percent of the rate of a large product, measured in the same run. On a GPU there is also
+`percent_of_decode_floor` (workloads.py). Each decoder runs in a new process. The command fails if they draw
+different tokens or logprobs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`sample` (kernels/sample/) from last hidden states: untruncated, and with top-k and top-p, which need the logits.
+"""`sample` (kernels/sample/) from last hidden states, without truncation and with top-k and top-p.
 
 `error` is the share of rows whose token differs from the one that float64 draws with the same noise.
 """

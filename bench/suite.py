@@ -2,9 +2,9 @@
 
     python -m bench.rms_norm [--json [FILE]] [--plot FILE.png] [--device cpu] [--budget-s 120]
 
-The ceilings, a large copy and a large product in each dtype, are measured in the same process. `percent` is the time that
-the case's least work takes at its ceiling, over the measured time. It can exceed 100 if small inputs stay in the cache.
-Needs only torch; --plot needs matplotlib.
+The ceilings, a large copy and a large product in each dtype, are measured in the same process. `percent` is
+the time that the case's least work takes at its ceiling, over the measured time. It can exceed 100 if small
+inputs stay in the cache. Needs only torch; --plot needs matplotlib.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def options_of(parser: argparse.ArgumentParser, budget_s: float) -> None:
                         help="torch.compile of the reference; auto: on a GPU")
     parser.add_argument("--warmup-ms", type=float, default=100, help="untimed ms per side, shape and direction")
     parser.add_argument("--rep-ms", type=float, default=500, help="timed ms per side, shape and direction")
-    parser.add_argument("--budget-s", type=float, default=budget_s, help="seconds; cases that have not started by then are left out, with a row that says so")
+    parser.add_argument("--budget-s", type=float, default=budget_s,
+                        help="seconds; cases that have not started by then are left out, each with a row that says so")
     parser.add_argument("--plot", metavar="FILE.png", help="draw a roofline, and bars with percents")
     add_json_option(parser)
 

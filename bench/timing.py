@@ -1,9 +1,9 @@
 """Timers of a call: CUDA events with a cold cache, CUDA graphs for short calls, the clock on a CPU.
 
-Events are recorded on the GPU before and after a call. The L2 cache is overwritten before each call, so inputs come from
-memory. For calls below SHORT_S, events would measure launches instead of kernels. Such calls are captured in a graph,
-each with a different copy of the inputs, COLD times the cache in total; the time of a replay is divided by the calls.
-Left out: cases and sides (cases.py).
+Events are recorded on the GPU before and after a call. The L2 cache is overwritten before each call, so
+inputs come from memory. For calls below SHORT_S, events would measure launches instead of kernels. Such calls
+are captured in a graph, each with a different copy of the inputs, COLD times the cache in total; the time of
+a replay is divided by the calls. Left out: cases and sides (cases.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_REPEATS = 200
 
 @dataclass(frozen=True)
 class Effort:
-    """Seconds per side and direction; rep_s is divided equally among rounds, in which the sides take turns."""
+    """Seconds per side and direction. The sides take turns: each round has rep_s / rounds per side."""
 
     warmup_s: float = 0.1
     rep_s: float = 0.5
@@ -36,7 +36,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Call:
-    """`run(before(), again)`; `before` is not timed. `again`: `run` will be called again with the same state."""
+    """`run(before(), again)`; `before` is not timed. `again`: the same state will be used once more."""
 
     run: Callable[[Any, bool], object]
     before: Callable[[], Any] = lambda: None
@@ -151,8 +151,8 @@ def in_words(error: Exception) -> str:
 
 
 def take_turns(timers: dict[str, Timer], effort: Effort, failures: dict[str, str]) -> dict[str, list[float]]:
-    """Seconds of every timer. In each round every timer has a turn, so drift (clocks, heat) affects all equally. A timer that
-    fails is left out from then on, and its error is added to `failures`."""
+    """Seconds of every timer. In each round every timer has a turn, so drift (clocks, heat) affects all
+    equally. A timer that fails is left out from then on, and its error is added to `failures`."""
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(effort.rounds):
         for name, timer in timers.items():

@@ -1,19 +1,22 @@
 """Time the trainer's GRPO step on a fixed workload, and TRL's GRPOTrainer if it is installed.
 
-    python -m bench.train_step --workload W1                          ours and TRL in turn, if TRL can be imported
-    python -m bench.train_step --peer trl --peer-python P --json F    TRL in another environment's Python, record to F
+    python -m bench.train_step --workload W1                          ours, and TRL if installed
+    python -m bench.train_step --peer trl --peer-python P --json F    TRL in another Python, record to F
     python -m bench.train_step --peer none                            only ours
-    python -m bench.train_step --peer exact                           ours with run.exact "on", "on" op by op, and "off"
-    python -m bench.train_step --trace step.json                      only ours, with a profile (chrome://tracing)
+    python -m bench.train_step --peer exact                           ours: exact "on", op by op, and "off"
+    python -m bench.train_step --trace step.json                      only ours, and a profile of one step
     python -m bench.train_step --workload 1b --device cuda --steps 2 --warmup 1
 
-workloads.py has the workloads and their models; TRL runs only W1 and W2. Temperature 1, no KL, one update per step.
-`step_s`: rollout, reward, loss, backward, optimizer and logging.
-`percent_of_gemm`: the step's FLOP rate (2 FLOPs per active weight and sampled token, 6 per trained token; attention is not
-counted) in percent of the rate of a large product in the same dtype and process. On a GPU this is the MFU.
-`percent_of_decode_floor`: on a GPU, the least time to read the rollout's weights and keys, in percent of the rollout's time.
-`peak_mb`: main memory, verifier processes included. `peak_gpu_mb`: GPU memory.
-`train_s` of TRL is its step minus generation. To install TRL: `pip install trl transformers accelerate datasets`.
+workloads.py has the workloads and their models; TRL runs only W1 and W2. Temperature 1, no KL, one update per
+step. To install TRL: `pip install trl transformers accelerate datasets`.
+
+    step_s                     rollout, reward, loss, backward, optimizer and logging
+    train_s                    packing, logprobs and update; TRL's is its step minus generation
+    percent_of_gemm            the step's FLOP rate, in percent of a large product's in the same dtype and
+                               process: 2 FLOPs per active weight and sampled token, 6 per trained token,
+                               attention not counted. On a GPU this is the MFU
+    percent_of_decode_floor    on a GPU: the least time to read the rollout's weights and keys, over its time
+    peak_mb, peak_gpu_mb       main memory, verifier processes included; GPU memory
 """
 
 from __future__ import annotations
@@ -126,7 +129,7 @@ def write_trace(stage: Grpo, step: int, path: str) -> None:
 
 
 def run_child(command: list[str]) -> Record:
-    """Runs the command in a new process, so that sides do not share memory; its last line of stdout is its record."""
+    """Runs the command in a new process -> its record, the last line of stdout."""
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
@@ -186,7 +189,8 @@ def over_rounds(rounds: list[Record]) -> dict[str, float]:
 def compare(ours: dict[str, float], theirs: dict[str, float]) -> dict[str, float | None]:
     """Ratios: speedups are above 1 if ours is faster, memory is below 1 if ours takes less.
 
-    `train_speedup` compares the step minus the rollout on both sides, because TRL's step cannot be split further.
+    `train_speedup` compares the step minus the rollout on both sides, because TRL's step cannot be split
+    further.
     """
     memory = theirs["peak_above_startup_mb"]
     return {
@@ -210,14 +214,15 @@ def print_sides(record: Record) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.train_step", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="W1")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of ours; TRL runs in float32 and bfloat16")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+                        help="of ours; TRL runs in float32 and bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--exact", choices=["auto", "on", "off"], default="auto", help="run.exact of ours")
     parser.add_argument("--decoder", choices=["auto", "native", "ops"], default="auto", help="engine.decoder of ours")
     parser.add_argument("--peer", choices=["trl", "exact", "none"],
-                        help="run in turn with TRL (default: if it is installed) or, exact, with other settings of run.exact")
+                        help="runs in turn with ours: trl (default if installed), or ours with other run.exact")
     parser.add_argument("--peer-python", default=sys.executable, help="the Python that has the peer installed")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side, with a peer")
     parser.add_argument("--trace", help="write a torch profiler trace of one step of ours to this file")

@@ -1,12 +1,16 @@
 """The workloads of bench.train_step and bench.rollout, and the model of each.
 
-    W1       16 prompts of   6 tokens x  8 completions of exactly  64 tokens   V64 D128 I128 L4 H4 K2 C32 E8 top-2, tied, in
-    W2        4 prompts of 256 tokens x 16 completions of exactly 128 tokens   Qwen3-MoE's shape: 1.78 M parameters, 0.6 M active
-    default  16 prompts of  16 tokens x 16 completions of exactly  80 tokens   the default preset's model and batch
-    1b       16 prompts of 512 tokens x 16 completions of exactly 512 tokens   V151936 D2048 I1024 L16 H16 K4 C128 E32 top-4, tied:
-                                                                               3.7 B parameters, 0.9 B active; 70 GB to train
+    W1       16 prompts of   6 tokens x  8 completions of exactly  64 tokens    small model
+    W2        4 prompts of 256 tokens x 16 completions of exactly 128 tokens    small model
+    default  16 prompts of  16 tokens x 16 completions of exactly  80 tokens    default preset
+    1b       16 prompts of 512 tokens x 16 completions of exactly 512 tokens    large model
 
-Weights and prompts are random, and no token ends a completion. The reward is a completion's number of distinct characters.
+    small model  V64 D128 I128 L4 H4 K2 C32 E8 top-2, tied, Qwen3-MoE: 1.78 M parameters, 0.6 M active
+    large model  V151936 D2048 I1024 L16 H16 K4 C128 E32 top-4, tied: 3.7 B parameters, 0.9 B active; training
+                 takes 70 GB
+
+Weights and prompts are random, and no token ends a completion. The reward is a completion's number of
+distinct characters.
 """
 
 from __future__ import annotations
@@ -32,8 +36,8 @@ PEERS_KNOW = ("W1", "W2")
 MODELS = {
     "default": (),
     "1b": ("--model.num_hidden_layers=16", "--model.hidden_size=2048", "--model.num_attention_heads=16",
-           "--model.num_key_value_heads=4", "--model.head_dim=128", "--model.num_experts=32", "--model.num_experts_per_tok=4", "--model.moe_intermediate_size=1024",
-           "--optim.microbatch_tokens=16384")}
+           "--model.num_key_value_heads=4", "--model.head_dim=128", "--model.num_experts=32",
+           "--model.num_experts_per_tok=4", "--model.moe_intermediate_size=1024", "--optim.microbatch_tokens=16384")}
 """Overrides by workload; workloads that are not listed have PEERS_MODEL."""
 PEERS_MODEL = ("--model.num_hidden_layers=4", "--model.moe_intermediate_size=128")
 VOCAB_SIZES = {"1b": 151936}
@@ -89,9 +93,9 @@ def workload_stage(config: Config, workload: str) -> Grpo:
 
 
 def decode_floor_s(model: Transformer, workload: str, bytes_per_s: float) -> float:
-    """Least seconds of a rollout's decode steps, by bytes read. Each step reads the weights once (of experts, those that some
-    sequence can use), each sequence's own keys and values, and each prompt's once per group. Prefill, which gives the
-    first tokens, is left out."""
+    """Least seconds of a rollout's decode steps, by bytes read. Each step reads the weights once (of experts,
+    those that some sequence can use), each sequence's own keys and values, and each prompt's once per group.
+    Prefill, which gives the first tokens, is left out."""
     # Bytes of weights per step.
     num_prompts, prompt_tokens, group_size, new_tokens = WORKLOADS[workload]
     config, num_rows, num_steps = model.config, num_prompts * group_size, new_tokens - 1
@@ -99,6 +103,8 @@ def decode_floor_s(model: Transformer, workload: str, bytes_per_s: float) -> flo
     weight_bytes = sum(
         parameter.nbytes * (used_share if parameter.dim() == 3 else 1.0)  # the experts' are stacked
         for name, parameter in model.named_parameters() if config.tie_word_embeddings or not name.startswith("embedding"))
+
+    # Bytes of keys and values, over all steps.
     key_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.compute_dtype.itemsize
     keys = num_steps * num_prompts * prompt_tokens + num_rows * num_steps * (num_steps + 1) // 2
     return (num_steps * weight_bytes + keys * key_bytes) / bytes_per_s

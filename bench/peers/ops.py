@@ -1,7 +1,7 @@
 """Other projects' kernels as sides of a case, called as their authors do, on our inputs.
 
-Each function takes the device and returns a `Side`, or the reason why it cannot run, such as "not installed". A package
-is imported only if it is installed.
+Each function takes the device and returns a `Side`, or the reason why it cannot run, such as "not installed".
+A package is imported only if it is installed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Maker = Callable[..., Side]
 
 
 def peer(package: str) -> Callable[[Maker], Callable[..., Side | str]]:
-    """Wraps a maker: the reason instead of its Side if `package` is missing or fails to load, or without a GPU."""
+    """Wraps a maker: a reason instead of its Side if `package` is missing or fails to load, or on a CPU."""
 
     def wrap(make: Maker) -> Callable[..., Side | str]:
         @functools.wraps(make)
@@ -111,7 +111,7 @@ def scatter_experts() -> Side:
 
 @peer("flash_attn")
 def flash_attention(prepare: Callable[[Inputs], Inputs] | None, select: Callable[[Any], Any]) -> Side:
-    """For concatenated sequences: cu_seqlens i32[S + 1] and max_length are in the inputs, or `prepare` adds them."""
+    """For concatenated sequences; `prepare` adds cu_seqlens i32[S + 1] and max_length if they are missing."""
     from flash_attn import flash_attn_varlen_func
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_length: int, **rest: Any) -> Any:

@@ -1,9 +1,9 @@
 """TRL's GRPOTrainer on the workloads of bench/train_step.py; prints one JSON line with the same fields.
 
-`python -m bench.train_step --peer trl` runs it with a Python that has trl, transformers, accelerate and datasets. It imports
-nothing of this project. Every completion has exactly the workload's length, because the end token is forbidden before. A
-step's time is the wall-clock between the ends of two optimizer steps: generation, reward, loss and update. `train_s` is
-the step's time minus its generation.
+`python -m bench.train_step --peer trl` runs it with a Python that has trl, transformers, accelerate and
+datasets. It imports nothing of this project. Every completion has exactly the workload's length, because the
+end token is forbidden before. A step's time is the wall-clock between the ends of two optimizer steps:
+generation, reward, loss and update. `train_s` is the step's time minus its generation.
 """
 
 import argparse

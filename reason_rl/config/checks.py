@@ -1,7 +1,7 @@
 """`check_config` raises `ConfigError` for a config that cannot run; `load_config` calls it before it returns.
 
-Left out, because it needs more than the config: whether a task exists and has problems, whether a checkpoint can be
-read, whether prompts fit the context.
+Left out, because it needs more than the config: whether a task exists and has problems, whether a checkpoint
+can be read, whether prompts fit the context.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def check_config(config: Config) -> None:
         raise ConfigError(f"sampling.max_tokens = {sampling.max_tokens} leaves no room for a prompt in "
                           f"model.max_position_embeddings = {model.max_position_embeddings}")
     if sampling.temperature <= 0 and rl.steps > 0:
-        raise ConfigError(f"sampling.temperature must be above 0 for RL, got {sampling.temperature}: greedy groups hold G equal completions")
+        raise ConfigError(f"sampling.temperature must be above 0 for RL, got {sampling.temperature}: "
+                          "greedy groups hold G equal completions")
 
     # run.exact, the decoder and CUDA graphs.
     if config.engine.decoder == "native" and config.run.exact == "off":
@@ -92,7 +93,7 @@ def check_config(config: Config) -> None:
 
 
 def check_model(model: ModelConfig) -> None:
-    """Raises ConfigError for sizes that do not fit each other, from a config or from a checkpoint's config.json."""
+    """Raises ConfigError for sizes that do not fit each other; a checkpoint's config.json is checked too."""
     # Heads, experts per token, and the dimensions that RoPE rotates.
     if model.num_attention_heads % model.num_key_value_heads:
         raise ConfigError(f"model.num_attention_heads = {model.num_attention_heads} must be divisible by "
@@ -146,10 +147,12 @@ def _check_levels_and_shares(config: Config) -> None:
 
 
 def _check_ranges(config: Config) -> None:
+    """Raises ConfigError for a value outside of its key's range."""
     def value(dotted: str) -> Any:
         section, key = dotted.split(".")
         return getattr(getattr(config, section), key)
 
+    # Each condition is written so that NaN fails it.
     for dotted in POSITIVE:
         if not value(dotted) > 0:
             raise ConfigError(f"{dotted} must be above 0, got {value(dotted)}")

@@ -1,4 +1,4 @@
-"""Reads a config into checked frozen dataclasses (defaults < TOML < `--section.key=value`), and writes one as TOML."""
+"""Reads a config: defaults < TOML < `--section.key=value` -> checked dataclasses; writes one as TOML."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHORTHANDS = {key: f"run.{key}" for key in ("name", "seed", "device", "dtype", "
 
 
 def load_config(toml_path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the TOML file, then `--section.key=value` or `--stage.section.key=value` strings -> the checked config."""
+    """overrides: `--section.key=value` or `--stage.section.key=value` -> the checked config."""
     # The tables of the file, with the overrides.
     values = {} if toml_path is None else _read_toml(Path(toml_path))
     tables = values.pop("stage", [])
@@ -81,7 +81,7 @@ def _stage_tables(tables: Any) -> list[dict[str, Any]]:
 
 
 def _override(values: dict[str, Any], stages: list[dict[str, Any]], path: list[str], text: str) -> None:
-    """Sets one key from the command line, for one stage or for all; "for all" also replaces values of single stages."""
+    """Sets a key from the command line. A key without a stage's name also replaces the stages' own values."""
     # stage.section.key
     if len(path) == 3:
         stage = next((stage for stage in stages if stage["name"] == path[0]), None)
@@ -120,6 +120,7 @@ def _build_stage(config: Config, table: dict[str, Any]) -> StageConfig:
 
 def parse_command_line(arguments: Sequence[str]) -> Config:
     """`[config.toml] [--section.key=value | --section.key value ...]` -> Config."""
+    # One file, and overrides in either spelling.
     toml_path: str | None = None
     overrides: list[str] = []
     pending = list(arguments)
@@ -139,7 +140,7 @@ def parse_command_line(arguments: Sequence[str]) -> Config:
 
 
 def _split_override(override: str) -> tuple[list[str], str]:
-    """`--rl.steps=10` -> (["rl", "steps"], "10"); `--base.rl.steps=10` of stage base -> (["base", "rl", "steps"], "10")."""
+    """`--rl.steps=10` -> (["rl", "steps"], "10"); `--base.rl.steps=10` -> (["base", "rl", "steps"], "10")."""
     name, equals, text = override.removeprefix("--").partition("=")
     *stage, section, key = SHORTHANDS.get(name, name).split(".") if "." in SHORTHANDS.get(name, name) else ("", "")
     if not equals or not section or len(stage) > 1:
@@ -230,7 +231,7 @@ def dump_config(config: Config) -> str:
 
 
 def _toml(value: bool | int | float | str) -> str:
-    """JSON's syntax is TOML's too, with two exceptions: TOML has no surrogate pairs, and DEL must be escaped."""
+    """As JSON, which is TOML with two exceptions: TOML has no surrogate pairs, and escapes DEL."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

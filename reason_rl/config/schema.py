@@ -1,4 +1,4 @@
-"""The sections of a run's configuration: frozen dataclasses. `train.py --help` prints the docstrings of their fields."""
+"""The sections of a run's configuration. `train.py --help` prints the docstrings of their fields."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ class RunConfig:
     device: str = "auto"
     """"auto" (cuda if available, else cpu), "cpu", "cuda" or "cuda:1"."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; master weights are float32. "auto": bfloat16 on CUDA, and on a CPU with AVX-512-BF16 if the native
-    kernels are built; else float32."""
+    """Compute dtype; master weights are float32. "auto": bfloat16 on CUDA, and on a CPU with AVX-512-BF16 if
+    the native kernels are built; else float32."""
     exact: Literal["auto", "on", "off"] = "auto"
-    """Whether the sampler's logprobs equal the trainer's bit for bit. "auto": batch-invariant ops on devices that have
-    them; each step logs the gap. "on": the same, and the run stops if the gap on policy is not 0. "off": torch's GEMMs
-    in projections, experts and the trainer's head; their rounding may depend on the batch."""
+    """Whether the sampler's logprobs equal the trainer's bit for bit. "auto": batch-invariant ops on devices
+    that have them; each step logs the gap. "on": also stop if the gap on policy is not 0. "off": torch's
+    GEMMs in projections, experts and the trainer's head; their rounding may depend on the batch."""
     num_threads: int = 0
-    """torch's CPU threads in each process. 0 divides the cores equally among the machine's processes; a single process
-    uses OMP_NUM_THREADS if it is set."""
+    """torch's CPU threads in each process. 0 divides the cores equally among the machine's processes; a
+    single process uses OMP_NUM_THREADS if it is set."""
     resume: Literal["auto", "never"] = "auto"
-    """"auto" continues an unfinished run of the same config; "never" starts over in a new folder, name-2, name-3, ..."""
+    """"auto" continues an unfinished run of the same config; "never" starts over in a new folder, name-2,
+    name-3, ..."""
     checkpoint_every: int = 20
     """RL steps between checkpoints; 0: only timed ones. A checkpoint is also due 300 s after the last one."""
     keep_checkpoints: int = 2
@@ -51,11 +52,10 @@ class RunConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     init_from: str = ""
-    """A Hugging Face checkpoint folder to start RL from; the keys below then have no effect. Empty: a model of the
-    shape below is pretrained first."""
+    """A Hugging Face checkpoint folder to start RL from; the keys below then have no effect. Empty: a model
+    of the shape below is pretrained first."""
     family: Literal["auto", "llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "olmoe", "dots1", "glm4_moe"] = "auto"
-    """Hugging Face's model_type: weight names and config keys of written checkpoints. "auto": qwen3_moe, or qwen3
-    without experts."""
+    """Hugging Face's model_type of written checkpoints. "auto": qwen3_moe, or qwen3 if num_experts is 1."""
     num_hidden_layers: int = 3
     hidden_size: int = 128
     num_attention_heads: int = 4
@@ -77,12 +77,12 @@ class ModelConfig:
     router_score: Literal["softmax", "sigmoid"] = "softmax"
     """Function from router logits to expert scores."""
     norm_topk_prob: bool = True
-    """Normalise the weights of a token's chosen experts to sum 1."""
+    """Normalise the weights of a token's chosen experts to a sum of 1."""
     routed_scaling_factor: float = 1.0
     """Factor on the weights of the chosen experts, after the normalisation."""
     expert_bias: bool = False
-    """Load balancing without a loss (arXiv:2408.15664): a bias per expert, used only to choose experts. Pretraining
-    moves it against the expert's load."""
+    """Load balancing without a loss (arXiv:2408.15664): a bias per expert, used only to choose experts.
+    Pretraining moves it against the expert's load."""
     num_dense_layers: int = 0
     """The first num_dense_layers layers have one MLP instead of experts."""
     intermediate_size: int = 0
@@ -102,10 +102,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """The base model: next-token prediction on a synthetic corpus in which most documents answer without a thought."""
+    """The base model: next-token prediction on a synthetic corpus, mostly of answers without a thought."""
 
     tokenizer: Literal["char", "byte"] = "char"
-    """"char": a token for each of the 52 characters of our own tasks. "byte": a token per byte, for any text."""
+    """"char": a token for each of the 52 characters of our tasks. "byte": a token per byte, for any text."""
     steps: int = 1200
     """Optimizer updates."""
     tokens_per_step: int = 2048
@@ -113,8 +113,8 @@ class PretrainConfig:
     direct_share: float = 0.82
     """Share of problem documents that have an empty thought, at levels from task.min_level up."""
     worked_share: float = 0.09
-    """Share of problem documents with the whole work as the thought, at the same levels. In the remaining ones the
-    thought stops after a random line."""
+    """Share of problem documents with the whole work as the thought, at the same levels. In the remaining
+    ones the thought stops after a random line."""
     fact_share: float = 0.2
     """Share of all documents that are single facts (`7*3=1`); the others are problem documents."""
     min_level: int = 1
@@ -128,14 +128,14 @@ class PretrainConfig:
     z_loss_coef: float = 0.0
     """Coefficient of the router z-loss, which keeps router logits small (ST-MoE, arXiv:2202.08906)."""
     expert_bias_rate: float = 0.0001
-    """Change of an expert's bias per update if model.expert_bias is on. With 8 experts, 0.001 slowed learning."""
+    """Change of an expert's bias per update (model.expert_bias). With 8 experts, 0.001 slowed learning."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adamw", "muon"] = "adamw"
-    """"muon": torch.optim.Muon on matrices of attention, MLPs and experts, AdamW on embedding, router, norms, biases
-    and head."""
+    """"muon": torch.optim.Muon on matrices of attention, MLPs and experts, AdamW on embedding, router, norms,
+    biases and head."""
     lr: float = 3e-4
     """Peak learning rate of AdamW."""
     muon_lr: float = 0.02
@@ -153,7 +153,7 @@ class OptimConfig:
     warmup_steps: int = 0
     """Steps of linear warm-up to the peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up. "linear" and "cosine" decay to final_lr_share of the peak, reached one step after the last."""
+    """After warm-up; the decays reach final_lr_share of the peak one step after the last."""
     final_lr_share: float = 0.0
     """End of the decay as a share of the peak learning rate."""
     microbatch_tokens: int = 16384
@@ -165,19 +165,19 @@ class EngineConfig:
     max_num_seqs: int = 256
     """Most sequences that one process decodes at a time."""
     num_blocks: int = 0
-    """KV cache blocks of 16 tokens. 0: enough for max_num_seqs sequences of the longest prompt and sampling.max_tokens,
-    at most cache_gib."""
+    """KV cache blocks of 16 tokens. 0: enough for max_num_seqs sequences of the longest prompt and
+    sampling.max_tokens, at most cache_gib."""
     cache_gib: float = 16.0
-    """Most GiB of KV cache if num_blocks is 0; it always fits one sequence. If blocks run out, sequences wait and the
-    youngest are preempted: slower, but the same tokens."""
+    """Most GiB of KV cache if num_blocks is 0; it always fits one sequence. If blocks run out, sequences wait
+    and the youngest are preempted: slower, but the same tokens."""
     prefill_tokens: int = 8192
     """Most tokens in one prefill pass; a longer prompt has a pass to itself."""
     decoder: Literal["auto", "native", "ops"] = "auto"
-    """"native": one C++ call runs the whole model for several tokens. "ops": one token per pass, op by op. Both draw
-    the same tokens. "auto": native if it supports the model and the device."""
+    """"native": one C++ call runs the whole model for several tokens. "ops": one token per pass, op by op.
+    Both draw the same tokens. "auto": native if it supports the model and the device."""
     cuda_graph_batch: int = 0
-    """On CUDA, decode steps of up to this many sequences run as CUDA graphs, padded to a power of two: the same tokens.
-    0: no graphs."""
+    """On CUDA, decode steps of up to this many sequences run as CUDA graphs, padded to a power of two: the
+    same tokens. 0: no graphs."""
 
 
 @dataclass(frozen=True)
@@ -191,25 +191,25 @@ class RLConfig:
     num_minibatches: int = 2
     """Optimizer updates per step; the step's completions are divided equally among them."""
     advantage: Literal["std", "mean", "leave_one_out", "batch_std"] = "std"
-    """"std": (r - mean) / std of the group (GRPO). "mean": r - mean (Dr. GRPO). "leave_one_out": r - mean of the others
-    (RLOO). "batch_std": (r - group mean) / std of the batch."""
+    """"std": (r - mean) / std of the group (GRPO). "mean": r - mean (Dr. GRPO). "leave_one_out": r - mean of
+    the others (RLOO). "batch_std": (r - group mean) / std of the batch."""
     drop_no_signal: bool = True
-    """Leave groups with equal rewards out of the update. Their advantages are 0: they only add tokens to the loss's
-    denominator, and KL terms if loss.kl_coef is above 0."""
+    """Leave groups with equal rewards out of the update. Their advantages are 0: they only add tokens to the
+    loss's denominator, and KL terms if loss.kl_coef is above 0."""
     dynamic_sampling: int = 0
     """DAPO: most further rounds of new problems per step, which replace groups with equal rewards. 0: off."""
     drop_truncated: bool = False
     """DAPO's overlong filtering: leave completions that were cut at max_tokens out of the update."""
     old_logprobs: Literal["rollout", "recompute"] = "rollout"
-    """Source of old_logprobs. "rollout": the engine's record, which equals the trainer's logprobs with batch-invariant
-    ops. "recompute": a forward pass before the step's first update."""
+    """Source of old_logprobs. "rollout": the engine's record, which equals the trainer's logprobs with
+    batch-invariant ops. "recompute": a forward pass before the step's first update."""
     max_logprob_gap: float = 0.0
-    """Above 0: stop if the engine's and the trainer's logprobs differ by more than this (nats) on policy. 0: never stop;
-    metric max_abs_logprob_gap has the gap, and the first one above 0.001 (0 on a CPU) prints a warning. run.exact = "on"
-    stops at any gap."""
+    """Above 0: stop if the engine's and the trainer's logprobs differ by more than this (nats) on policy. 0:
+    never stop; metric max_abs_logprob_gap has the gap, and the first one above 0.001 (0 on a CPU) prints a
+    warning. run.exact = "on" stops at any gap."""
     routing_replay: bool = False
-    """Train with the experts that the sampler chose, with weights from the trainer's router (arXiv:2507.18071, 5.3):
-    for samplers whose routing may differ."""
+    """Train with the experts that the sampler chose, with weights from the trainer's router
+    (arXiv:2507.18071, 5.3): for samplers whose routing may differ."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A [[stage]] of a recipe: its kind, the stage whose weights it starts from, and keys that override the recipe's.
+    """A [[stage]] of a recipe: its kind, the stage that it starts from, and keys that override the recipe's.
 
         [[stage]]
         kind = "grpo"
@@ -253,8 +253,8 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A recipe: its stages, and the sections that apply to all of them. Without stages: pretrain, then grpo; only grpo
-    if model.init_from names a checkpoint."""
+    """A recipe: its stages, and the sections that apply to all of them. Without stages: pretrain, then grpo;
+    only grpo if model.init_from names a checkpoint."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

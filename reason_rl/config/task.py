@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """program, countdown and your own tasks generate problems; gsm8k, math, code and jsonl read files: docs/tasks.md."""
+    """program, countdown and your own tasks generate problems; gsm8k, math, code and jsonl read files."""
 
     name: str = "program"
     """program | countdown | gsm8k | math | code | jsonl, or your own generated task as "module:Class"."""
@@ -19,8 +19,7 @@ class TaskConfig:
     max_level: int = 8
     """Largest difficulty of generated problems."""
     heldout_share: float = 0.05
-    """Share of problems, chosen by hash, that are kept for evaluation. File tasks use it only if no file of held-out
-    problems is given."""
+    """Share of problems, chosen by hash, kept for evaluation. File tasks with a held-out file ignore it."""
     rl_share: float = 0.05
     """Generated tasks: share of problems, chosen by hash, that RL uses and the corpus leaves out."""
     operations: str = "+-*"
@@ -41,11 +40,11 @@ class TaskConfig:
     code_shown_tests: int = 1
     """code: tests that the prompt shows. Grading runs all tests, so passing the shown ones is not enough."""
     on_bad_row: Literal["raise", "skip"] = "raise"
-    """A row that is not a valid problem (bad JSON, a missing field, an answer that its verifier cannot read): "raise"
-    stops with an error, "skip" leaves it out and lists it."""
+    """A row that is not a valid problem (bad JSON, a missing field, an answer that its verifier cannot read):
+    "raise" stops with an error, "skip" leaves it out and lists it."""
     max_prompt_tokens: int = 0
-    """File tasks: leave out and list problems with longer prompts. 0: no limit; a prompt that does not fit the context
-    is an error."""
+    """File tasks: leave out and list problems with longer prompts. 0: no limit; a prompt that does not fit
+    the context is an error."""
     pass_rates: str = ""
     """File tasks: a file of measured pass rates per problem, as `python -m reason_rl.eval` writes it."""
     min_pass_rate: float = 0.0
@@ -53,4 +52,4 @@ class TaskConfig:
     max_pass_rate: float = 1.0
     """Leave problems with a higher pass rate out of RL."""
     curriculum: Literal["none", "easy_first"] = "none"
-    """"easy_first": each epoch goes from high pass rates to low ones in bands of 0.1, shuffled within a band."""
+    """Order in an epoch. "none": shuffled. "easy_first": bands of 0.1 pass rate, easiest first."""

@@ -15,7 +15,7 @@ from reason_rl.records import Microbatch
 
 
 def shard(model: Transformer, world: World) -> Transformer:
-    """Shards `model` in place over all processes. Each block is an FSDP unit, the rest is another. One process: no change."""
+    """Shards `model` in place over all processes: each block is an FSDP unit, the rest is another."""
     if world.size > 1:
         # An explicit mesh: fully_shard would choose the machine's GPU even if the run is on the CPU.
         mesh = init_device_mesh(world.device.type, (world.size,))
@@ -42,14 +42,16 @@ def full_state(model: Transformer) -> dict[str, torch.Tensor]:
 class SamplingWeights:
     """The policy's weights for the engine.
 
-    A single process uses the trainer's module itself in float32, and on the CPU also in bf16. Otherwise the engine has
-    an unsharded copy, and `refresh` updates it after each optimizer update. The copy's matrices are rounded to the compute
-    dtype once, the trainer's at each use, to the same bits; the router is rounded in neither.
+    A single process uses the trainer's module itself in float32, and on the CPU also in bf16. Otherwise the
+    engine has an unsharded copy, and `refresh` updates it after each optimizer update. The copy's matrices
+    are rounded to the compute dtype once, the trainer's at each use, to the same bits; the router is rounded
+    in neither.
     """
 
     def __init__(self, model: Transformer, world: World) -> None:
         self._trained, self._world = model, world
-        # A decode step on a GPU is bound by reading the weights: f32 masters are twice the bytes, plus a cast per token.
+        # A decode step on a GPU is bound by reading the weights: f32 masters are twice the bytes, plus a cast
+        # per token.
         self.shares_memory = world.size == 1 and (world.dtype == torch.float32 or world.device.type == "cpu")
         if self.shares_memory:
             self.model = model
@@ -68,7 +70,7 @@ class SamplingWeights:
 
 
 def rank_share(microbatches: Sequence[Microbatch], world: World, idle: Microbatch) -> list[Microbatch]:
-    """This rank's microbatches, padded with idle ones to the same number on all ranks: a sharded forward is a collective."""
+    """This rank's microbatches, padded with idle ones: a sharded forward is a collective of all ranks."""
     rounds = -(-len(microbatches) // world.size)
     mine = world.share(microbatches)
     return mine + [idle] * (rounds - len(mine))

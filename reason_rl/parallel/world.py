@@ -1,8 +1,8 @@
-"""A run's processes and device, and the exchange of small Python objects (graded groups, metrics) between processes.
+"""A run's processes and device, and the exchange of small Python objects (graded groups, metrics).
 
-One process, or several under torchrun: gloo on the CPU, nccl on GPUs. All ranks make the same decisions because they
-decide from gathered values. Only rank 0 looks for checkpoints, takes locks and writes files; the others get its result
-(`from_main`, `gather`).
+One process, or several under torchrun: gloo on the CPU, nccl on GPUs. All ranks make the same decisions
+because they decide from gathered values. Only rank 0 looks for checkpoints, takes locks and writes files; the
+others get its result (`from_main`, `gather`).
 
 Left out: sharding (fsdp.py).
 """
@@ -54,7 +54,7 @@ class World:
         return [parts[i % self.size][i // self.size] for i in range(sum(map(len, parts)))]
 
     def from_main(self, act: Callable[[], T]) -> T:
-        """Calls `act()` on rank 0 only; every rank returns its result or raises its error, so no rank hangs."""
+        """Calls `act()` on rank 0; every rank returns its result or raises its error, so none hangs."""
         result: T | None = None
         error: Exception | None = None
         if self.is_main:
@@ -73,7 +73,7 @@ class World:
 
 
 def init_world(run: RunConfig) -> World:
-    """Chooses device, dtype and threads from the config and torchrun's environment, and joins the process group."""
+    """Chooses device, dtype and threads, and joins torchrun's process group."""
     # The device.
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
@@ -106,8 +106,8 @@ def init_world(run: RunConfig) -> World:
 
 
 def _default_threads(local_size: int) -> int:
-    """The usable cores divided equally among local processes; a single process uses OMP_NUM_THREADS if it is set.
-    torchrun sets that to 1 for several processes, so they ignore it."""
+    """The usable cores divided equally among local processes; a single process uses OMP_NUM_THREADS if it is
+    set. torchrun sets that to 1 for several processes, so they ignore it."""
     setting = os.environ.get("OMP_NUM_THREADS", "")
     if local_size == 1 and setting.isdigit() and int(setting) > 0:
         return int(setting)
@@ -124,8 +124,8 @@ def close_world(world: World) -> None:
 def end_process(code: int) -> NoReturn:
     """Exits with this code; under torchrun without Python's finalisation.
 
-    gloo's threads outlive destroy_process_group, because DTensor's caches hold the group. A thread that wakes up during
-    finalisation aborts the process (torch 2.13: once in about 80 runs on a busy machine).
+    gloo's threads outlive destroy_process_group, because DTensor's caches hold the group. A thread that wakes
+    up during finalisation aborts the process (torch 2.13: once in about 80 runs on a busy machine).
     """
     sys.stdout.flush()
     sys.stderr.flush()

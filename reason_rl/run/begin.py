@@ -80,7 +80,7 @@ def check_start(config: Config, tokenizer: Tokenizer) -> list[str]:
 
 def with_keys(config: Config, folder: RunFolder, recipe: list[PlannedStage], problems: dict[str, Problems], world: World,
               view: View) -> RunFolder:
-    """The folder with the keys of its stages: those that the run began with, or new ones (rank 0's on all ranks)."""
+    """The folder with its stages' keys: those that the run began with, or new ones. Equal on all ranks."""
     digest = "/".join(dict.fromkeys(one.digest for one in problems.values()))
     kernels = ISA or "reference ops"
 
@@ -108,7 +108,7 @@ def with_keys(config: Config, folder: RunFolder, recipe: list[PlannedStage], pro
 
 
 def _open(config: Config, folder: RunFolder, problems: dict[str, Problems]) -> RunLog:
-    """Opens the log, which may fail (a missing package), then writes config.toml: a folder with it holds a run."""
+    """Opens the log, which may fail (a missing package), then writes config.toml, which marks a run."""
     # The log; a folder that this call made is removed if the log fails.
     was_there = folder.path.exists()
     try:

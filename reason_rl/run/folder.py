@@ -1,8 +1,8 @@
-"""The folder of a run, runs/<name>: decides whether a command begins a run, continues one, or finds it finished.
+"""The folder of a run, runs/<name>, and the decision to begin a run, continue it, or report it finished.
 
-A folder belongs to one config. The same command continues an unfinished run and does not change a finished one. A
-different config is refused, and the error lists the differences. `--resume never` begins a run in the next free folder:
-<name>-2, <name>-3, ...
+A folder belongs to one config. The same command continues an unfinished run and does not change a finished
+one. A different config is refused, and the error lists the differences. `--resume never` begins a run in the
+next free folder: <name>-2, <name>-3, ...
 
     config.toml     the resolved recipe        metrics.jsonl timings.jsonl rollouts/ tensorboard/   the log
     compute.json    dtype, kernels, stage keys  checkpoints/<stage>, checkpoints/final              outputs
@@ -82,7 +82,7 @@ def _decide(config: Config) -> RunFolder:
 
 
 def as_begun(world: World, folder: RunFolder) -> World:
-    """The world with the dtype that the run began with: with run.dtype = "auto" it may differ on another machine or build."""
+    """The world with the dtype that the run began with: "auto" may choose another one on another machine."""
     name = folder.compute.get("dtype", "")
     return dataclasses.replace(world, dtype=getattr(torch, name)) if name else world
 
@@ -90,8 +90,8 @@ def as_begun(world: World, folder: RunFolder) -> World:
 def begin_folder(folder: RunFolder, config: Config) -> None:
     """Writes compute.json, then config.toml: a folder with config.toml holds a run.
 
-    In config.toml run.name is the folder's name and run.resume is "auto", so `train.py config.toml` continues a run that
-    began with `--resume never`.
+    In config.toml run.name is the folder's name and run.resume is "auto", so `train.py config.toml` continues
+    a run that began with `--resume never`.
     """
     if folder.is_begun:
         return
@@ -123,7 +123,7 @@ def how_to_talk(folder: Path, config: Config) -> str:
 
 
 class StopSignal:
-    """The first Ctrl-C (or SIGTERM, which torchrun sends) asks the run to save and stop; a second one ends it at once."""
+    """The first Ctrl-C or SIGTERM (torchrun's) asks the run to save and stop; a second one ends it."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say

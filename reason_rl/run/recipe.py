@@ -1,8 +1,9 @@
 """The stages of a run in order, and the key of each stage's output.
 
-A key is a digest of everything that the output depends on: kind and sections of the stage, seed, dtype, the output that
-it starts from, the user's files that its config names, and the code of the packages that the stage lists. Runs with
-equal keys share an output. A run that continues keeps the keys that it began with, even if files were edited since.
+A key is a digest of everything that the output depends on: kind and sections of the stage, seed, dtype, the
+output that it starts from, the user's files that its config names, and the code of the packages that the
+stage lists. Runs with equal keys share an output. A run that continues keeps the keys that it began with,
+even if files were edited since.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def default_stages(config: Config) -> tuple[StageConfig, ...]:
 
 
 def with_model(config: Config, after: PlannedStage | None) -> Config:
-    """The config with [model] as the weights have it that the stage starts from; the recipe's [model] if it starts from none."""
+    """The config with the [model] of the weights that the stage starts from, if it starts from any."""
     if after is not None:
         return replace(config, model=after.config.model)
     if not config.model.init_from:
@@ -98,7 +99,8 @@ def folder_of(room: str) -> Path:
 
 
 def users_files(config: Config) -> Iterator[Path]:
-    """The files that a stage's config names: data, a template, a reward model, and the source of a task, reward, judge or surrogate."""
+    """The user's files that a config names: data, a template, a reward model, and the source of a task, reward,
+    judge or surrogate."""
     tables = table_of(config)
     for dotted in (*FILE_KEYS, *FOLDER_KEYS, *MODULE_KEYS):
         section, key = dotted.split(".")
@@ -121,7 +123,7 @@ def folder_digest(folder: Path, pattern: str = "*") -> str:
 
 
 def file_digest(path: Path) -> str:
-    """A digest of the size and of evenly spaced blocks: it takes milliseconds for a checkpoint of gigabytes."""
+    """A digest of the size and of evenly spaced blocks: milliseconds even for a checkpoint of gigabytes."""
     size, digest = path.stat().st_size, hashlib.sha256()
     digest.update(str(size).encode())
     with path.open("rb") as file:

@@ -1,7 +1,9 @@
-"""The folder of one stage's output, runs/stages/<name>-<digest>: step checkpoints and, once finished, `final`.
+"""The folder of one stage's output, runs/stages/<name>-<digest>: step checkpoints and, once finished,
+`final`.
 
-Runs whose stage has the same key share the folder. A lock file next to it admits one at a time: a second run waits for
-the first and then reuses its output, or continues from its newest checkpoint if the first was interrupted.
+Runs whose stage has the same key share the folder. A lock file next to it admits one at a time: a second run
+waits for the first and then reuses its output, or continues from its newest checkpoint if the first was
+interrupted.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class StageFolder:
 
     @contextmanager
     def lock(self, world: World, view: View, should_stop: Callable[[], bool]) -> Iterator[None]:
-        """Rank 0 holds a file lock, which the system releases if the process dies; the other ranks wait for rank 0."""
+        """Rank 0 holds a file lock, which the system releases if the process dies; the other ranks wait."""
         # Wait until rank 0 has the lock.
         lock = self.path.with_name(f"{self.path.name}.lock")
         file = _try_lock(lock) if world.is_main else None
@@ -91,7 +93,8 @@ def _try_lock(path: Path) -> TextIO | None:
     file = path.open("a", encoding="utf-8")
     with suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The holder removes the file before it releases the lock, and a lock on a removed file excludes no other run.
+        # The holder removes the file before it releases the lock, and a lock on a removed file excludes no
+        # other run.
         if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
             return file
     file.close()

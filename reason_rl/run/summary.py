@@ -1,4 +1,4 @@
-"""summary.json: the results of a finished run. Base and final policy on held-out problems, each stage, seconds."""
+"""summary.json: results of a finished run. Base and final policy on held-out problems, stages, seconds."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""The interface of a stage. `run/loop.py` logs, saves, resumes, stops and reports; a stage only trains and evaluates.
+"""The interface of a stage. `run/loop.py` logs, saves, resumes, stops and reports; a stage only trains and
+evaluates.
 
-To add a kind of stage, write a class with the members of `Stage` in this folder and add it to `STAGES` in __init__.py.
+To add a kind of stage, write a class with the members of `Stage` in this folder and add it to `STAGES` in
+__init__.py.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class StageStart:
     tokenizer: Tokenizer
     problems: Problems | None
     folder: Path | None
-    """The checkpoint that it starts from: an earlier stage's output, or model.init_from; None: random weights."""
+    """Checkpoint to start from: an earlier stage's output, or model.init_from; None: random weights."""
     checkpoint: Path | None
     """This stage's newest checkpoint, if an earlier session was interrupted."""
 
@@ -47,7 +49,7 @@ class StageStart:
         return self.config.run.exact != "off"
 
     def policy(self, model: Transformer, optim: OptimConfig, num_steps: int) -> Policy:
-        """`model` on the run's device, sharded, with its optimizer; both loaded from `checkpoint` if it is set."""
+        """`model` on the run's device, sharded, with its optimizer; loads `checkpoint` if it is set."""
         # From the start.
         if self.checkpoint is None:
             return Policy(model, optim, num_steps, self.world, self.is_exact)
@@ -61,13 +63,13 @@ class StageStart:
 
 
 class Stage(Protocol):
-    """`check` runs before any stage of the recipe starts; then `Stage(start)`, and `step` until `num_steps`."""
+    """`check` runs before the first stage of a recipe; then `Stage(start)`, and `step` until `num_steps`."""
 
     kind: ClassVar[str]
     sections: ClassVar[tuple[str, ...]]
     """The config sections that the output depends on."""
     rooms: ClassVar[tuple[str, ...]]
-    """The packages whose code the output depends on: after a change in one, a finished output is not reused."""
+    """Packages whose code the output depends on: after a change there, a finished output is not reused."""
     starts_from_weights: ClassVar[bool]
     """Whether it needs an earlier stage or model.init_from."""
     uses_problems: ClassVar[bool]
@@ -90,7 +92,7 @@ class Stage(Protocol):
         """Step `index`, counted from 0."""
 
     def evaluate(self, num_done: int) -> Metrics | None:
-        """Evaluates the policy after `num_done` steps; None if no evaluation is due. Called with 0 before the first step."""
+        """Metrics of the policy after `num_done` steps (0: before the first); None if none is due."""
 
     def close(self) -> None:
         """Ends worker processes."""

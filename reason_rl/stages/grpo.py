@@ -1,10 +1,11 @@
-"""Reinforcement learning with verifiable rewards (GRPO, arXiv:2402.03300, and its family): the page to read first.
+"""Reinforcement learning with verifiable rewards (GRPO, arXiv:2402.03300, and its variants).
 
-`step` is the algorithm: problems -> rollouts and rewards -> advantages -> packed microbatches -> updates. The variants
-DAPO, Dr. GRPO, GSPO, CISPO and RLOO are keys of [rl] and [loss]; configs/algorithms has a preset for each.
+`step` is the algorithm: problems -> rollouts and rewards -> advantages -> packed microbatches -> updates. The
+variants DAPO, Dr. GRPO, GSPO, CISPO and RLOO are keys of [rl] and [loss]; configs/algorithms has a preset for
+each.
 
-Left out: a value model (the group's rewards are the baseline), and sampling ahead of the update (rollouts always come
-from the current weights).
+Left out: a value model (the group's rewards are the baseline), and sampling ahead of the update (rollouts
+always come from the current weights).
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ class Grpo:
         self.grader = Grader(config, start.tokenizer)  # its worker processes start at the first completion
 
     def step(self, index: int) -> StepStats:
-        """Samples and grades a group of completions per problem, compares them within the group, updates the policy."""
+        """Samples and grades a group of completions per problem, compares them, and updates the policy."""
         rl, clock, updates = self.config.rl, Clock(), []
         with clock("step"):
-            # Problems -> rollouts and rewards: each completion is graded when it ends, while others are still sampled.
+            # Problems -> rollouts and rewards: a completion is graded when it ends, while others are sampled.
             problems = self.problems.train(index, rl.prompts_per_step)  # the same on every rank
             sampled = self.collect(problems, rl.group_size, self.sampling, index, clock, rl.routing_replay)
             groups = self.refill(sampled, index, clock) if rl.dynamic_sampling else sampled
@@ -76,7 +77,7 @@ class Grpo:
                 minibatches = pack(groups, advantages, rl.num_minibatches, self.config.optim.microbatch_tokens)
                 minibatches = [self.with_logprobs(microbatches) for microbatches in minibatches]
 
-                # Update: forward, loss, backward, clip, optimizer step. Only the step's first update is on policy.
+                # Update: forward, loss, backward, clip, optimizer step. Only the first one is on policy.
                 for number, microbatches in enumerate(minibatches):
                     updates.append(self.update(microbatches, index, max_gap=math.inf if number else self.max_gap))
         stats = step_stats(index, groups, sampled, advantages, minibatches, updates, self.tokenizer, clock,
@@ -85,7 +86,7 @@ class Grpo:
 
     def collect(self, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, key: int, clock: Clock,
                 with_routed_experts: bool = False) -> list[Group]:
-        """Samples groups with the current weights and grades them. `key`: the step in the sampler's noise key."""
+        """Samples groups with the current weights and grades them. `key`: the step, for the noise key."""
         return collect(self.engine, self.grader, problems, group_size, sampling, world=self.world, step=key, clock=clock,
                        policy_version=self.policy.version,
                        with_routed_experts=with_routed_experts and self.policy.model.config.num_experts > 1)

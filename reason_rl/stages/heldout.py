@@ -18,8 +18,8 @@ def evaluate_heldout(
     settings: EvalConfig, problems: Problems, sampling: SamplingParams, tokenizer: Tokenizer,
     collect: Callable[..., list[Group]], num_done: int, num_steps: int,
 ) -> Mapping[str, Any] | None:
-    """Metrics after `num_done` of `num_steps` steps; None if no evaluation is due. The first and the last evaluation use
-    eval.final_problems and add pass@k, the others use eval.problems.
+    """Metrics after `num_done` of `num_steps` steps; None if no evaluation is due. The first and the last
+    evaluation use eval.final_problems and add pass@k, the others use eval.problems.
 
     collect: (problems, group_size, sampling, noise key, clock) -> graded groups.
     """
@@ -36,7 +36,8 @@ def evaluate_heldout(
     groups = collect(heldout, num_samples, sampling, EVAL_KEY + num_done, clock)
     metrics: dict[str, Any] = {"split": "heldout", **eval_metrics(groups, tokenizer)}
 
-    # pass@k, from more samples. A noise key contains the step, so these need a step that no other evaluation uses.
+    # pass@k, from more samples. A noise key contains the step, so these need a step that no other evaluation
+    # uses.
     if is_whole and settings.pass_at_k:
         more = collect(heldout[: settings.problems], settings.pass_at_k, sampling, 2 * EVAL_KEY + num_done, clock)
         metrics["pass_at_k"] = pass_at_powers(more)

@@ -1,6 +1,7 @@
 """Pretraining: a base model from random weights, by next-token prediction on the synthetic corpus.
 
-Left out: an evaluation (grpo evaluates before its first step), and a validation loss (every step draws new documents).
+Left out: an evaluation (grpo evaluates before its first step), and a validation loss (every step draws new
+documents).
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Pretrain:
         model = Transformer(config.model, start.tokenizer.vocab_size, start.world.dtype).initialise(config.run.seed)
         self.policy = start.policy(model, config.pretrain_optim, self.num_steps)
 
-        # The corpus always has the same order, so a resumed stage draws the documents that it has trained on and skips them.
+        # The corpus always has the same order, so a resumed stage draws the documents that it has trained on
+        # and skips them.
         self._batches = document_batches(config, start.tokenizer)
         skipped = [next(self._batches) for _ in range(self.policy.num_steps_done)]
         self._num_tokens = sum(map(num_tokens_of, skipped))
@@ -51,7 +53,7 @@ class Pretrain:
         return []
 
     def step(self, index: int) -> StepStats:
-        """One update on a packed batch of whole documents: cross-entropy on every token but a document's first."""
+        """One update on packed whole documents: cross-entropy on every token but a document's first."""
         # The update.
         started_s = time.perf_counter()
         settings, optim = self.config.pretrain, self.config.pretrain_optim

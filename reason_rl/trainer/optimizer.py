@@ -29,7 +29,7 @@ def lr_factor(config: OptimConfig, step: int, num_steps: int) -> float:
 
 
 def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """Whether Muon updates the parameter: matrices of attention, MLPs and experts, not embedding, head or router."""
+    """Muon's parameters: matrices of attention, MLPs and experts, not embedding, head or router."""
     return parameter.dim() >= 2 and not name.startswith(("embedding", "head")) and not name.endswith("router")
 
 
@@ -37,8 +37,8 @@ class MatrixMuon:
     """torch.optim.Muon for stacked matrices ([E, out, in] is E matrices) and for sharded ones.
 
     torch's Muon accepts only 2-D parameters, so it gets 2-D views of a stack, which share its memory. Muon
-    orthogonalises whole matrices, so under FSDP each rank keeps an unsharded copy of them and does the same update. For
-    these matrices sharding then saves no memory; adamw has no such copies.
+    orthogonalises whole matrices, so under FSDP each rank keeps an unsharded copy of them and does the same
+    update. For these matrices sharding then saves no memory; adamw has no such copies.
     """
 
     def __init__(self, parameters: list[nn.Parameter], config: OptimConfig) -> None:
@@ -77,7 +77,7 @@ def _reshard(whole: torch.Tensor, like: DTensor) -> DTensor:
 
 
 class Optimizer:
-    """`step(factor)` clips, updates and clears the gradients; `state_dict` has unsharded tensors on the CPU."""
+    """`step` clips, updates and clears gradients; `state_dict` has unsharded tensors on the CPU."""
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         # Trainable parameters in three sets: Muon's, AdamW's with weight decay, AdamW's without.
@@ -122,7 +122,8 @@ class Optimizer:
         return [self.adamw] + ([self.muon.inner] if self.muon is not None else [])
 
     def state_dict(self) -> list[dict[int, dict[str, Any]]]:
-        """Per inner optimizer: index of a parameter -> its state, unsharded on the CPU (a collective if sharded)."""
+        """Per inner optimizer: parameter index -> its state, unsharded, on the CPU (a collective if
+        sharded)."""
         states = []
         for inner in self._inner():
             parameters = [p for group in inner.param_groups for p in group["params"]]
@@ -139,7 +140,8 @@ class Optimizer:
         for inner, state in zip(self._inner(), states, strict=True):
             parameters = [p for group in inner.param_groups for p in group["params"]]
             if len(state) != len(parameters):
-                raise ConfigError(f"the checkpoint holds optimizer state of {len(state)} parameters, this run has {len(parameters)}")
+                raise ConfigError(f"the checkpoint holds optimizer state of {len(state)} parameters, this run has "
+                                  f"{len(parameters)}")
             for number, parameter in enumerate(parameters):
                 inner.state[parameter] = {key: _place(value, parameter) for key, value in state[number].items()}
         if self.muon is not None:

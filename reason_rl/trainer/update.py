@@ -1,4 +1,5 @@
-"""One optimizer update from microbatches: supervised (pretraining, SFT) or policy gradient (GRPO and its family).
+"""One optimizer update from microbatches: supervised (pretraining, SFT) or policy gradient (GRPO and its
+family).
 
 Both run the same forward and compute the same logprobs (`linear_grpo_loss` is `linear_logprob` with the loss
 in the same op). A loss is a sum over tokens in which a token's weight depends on counts over all microbatches
@@ -31,8 +32,8 @@ OnLoss = Callable[[Microbatch, LossInputs, torch.Tensor, float], None]
 def fill_logprobs(
     model: Transformer, microbatches: Sequence[Microbatch], world: World, *, temperature: float, name: str
 ) -> list[Microbatch]:
-    """The microbatches with field `name` (old_logprobs or ref_logprobs) computed by `model`. Each rank fills only the
-    microbatches that it trains on. Routing replay does not apply to the reference policy."""
+    """The microbatches with field `name` (old_logprobs or ref_logprobs) computed by `model`. Each rank fills
+    only the microbatches that it trains on. Routing replay does not apply to the reference policy."""
     def seen(m: Microbatch) -> Microbatch:
         return (replace(m, routed_expert_ids=None) if name == "ref_logprobs" else m).to(world.device)
 
@@ -79,6 +80,17 @@ def supervised_update(
             "grad_norm": grad_norm, "num_loss_tokens": float(total)}
 
 
+def loss_inputs(microbatch: Microbatch, total_loss_tokens: int, total_sequences: int) -> LossInputs:
+    """A microbatch's tensors for the loss. Without old_logprobs, rollout_logprobs take their place."""
+    rollout, kept, advantages = microbatch.rollout_logprobs, microbatch.kept_logmass, microbatch.advantages
+    assert rollout is not None and kept is not None and advantages is not None, "policy_update needs rollouts, not documents"
+    return LossInputs(
+        old_logprobs=rollout if microbatch.old_logprobs is None else microbatch.old_logprobs, advantages=advantages,
+        sequence_index=microbatch.sequence_index, num_sequences=microbatch.num_sequences,
+        total_loss_tokens=total_loss_tokens, total_sequences=total_sequences,
+        rollout_logprobs=rollout - kept, ref_logprobs=microbatch.ref_logprobs)
+
+
 def policy_update(
     policy: Policy, microbatches: Sequence[Microbatch], spec: LossSpec, temperature: float, *, lr_factor: float,
     max_gap: float = math.inf, on_loss: OnLoss | None = None,
@@ -105,13 +117,7 @@ def policy_update(
     for local in rank_share(microbatches, world, idle):
         microbatch = local.to(world.device)
         hidden, _ = packed_hidden(model, microbatch)
-        rollout, kept, advantages = microbatch.rollout_logprobs, microbatch.kept_logmass, microbatch.advantages
-        assert rollout is not None and kept is not None and advantages is not None, "policy_update needs rollouts, not documents"
-        inputs = LossInputs(
-            old_logprobs=rollout if microbatch.old_logprobs is None else microbatch.old_logprobs, advantages=advantages,
-            sequence_index=microbatch.sequence_index, num_sequences=microbatch.num_sequences,
-            total_loss_tokens=total_tokens, total_sequences=total_sequences,
-            rollout_logprobs=rollout - kept, ref_logprobs=microbatch.ref_logprobs)
+        inputs = loss_inputs(microbatch, total_tokens, total_sequences)
         loss, metrics, logprob = linear_grpo_loss(
             hidden, model.head_weight, microbatch.target_ids, inputs, spec, temperature, impl=gemm_impl(model.batch_invariant))
         (loss * world.size).backward()  # FSDP averages gradients over ranks; these losses must be added
@@ -119,7 +125,8 @@ def policy_update(
         if on_loss is not None:
             on_loss(microbatch, inputs, logprob, float(loss.detach()))
         if local.num_loss_tokens:
-            gaps.append(float((logprob - rollout).abs().max()))
+            assert microbatch.rollout_logprobs is not None
+            gaps.append(float((logprob - microbatch.rollout_logprobs).abs().max()))
             parts.append({key: value.cpu() for key, value in metrics.items()})
 
     # Check the gap, then clip and step.

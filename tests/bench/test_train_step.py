@@ -58,15 +58,15 @@ def test_the_decode_floor_by_hand(monkeypatch: pytest.MonkeyPatch):
     the keys of 2 x 3 prompt tokens; the first also reads 1 generated token a sequence, the second 2."""
     monkeypatch.setitem(workloads.WORKLOADS, "tiny", (2, 3, 2, 3))
     config = ModelConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
-                         num_experts=16, num_experts_per_tok=2, moe_intermediate_size=4)
+                         num_experts=16,
+                         num_experts_per_tok=2, moe_intermediate_size=4)
     model = Transformer(config, 10)
     experts = 16 * 3 * 4 * 8
     # Embedding, qkv, out, router; the norms of the stream, before and after the layer's two halves; those of q and k.
     rest = 10 * 8 + 16 * 8 + 8 * 8 + 16 * 8 + 3 * 8 + 2 * 4
     num_bytes = 4 * (2 * (rest + experts * 4 * 2 / 16) + (2 * 6 + 4 * (1 + 2)) * 2 * 1 * 4)
     assert workloads.decode_floor_s(model, "tiny", 1e3) == pytest.approx(num_bytes / 1e3)
-    # An untied head is read whole; of the embedding only the newest tokens' rows are read.
-    head = Transformer(replace(config, tie_word_embeddings=False), 10)
+    head = Transformer(replace(config, tie_word_embeddings=False), 10)  # reads the head
     assert workloads.decode_floor_s(head, "tiny", 1e3) == pytest.approx(num_bytes / 1e3)
 
 

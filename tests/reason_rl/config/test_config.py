@@ -205,7 +205,7 @@ def test_a_malformed_command_line_is_a_clear_error(arguments: list[str], words: 
     ("model.num_attention_heads=2 model.num_key_value_heads=4",
      "model.num_attention_heads = 2 must be divisible by model.num_key_value_heads = 4"),
     ("model.num_experts=4 model.num_experts_per_tok=5", "at most model.num_experts = 4, got 5"),
-    ("model.head_dim=33", "model.head_dim must be even (RoPE turns pairs), got 33"),
+    ("model.head_dim=33", "model.head_dim must be even (RoPE rotates pairs), got 33"),
     ("sampling.max_tokens=256", "leaves no room for a prompt in model.max_position_embeddings = 256"),
     ("sampling.temperature=0", "sampling.temperature must be above 0 for RL"),
     ("sampling.temperature=-1 rl.steps=0", "sampling.temperature must be at least 0, got -1"),

@@ -23,7 +23,7 @@ PROMPT, PROBLEM = "a2,b*3?", Problem(problem_id=1, task="program", prompt="a2,b*
 def reward_model(tmp_path: Path) -> Path:
     """Tiny and random; its head looks at one hidden coordinate."""
     config = ModelConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-                         num_experts=1, moe_intermediate_size=16, max_position_embeddings=48)
+                         num_experts=1, intermediate_size=16, max_position_embeddings=48)
     tokenizer = char_tokenizer()
     save_weights(tmp_path, Transformer(config, tokenizer.vocab_size).initialise(0).state_dict(), config, tokenizer.vocab_size,
                  tokenizer.eos_id)

@@ -62,7 +62,7 @@ def test_a_run_on_a_file_that_is_stopped_goes_on_to_the_same_bits(given: list[st
 def test_a_run_whose_file_has_changed_does_not_resume(given: list[str], tmp_path: Path, monkeypatch, capsys):
     stop_after(monkeypatch, 2)
     assert run_here(tmp_path, *given, "--task.on_bad_row=skip") == 130
-    told = ("as it is, so these keys have no effect: model.expert_bias = True (it has False), "
+    told = ("and its config.json overrides these keys: model.expert_bias = True (it has False), "
             "model.max_position_embeddings = 64 (it has 96).")
     assert told in " ".join(capsys.readouterr().out.split())
     with (tmp_path / "own.jsonl").open("a", encoding="utf-8") as file:

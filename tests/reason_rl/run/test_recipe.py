@@ -137,8 +137,7 @@ def test_a_large_files_digest_sees_a_change_of_size_and_of_a_sampled_block(tmp_p
 
 
 def test_three_stages_run_in_order_each_from_the_one_before_and_a_stopped_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     never_stop(monkeypatch)
     quick = ["--eval.every=0", "--eval.pass_at_k=0", "--eval.final_problems=4", "--eval.final_samples=1", "--pretrain.steps=12"]
     for name in ("whole", "stopped"):

@@ -292,8 +292,8 @@ def test_dynamic_sampling_goes_on_when_the_problems_run_out(with_base: Path, mon
 
     never_stop(monkeypatch)
     monkeypatch.setattr(GeneratedProblems, "train", few)
-    reward = "tests.reason_rl.run.train_rewards:always_raises"
-    assert run_here(with_base, "--rl.dynamic_sampling=3", "--rl.steps=1", f"--reward.custom={reward}") == 0
+    assert run_here(with_base, "--rl.dynamic_sampling=3", "--rl.steps=1",
+                    "--reward.custom=tests.reason_rl.run.train_rewards:always_raises") == 0
     assert rows(with_base / "tiny", stage="grpo", phase="train")[0]["ungraded"] == 16
 
 
@@ -322,8 +322,8 @@ def test_a_broken_reward_leaves_completions_ungraded_and_the_run_goes_on(
     reward: str, counted: str, with_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     never_stop(monkeypatch)
-    custom = f"--reward.custom=tests.reason_rl.run.train_rewards:{reward}"
-    code, text = said(capsys, lambda: run_here(with_base, custom, "--rl.steps=2"))
+    code, text = said(capsys, lambda: run_here(
+        with_base, f"--reward.custom=tests.reason_rl.run.train_rewards:{reward}", "--rl.steps=2"))
     cause = {"raises_at_times": "RuntimeError: no idea", "nan_at_times": "returned nan", "always_raises": "never any idea"}[reward]
     assert code == 0 and " ".join(text.split()).count("could not be graded") == 1 and cause in " ".join(text.split())
     steps = rows(with_base / "tiny", stage="grpo", phase="train")
@@ -345,8 +345,8 @@ def test_a_broken_reward_leaves_completions_ungraded_and_the_run_goes_on(
     ["--rl.num_minibatches=16"], ["--dtype=bfloat16", "--optim.name=muon"],
     ["--model.num_experts=1", "--model.intermediate_size=24"], ["--run.exact=on", "--dtype=bfloat16"],
     ["--rl.routing_replay=true", "--run.exact=on"],
-    ["--rl.routing_replay=true", "--model.num_experts=1", "--model.intermediate_size=24"], ["--engine.decoder=ops"],
-    FAR_FROM_DEFAULT,
+    ["--rl.routing_replay=true", "--model.num_experts=1", "--model.intermediate_size=24"],
+    ["--engine.decoder=ops"], FAR_FROM_DEFAULT,
 ], ids=lambda more: more[0])  # fmt: skip
 def test_every_way_of_training_stops_and_goes_on_to_the_same_bits(
     more: list[str], with_base: Path, monkeypatch: pytest.MonkeyPatch

@@ -136,7 +136,7 @@ def forget(out_dir: Path, *names: str) -> None:
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
-    """Hashes of the files that must be equal in two runs of one config: metrics, rollouts, final weights."""
+    """Of all that must be equal between two runs of one config, interrupted or not: metrics, rollouts, final weights."""
     paths = [folder / "metrics.jsonl", *sorted((folder / "rollouts").rglob("*.jsonl")),
              *sorted((folder / "checkpoints/final").iterdir())]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
@@ -149,5 +149,5 @@ def said(capsys: pytest.CaptureFixture[str], act: Callable[[], int]) -> tuple[in
     return code, capsys.readouterr().out
 
 
-__all__: Sequence[str] = ["ROOT", "arguments", "fingerprints", "forget", "never_stop", "rows", "run_apart", "run_here",
-                          "said", "stage_folder", "stop_after"]
+__all__: Sequence[str] = ["ROOT", "arguments", "fingerprints", "forget", "never_stop", "rows", "run_apart", "run_here", "said",
+                          "stage_folder", "stop_after"]

@@ -228,7 +228,7 @@ def test_exact_mode_allows_no_gap_at_all():
     optimizer = Optimizer(model, OptimConfig())
     nearly = [replace(pack, rollout_logprobs=torch.nextafter(pack.rollout_logprobs, torch.tensor(1.0)))  # type: ignore[arg-type]
               for pack in packs]
-    with pytest.raises(FloatingPointError, match=r"on policy, and run\.exact='on' allows none"):
+    with pytest.raises(FloatingPointError, match=r"on policy, but run\.exact='on' requires 0"):
         policy_update(policy_of(model, optimizer), nearly, SPEC, 1.0, lr_factor=1.0, max_gap=0.0)
     assert not optimizer.adamw.state
     metrics = policy_update(policy_of(model, optimizer), packs, SPEC, 1.0, lr_factor=1.0, max_gap=0.0)
