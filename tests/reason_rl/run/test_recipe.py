@@ -57,7 +57,7 @@ def test_without_stages_a_recipe_is_pretraining_then_grpo(tmp_path: Path):
     ('[[stage]]\nkind = "pretrain"\n[[stage]]\nkind = "grpo"\n[[stage]]\nkind = "grpo"', "2 stages are named 'grpo'"),
     ('[[stage]]\nkind = "grpo"', "starts from weights: put a stage before it.*model.init_from"),
     ('[[stage]]\nkind = "pretrain"\n[[stage]]\nkind = "grpo"\nafter = "base"',
-     "after 'base', which is no stage before it; before it: pretrain"),
+     "after 'base', but no earlier stage has that name; earlier stages: pretrain"),
     ('[[stage]]\nkind = "pretrain"\n[[stage]]\nkind = "pretrain"\nname = "b"\nafter = "pretrain"', "starts from random weights"),
     ('[[stage]]\nkind = "pretrain"\n[stage.pretrian]\nsteps = 1', "stage 'pretrain': unknown config section .pretrian."),
     ('[[stage]]\nkind = "pretrain"\n[stage.pretrain]\nstepz = 1', "stage 'pretrain': unknown config key pretrain.stepz"),
