@@ -45,7 +45,7 @@ def main(config: Config) -> int:
                 return 130
 
         if world.is_main:
-            print(f"Done. The report: {folder.path}/report.html · talk to the model: {how_to_talk(folder.path, config)}")
+            print(f"Done. The report: {folder.path}/report.html · talk to the model: {how_to_talk(folder.path, recipe[-1].config)}")
         return 0
     finally:
         close_world(world)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -26,7 +27,10 @@ from reason_rl.report.terminal import View
 from reason_rl.run.folder import RunFolder, begin_folder
 from reason_rl.run.loop import Run
 from reason_rl.run.recipe import PlannedStage, key_of
+from reason_rl.run.stage_folder import release, try_lock
 
+LOCK_FILE = ".lock"
+"""Held while a process works on the run."""
 LEFT_OUT_FILE = "left_out.txt"
 """The rows of the task's files that were left out, with reasons."""
 
@@ -36,12 +40,12 @@ def begin_run(config: Config, recipe: list[PlannedStage], world: World, folder: 
     """Checks the recipe, its stages and their problems, then opens the folder and the log -> the run."""
     # Checks, which write nothing.
     started_s = time.perf_counter()
-    tokenizer = tokenizer_of(config)
+    tokenizer = tokenizer_of_recipe(recipe)
     view.recipe([stage.name for stage in recipe])
     if config.engine.decoder == "native" and cpu_unsupported_reason(world.device):
         raise ConfigError(f"engine.decoder='native' cannot run here: {cpu_unsupported_reason(world.device)}")
     problems: dict[str, Problems] = {}
-    lines = check_start(config, tokenizer)
+    lines = check_start(config, recipe, tokenizer)
     for stage in recipe:
         if stage.kind.uses_problems:
             problems[stage.name] = load_problems(stage.config, tokenizer)
@@ -51,24 +55,38 @@ def begin_run(config: Config, recipe: list[PlannedStage], world: World, folder: 
 
     # The folder and the log.
     folder = with_keys(config, folder, recipe, problems, world, view)
-    log = _open(config, folder, problems) if world.is_main else None
-    world.barrier()  # rank 0 has made the folder
-    return Run(folder, recipe, world, tokenizer, problems, view, should_stop, log,
+    opened: list[tuple[RunLog, TextIO]] = []
+    world.from_main(lambda: opened.append(_open(config, folder, problems)))  # rank 0 makes the folder
+    log, lock = opened[0] if opened else (None, None)
+    return Run(folder, recipe, world, tokenizer, problems, view, should_stop, log, lock,
                seconds={"start_s": time.perf_counter() - started_s})
 
 
-def check_start(config: Config, tokenizer: Tokenizer) -> list[str]:
-    """Checks model.init_from, if set: tokenizer and weights fit -> a line that lists ignored [model] keys."""
+def tokenizer_of_recipe(recipe: list[PlannedStage]) -> Tokenizer:
+    """The one tokenizer of all stages: that of the model they begin with."""
+    tokenizers = {stage.name: tokenizer_of(stage.config) for stage in recipe if stage.after is None}
+    first, *others = tokenizers
+    for name in others:
+        if tokenizers[name].to_json() != tokenizers[first].to_json():
+            raise ConfigError(f"stages {first!r} and {name!r} begin with different tokenizers, but a recipe has one")
+    return tokenizers[first]
+
+
+def check_start(config: Config, recipe: list[PlannedStage], tokenizer: Tokenizer) -> list[str]:
+    """Checks the folders that stages start from: tokenizer and weights fit -> a line that lists ignored [model] keys."""
+    # The checkpoints.
+    for folder in dict.fromkeys(stage.config.model.init_from for stage in recipe if stage.after is None):
+        if not folder:
+            continue
+        check_weights(Path(folder))
+        _, vocab_size = read_model_config(Path(folder))
+        if tokenizer.vocab_size > vocab_size:
+            raise ConfigError(f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {vocab_size}")
     if not config.model.init_from:
         return []
 
-    # The checkpoint.
-    shape, vocab_size = read_model_config(Path(config.model.init_from))
-    check_weights(Path(config.model.init_from))
-    if tokenizer.vocab_size > vocab_size:
-        raise ConfigError(f"{config.model.init_from}: its tokenizer has {tokenizer.vocab_size} tokens, its model only {vocab_size}")
-
     # Keys that were set and differ from its config.json.
+    shape, _ = read_model_config(Path(config.model.init_from))
     pairs = {one.name: (getattr(config.model, one.name), getattr(shape, one.name))
              for one in fields(ModelConfig) if one.name != "init_from"}
     overridden = [f"model.{key} = {asked!r} (it has {there!r})" for key, (asked, there) in pairs.items()
@@ -107,13 +125,18 @@ def with_keys(config: Config, folder: RunFolder, recipe: list[PlannedStage], pro
     return dataclasses.replace(folder, compute=compute, stage_keys=world.gather(keys)[0])
 
 
-def _open(config: Config, folder: RunFolder, problems: dict[str, Problems]) -> RunLog:
-    """Opens the log, which may fail (a missing package), then writes config.toml, which marks a run."""
-    # The log; a folder that this call made is removed if the log fails.
+def _open(config: Config, folder: RunFolder, problems: dict[str, Problems]) -> tuple[RunLog, TextIO]:
+    """Locks the run, since two processes must not write one log. Opens the log, which may fail (a missing package), then writes
+    config.toml: a folder with it holds a run."""
+    # The lock and the log; a folder that this call made is removed if the log fails.
     was_there = folder.path.exists()
+    lock = try_lock(folder.path / LOCK_FILE)
+    if lock is None:
+        raise ConfigError(f"another process is at work on the run in {folder.path}: wait for it, or give this one another --name")
     try:
         log = RunLog(folder.path, config.run.tensorboard, config.run.wandb_project, table_of(config))
     except BaseException:
+        release(lock)
         if not was_there:
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
@@ -123,7 +146,7 @@ def _open(config: Config, folder: RunFolder, problems: dict[str, Problems]) -> R
     left_out = list(dict.fromkeys(line for one in problems.values() for line in one.left_out))
     if left_out:
         atomic_write_text(folder.path / LEFT_OUT_FILE, "\n".join(left_out) + "\n")
-    return log
+    return log, lock
 
 
 def describe_machine(config: Config, world: World) -> str:

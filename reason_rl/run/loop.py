@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from reason_rl.data import Problems, Tokenizer
 from reason_rl.model.weights import read_source
@@ -26,7 +27,7 @@ from reason_rl.report.terminal import View
 from reason_rl.rollout.metrics import is_right, rollout_rows
 from reason_rl.run.folder import RunFolder
 from reason_rl.run.recipe import PlannedStage
-from reason_rl.run.stage_folder import FINAL, Interrupted, StageFolder, read_history
+from reason_rl.run.stage_folder import FINAL, Interrupted, StageFolder, read_history, release
 from reason_rl.run.summary import summarise, write_summary
 from reason_rl.stages.base import StageStart
 from reason_rl.trainer.checkpoint import Progress, link_folder, prune_checkpoints, read_progress, save_checkpoint
@@ -47,6 +48,8 @@ class Run:
     should_stop: Callable[[], bool]
     log: RunLog | None
     """None on all ranks but 0."""
+    lock: TextIO | None = None
+    """Held by rank 0 while this process works on the run."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds by part, over all sessions, reused stages included: {"pretrain_s": ..., "grpo_s": ..., "eval_s": ...}."""
 
@@ -56,6 +59,8 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.log is not None:  # flushes to disk, after Ctrl-C too
             self.log.close()
+        if self.lock is not None:
+            release(self.lock)
 
     def complete(self, stage: PlannedStage) -> None:
         """Completes one stage: reuses the output if any run has finished a stage with the same key, else trains
@@ -69,9 +74,7 @@ class Run:
                     self.view.message(f"Stage {stage.name} reused: {output.path}")
                 else:
                     StageRun(self, stage, output).finish()
-            if self.log is not None:
-                self._take(stage.name, output, is_reused)
-            self.world.barrier()
+                self.world.from_main(lambda: self._take(stage.name, output, is_reused))
 
         # Its seconds.
         for part, value in read_progress(here).seconds.items():
@@ -82,8 +85,7 @@ class Run:
         assert self.log is not None
         if is_reused:
             self.log.restore(name, read_history(output.final))
-            if output.rollouts.is_dir():
-                shutil.copytree(output.rollouts, self.folder.path / ROLLOUTS / name, dirs_exist_ok=True)
+            copy_folder(output.rollouts, self.folder.path / ROLLOUTS / name)
         link_folder(output.final, self.folder.checkpoints / name)
 
     def finish(self) -> None:
@@ -121,7 +123,13 @@ class StageRun:
         if checkpoint is not None:
             run.view.message(f"Resuming from {checkpoint}")
         if run.log is not None:
+            if checkpoint is not None:
+                copy_folder(output.rollouts, self.rollouts)  # another run may have begun this stage
             run.log.restore(self.name, read_history(checkpoint) if checkpoint else {})
+
+    @property
+    def rollouts(self) -> Path:
+        return self.run.folder.path / ROLLOUTS / self.name
 
     def finish(self) -> None:
         """Runs all remaining steps, then saves the output."""
@@ -193,7 +201,7 @@ class StageRun:
         is_late = any(late for _, late in flags)
 
         # Save, stop.
-        if (done < num_steps and (is_stopping or is_late)) or is_due(self.stage.checkpoint_every, done):
+        if done < num_steps and (is_stopping or is_late or is_due(self.stage.checkpoint_every, done)):
             self._save(self.output.step_folder(done), done)
             prune_checkpoints(self.output.path, self.planned.config.run.keep_checkpoints, self.run.world)
             self.saved_s = time.perf_counter()
@@ -206,10 +214,8 @@ class StageRun:
         self._spend(f"{self.name}_s")
         run, policy = self.run, self.stage.policy
         history = {name: jsonl(rows) for name, rows in run.log.history(self.name).items()} if run.log is not None else {}
-        if is_final and run.log is not None:
-            rollouts = run.folder.path / ROLLOUTS / self.name
-            if rollouts.is_dir():
-                shutil.copytree(rollouts, self.output.rollouts, dirs_exist_ok=True)
+        if run.log is not None:
+            copy_folder(self.rollouts, self.output.rollouts)
 
         # The checkpoint.
         save_checkpoint(
@@ -220,6 +226,11 @@ class StageRun:
         now_s = time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now_s - self.since_s
         self.since_s = now_s
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def is_due(every: int, done: int) -> bool:

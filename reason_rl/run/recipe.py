@@ -1,9 +1,8 @@
 """The stages of a run in order, and the key of each stage's output.
 
-A key is a digest of everything that the output depends on: kind and sections of the stage, seed, dtype, the
-output that it starts from, the user's files that its config names, and the code of the packages that the
-stage lists. Runs with equal keys share an output. A run that continues keeps the keys that it began with,
-even if files were edited since.
+A key is a digest of everything that the output depends on: kind and sections of the stage, seed, dtype, the output that
+it starts from, the user's files that its sections name, and the code that the stage lists. Runs with equal keys share an
+output. A run that continues keeps the keys that it began with, even if files were edited since.
 """
 
 from __future__ import annotations
@@ -11,17 +10,19 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reason_rl.config import Config, ConfigError, StageConfig, config_of_stage, table_of
 from reason_rl.model.hf_config import read_model_config
+from reason_rl.run.stage_folder import FINAL
 from reason_rl.stages import STAGES, Stage
 
 DIGEST_LENGTH = 12
 SAMPLED_BLOCKS, BLOCK_BYTES = 16, 4096
 """The digest of a large file reads SAMPLED_BLOCKS evenly spaced blocks."""
+CODE = {".py", ".toml", ".cpp", ".h", ".cu", ".cuh"}
 PACKAGE = Path(__file__).resolve().parents[1]
 FILE_KEYS = ("task.path", "task.heldout_path", "task.pass_rates", "task.template")
 FOLDER_KEYS = ("reward.model",)
@@ -49,12 +50,19 @@ def plan_recipe(config: Config) -> list[PlannedStage]:
 
         # The stage that it starts from.
         kind, own = STAGES[stage.kind], config_of_stage(config, stage)
+        if stage.name == FINAL:
+            raise ConfigError(f"a stage cannot be named {FINAL!r}: checkpoints/{FINAL} is the last stage's output")
         if stage.after and stage.after not in planned:
             raise ConfigError(f"stage {stage.name!r} comes after {stage.after!r}, but no earlier stage has that name; "
                               f"earlier stages: {', '.join(planned) or 'none'}")
         after = None
         if kind.starts_from_weights:
-            after = planned[stage.after] if stage.after else next(reversed(planned.values()), None)
+            own_model = stage.sections.get("model", {})
+            if stage.after or not own_model.get("init_from"):
+                after = planned[stage.after] if stage.after else next(reversed(planned.values()), None)
+            if after is not None and own_model:
+                raise ConfigError(f"stage {stage.name!r} keeps the model of stage {after.name!r}, whose weights it starts from: "
+                                  f"its {', '.join(f'model.{key}' for key in own_model)} would have no effect")
             if after is None and not own.model.init_from:
                 raise ConfigError(f"stage {stage.name!r} ({stage.kind}) starts from weights: put a stage before it, such as "
                                   "kind = \"pretrain\", or set model.init_from to a checkpoint folder")
@@ -88,22 +96,25 @@ def key_of(stage: PlannedStage, dtype: str, problems: str, after_key: str) -> st
         "kind": stage.kind.kind, "sections": {name: sections[name] for name in stage.kind.sections}, "seed": config.run.seed,
         "exact": config.run.exact, "dtype": dtype, "problems": problems,
         "start": after_key or (folder_digest(Path(config.model.init_from)) if config.model.init_from else ""),
-        "files": {str(path): file_digest(path) for path in users_files(config)},
-        "code": {room: folder_digest(folder_of(room), "*.py") for room in stage.kind.rooms}}
+        "files": {str(path): file_digest(path) for path in users_files(config, stage.kind.sections)},
+        "code": {name: code_digest(name) for name in stage.kind.code}}
     text = json.dumps(inputs, sort_keys=True)
     return f"{stage.name}-{hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]}"
 
 
-def folder_of(room: str) -> Path:
-    return PACKAGE / room if (PACKAGE / room).is_dir() else PACKAGE.parent / room
+def code_digest(name: str) -> str:
+    """Of one source file, or of all in a folder; `name` is a path in reason_rl or in the checkout."""
+    path = PACKAGE / name if (PACKAGE / name).exists() else PACKAGE.parent / name
+    return file_digest(path) if path.is_file() else folder_digest(path, CODE)
 
 
-def users_files(config: Config) -> Iterator[Path]:
-    """The user's files that a config names: data, a template, a reward model, and the source of a task, reward,
-    judge or surrogate."""
+def users_files(config: Config, sections: Collection[str]) -> Iterator[Path]:
+    """The files that these sections name: data, a template, a reward model; the source of a task, reward, judge or surrogate."""
     tables = table_of(config)
     for dotted in (*FILE_KEYS, *FOLDER_KEYS, *MODULE_KEYS):
         section, key = dotted.split(".")
+        if section not in sections:
+            continue
         value = str(tables[section][key])
         if dotted in FILE_KEYS and Path(value).is_file():
             yield Path(value)
@@ -115,9 +126,10 @@ def users_files(config: Config) -> Iterator[Path]:
                 yield Path(module.origin)
 
 
-def folder_digest(folder: Path, pattern: str = "*") -> str:
+def folder_digest(folder: Path, suffixes: Collection[str] = ()) -> str:
+    """Of the files with one of these suffixes; of all without."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob(pattern) if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and (not suffixes or path.suffix in suffixes)):
         digest.update(f"{path.relative_to(folder)}:{file_digest(path)}\n".encode())
     return digest.hexdigest()[:DIGEST_LENGTH]
 

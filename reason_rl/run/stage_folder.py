@@ -64,31 +64,36 @@ class StageFolder:
         """Rank 0 holds a file lock, which the system releases if the process dies; the other ranks wait."""
         # Wait until rank 0 has the lock.
         lock = self.path.with_name(f"{self.path.name}.lock")
-        file = _try_lock(lock) if world.is_main else None
-        is_ours = world.gather(file is not None)[0]
+        file: TextIO | None = None
+
+        def take() -> bool:
+            nonlocal file
+            file = try_lock(lock)
+            return file is not None
+
+        is_ours = world.from_main(take)
         if not is_ours:
             view.message(f"Another run is making this stage ({lock}): waiting for it to finish.")
         while not is_ours:
             if any(world.gather(should_stop())):
                 raise Interrupted("stopped while waiting for another run's stage")
             time.sleep(LOCK_POLL_S)
-            file = _try_lock(lock) if world.is_main else None
-            is_ours = world.gather(file is not None)[0]
+            is_ours = world.from_main(take)
 
         # Hold it for the block.
         try:
             yield
         finally:
             if file is not None:
-                lock.unlink(missing_ok=True)
-                file.close()
+                release(file)
 
 
 def read_history(checkpoint: Path) -> History:
     return {name: read_jsonl(checkpoint / name) for name in (METRICS, TIMINGS)}
 
 
-def _try_lock(path: Path) -> TextIO | None:
+def try_lock(path: Path) -> TextIO | None:
+    """The file at `path`, locked, or None if another process holds it. The system releases the lock however the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a", encoding="utf-8")
     with suppress(BlockingIOError, FileNotFoundError):
@@ -99,3 +104,9 @@ def _try_lock(path: Path) -> TextIO | None:
             return file
     file.close()
     return None
+
+
+def release(lock: TextIO) -> None:
+    """Removes the lock's file, then the lock."""
+    Path(lock.name).unlink(missing_ok=True)
+    lock.close()

@@ -68,8 +68,8 @@ class Stage(Protocol):
     kind: ClassVar[str]
     sections: ClassVar[tuple[str, ...]]
     """The config sections that the output depends on."""
-    rooms: ClassVar[tuple[str, ...]]
-    """Packages whose code the output depends on: after a change there, a finished output is not reused."""
+    code: ClassVar[tuple[str, ...]]
+    """The folders and files whose code the output depends on: after a change there, a finished output is not reused."""
     starts_from_weights: ClassVar[bool]
     """Whether it needs an earlier stage or model.init_from."""
     uses_problems: ClassVar[bool]

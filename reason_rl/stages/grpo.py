@@ -38,8 +38,8 @@ class Grpo:
     # Read by the loop and the recipe; stages/base.py explains each.
     kind: ClassVar[str] = "grpo"
     sections: ClassVar[tuple[str, ...]] = ("task", "rl", "loss", "optim", "sampling", "reward", "eval")
-    rooms: ClassVar[tuple[str, ...]] = (
-        "model", "data", "answers", "reward", "engine", "rl", "rollout", "trainer", "stages", "kernels")
+    code: ClassVar[tuple[str, ...]] = (
+        "model", "data", "answers", "sandbox", "reward", "engine", "rl", "rollout", "trainer", "stages", "kernels", "csrc")
     starts_from_weights: ClassVar[bool] = True
     uses_problems: ClassVar[bool] = True
     log_every: ClassVar[int] = 1

@@ -27,7 +27,9 @@ Document = tuple[tuple[int, ...], int]
 class Pretrain:
     kind: ClassVar[str] = "pretrain"
     sections: ClassVar[tuple[str, ...]] = ("model", "task", "pretrain", "pretrain_optim")
-    rooms: ClassVar[tuple[str, ...]] = ("model", "data")
+    # Without the kernels: an edit there changes the weights by a rounding, and the base model takes most of a run's time.
+    code: ClassVar[tuple[str, ...]] = (
+        "model", "data", "rl/packing.py", "trainer/update.py", "trainer/optimizer.py", "trainer/policy.py", "stages/pretrain.py")
     starts_from_weights: ClassVar[bool] = False
     uses_problems: ClassVar[bool] = False
     log_every: ClassVar[int] = 10
@@ -43,8 +45,7 @@ class Pretrain:
         # The corpus always has the same order, so a resumed stage draws the documents that it has trained on
         # and skips them.
         self._batches = document_batches(config, start.tokenizer)
-        skipped = [next(self._batches) for _ in range(self.policy.num_steps_done)]
-        self._num_tokens = sum(map(num_tokens_of, skipped))
+        self._num_tokens = sum(num_tokens_of(next(self._batches)) for _ in range(self.policy.num_steps_done))
         self._since_log_s, self._since_log_tokens = 0.0, 0
 
     @staticmethod

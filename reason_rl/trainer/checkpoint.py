@@ -84,10 +84,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def prune_checkpoints(folder: Path, keep: int, world: World) -> None:
-    """Removes all step checkpoints but the newest `keep`."""
-    if world.is_main:
-        for old in step_folders(folder)[:-keep]:
+    """Removes all step checkpoints but the newest `keep`, and what a killed process had not finished writing."""
+    def prune() -> None:
+        for old in (*step_folders(folder)[:-keep], *folder.glob(".*.partial")):
             shutil.rmtree(old)
+
+    world.from_main(prune)
 
 
 def link_folder(source: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import load_model
 from reason_rl.parallel.fsdp import rank_share
 from reason_rl.parallel.world import World, init_world
-from tests.reason_rl.run.tiny_run import FAR_FROM_DEFAULT, never_stop, rows, run_apart, run_here
+from tests.reason_rl.run.tiny_run import FAR_FROM_DEFAULT, never_stop, rows, run_apart, run_here, stage_folder
 from tests.reason_rl.tiny import CPU
 
 METRICS_OF_THE_UPDATE = ("loss", "entropy", "approx_kl", "ratio_max", "ratio_min", "ess", "grad_norm")
@@ -72,11 +72,16 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out_dir
 
 
+def copy_base(one: Path, out_dir: Path) -> None:
+    base = stage_folder(one, "pretrain")
+    shutil.copytree(base, out_dir / "stages" / base.name)
+
+
 @pytest.fixture(scope="module")
 def two(one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run by two processes, from the base model of the single process."""
     out_dir = tmp_path_factory.mktemp("two")
-    shutil.copytree(one / "bases", out_dir / "bases")
+    copy_base(one, out_dir)
     done = run_apart(out_dir, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     return out_dir
@@ -84,7 +89,7 @@ def two(one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.long
 def test_two_processes_sample_the_same_completions_from_the_same_weights(one: Path, two: Path):
-    of_one, of_two = (rows(out_dir / "tiny" / "rollouts", "step_000001.jsonl") for out_dir in (one, two))
+    of_one, of_two = (rows(out_dir / "tiny" / "rollouts" / "grpo", "step_000001.jsonl") for out_dir in (one, two))
     assert of_one == of_two  # tokens, logprobs to the bit, rewards, advantages
     evaluations = [rows(out_dir / "tiny", phase="eval")[0] for out_dir in (one, two)]
     assert evaluations[0] == evaluations[1]
@@ -142,13 +147,15 @@ def test_one_process_resumes_a_checkpoint_of_two_and_the_reverse(
         shutil.copytree(source, out_dir)
         folder = out_dir / "tiny"
         (folder / "summary.json").unlink()
+        for made in (folder / "checkpoints" / "grpo", folder / "checkpoints" / "final", stage_folder(out_dir, "grpo") / "final"):
+            shutil.rmtree(made)
         written = (folder / "config.toml").read_text().replace(str(source), str(out_dir))
         (folder / "config.toml").write_text(written)
         (out_dir / "tiny.toml").unlink()
         done = run_apart(out_dir, processes=processes)
         assert done.returncode == 0 and "Resuming from" in done.stdout, done.stdout + done.stderr
         # The rollouts of step 5 come from the weights of step 4, whole in the checkpoint: the same to the bit.
-        again, first = (rows(f / "rollouts", "step_000005.jsonl") for f in (folder, source / "tiny"))
+        again, first = (rows(f / "rollouts" / "grpo", "step_000005.jsonl") for f in (folder, source / "tiny"))
         assert again == first
         update, before = (rows(f, stage="grpo", phase="train")[-1] for f in (folder, source / "tiny"))
         assert update["loss"] == pytest.approx(before["loss"], abs=1e-5)
@@ -164,7 +171,7 @@ def test_one_process_resumes_a_checkpoint_of_two_and_the_reverse(
 ], ids=lambda more: more[0])  # fmt: skip
 def test_every_way_of_training_works_with_two_processes(more: list[str], one: Path, tmp_path: Path):
     """Includes steps of one microbatch, where the second rank is idle, and steps of none."""
-    shutil.copytree(one / "bases", tmp_path / "bases")
+    copy_base(one, tmp_path)
     quick = ["--rl.steps=2", "--eval.every=0", "--eval.final_problems=2", "--eval.pass_at_k=0", "--pretrain.steps=4"]
     done = run_apart(tmp_path, *quick, *more, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -176,20 +183,20 @@ def test_a_refused_config_ends_all_processes_with_the_same_line(tmp_path: Path):
     started = time.monotonic()
     done = run_apart(tmp_path, "--task.heldout_share=0", processes=2)
     assert done.returncode != 0 and time.monotonic() - started < 120
-    assert done.stderr.count("heldout ones of task 'program'") == 2 and not (tmp_path / "tiny").exists()
+    assert done.stderr.count("heldout problems of task 'program'") == 2 and not (tmp_path / "tiny").exists()
 
 
 @pytest.mark.long
 def test_ctrl_c_under_torchrun_saves_and_one_process_goes_on(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    shutil.copytree(one / "bases", tmp_path / "bases")
+    copy_base(one, tmp_path)
     process = run_apart(tmp_path, "--rl.steps=400", processes=2, start=True)
     metrics = tmp_path / "tiny" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and '"phase": "rl"' in metrics.read_text()):
+    while not (metrics.exists() and '"stage": "grpo", "phase": "train"' in metrics.read_text()):
         assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=120)
     assert "continues from here" in text, text
     steps = len(rows(tmp_path / "tiny", stage="grpo", phase="train"))
-    assert (tmp_path / "tiny" / "checkpoints" / f"step_{steps:06d}" / "trainer.pt").exists() and steps < 400
+    assert (stage_folder(tmp_path, "grpo") / f"step_{steps:06d}" / "trainer.pt").exists() and steps < 400

@@ -6,10 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from reason_rl.config import Config, ConfigError, dump_config, load_config
+from reason_rl.model.weights import load_model
 from reason_rl.run import recipe
 from reason_rl.run.recipe import key_of, plan_recipe
+from reason_rl.stages.grpo import Grpo
 from reason_rl.stages.pretrain import Pretrain
 from tests.reason_rl.run.tiny_run import arguments, fingerprints, never_stop, rows, run_here, stop_after
 
@@ -63,6 +66,11 @@ def test_without_stages_a_recipe_is_pretraining_then_grpo(tmp_path: Path):
     ('[[stage]]\nkind = "pretrain"\n[stage.pretrain]\nstepz = 1', "stage 'pretrain': unknown config key pretrain.stepz"),
     ('[[stage]]\nkind = "pretrain"\n[stage.run]\nseed = 1', r"\[run\] holds for the whole recipe"),
     ('[[stage]]\nkind = "pretrain"\nname = "a/b"', "name must be a word"),
+    ('[[stage]]\nkind = "pretrain"\nname = "final"', "cannot be named 'final'"),
+    ('[[stage]]\nkind = "pretrain"\n[[stage]]\nkind = "grpo"\n[stage.model]\nhead_dim = 8',
+     "its model.head_dim would have no effect"),
+    ('[[stage]]\nkind = "pretrain"\n[[stage]]\nkind = "pretrain"\nname = "b"\n[stage.pretrain]\ntokenizer = "byte"',
+     "different tokenizers"),
     ('[stage]\nkind = "pretrain"', "stages are written as"),
     ('[[stage]]\nkind = "pretrain"\n[[stage]]\nkind = "grpo"\n[stage.rl]\ngroup_size = 1', "rl.group_size must be at least 2"),
     ('[[stage]]\nkind = "pretrain"\n[[stage]]\nkind = "grpo"\n[stage.task]\nname = "nowhere:Task"', "nowhere"),
@@ -112,19 +120,27 @@ def test_a_key_changes_with_what_the_output_follows_from_and_with_nothing_else(c
 
 def test_a_key_changes_with_the_code_of_the_stages_rooms_and_with_the_users_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     before = keys(load_config())
-    real = recipe.folder_digest
-    monkeypatch.setattr(recipe, "folder_digest",
-                        lambda folder, pattern="*": real(folder, pattern) + (folder.name == "rl") * "edited")
+    real = recipe.code_digest
+    monkeypatch.setattr(recipe, "code_digest", lambda name: real(name) + (name in ("rl", "csrc")) * "edited")
     after = keys(load_config())
     assert before["pretrain"] == after["pretrain"] and before["grpo"] != after["grpo"]
+    monkeypatch.setattr(recipe, "code_digest", lambda name: real(name) + (name == "trainer/update.py") * "edited")
+    assert before["pretrain"] != keys(load_config())["pretrain"]
+    monkeypatch.undo()
 
     monkeypatch.syspath_prepend(str(tmp_path))
     config = load_config(None, ["--reward.custom=my_reward_of_test_recipe:f"])
     found = []
     for source in ("def f(problem, text): return 1.0", "def f(problem, text): return 0.0"):
         (tmp_path / "my_reward_of_test_recipe.py").write_text(source, encoding="utf-8")
-        found.append(keys(config)["grpo"])
-    assert found[0] != found[1]
+        found.append(keys(config))
+    assert found[0]["grpo"] != found[1]["grpo"] and found[0]["pretrain"] == found[1]["pretrain"]
+
+
+@pytest.mark.parametrize("kind", [Pretrain, Grpo])
+def test_all_code_that_a_stage_names_exists_and_is_read(kind: type[Pretrain] | type[Grpo]):
+    empty = recipe.folder_digest(Path("nowhere"))
+    assert all(recipe.code_digest(name) != empty for name in kind.code)
 
 
 def test_a_large_files_digest_sees_a_change_of_size_and_of_a_sampled_block(tmp_path: Path):
@@ -156,6 +172,18 @@ def test_three_stages_run_in_order_each_from_the_one_before_and_a_stopped_run_go
     never_stop(monkeypatch)
     assert run_here(tmp_path / "stopped", *quick) == 0
     assert fingerprints(tmp_path / "stopped" / "tiny") == fingerprints(whole)
+
+
+def test_a_stage_with_a_checkpoint_of_its_own_takes_its_tokenizer_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its tokens are bytes; the recipe's own default is characters."""
+    never_stop(monkeypatch)
+    quick = ["--eval.every=0", "--eval.pass_at_k=0", "--eval.final_problems=2", "--eval.final_samples=1", "--rl.steps=1"]
+    assert run_here(tmp_path / "base", *quick, "--pretrain.tokenizer=byte", "--pretrain.steps=1") == 0
+    folder = tmp_path / "base" / "tiny" / "checkpoints" / "pretrain"
+    with_stages(tmp_path / "stage", f'[[stage]]\nkind = "grpo"\n[stage.model]\ninit_from = "{folder}"\n')
+    assert run_here(tmp_path / "stage", *quick) == 0
+    ends = [load_model(tmp_path / name / "tiny" / "checkpoints" / "final").embedding.weight for name in ("base", "stage")]
+    assert torch.equal(*ends)
 
 
 def test_a_stage_after_an_earlier_one_starts_from_that_ones_output(tmp_path: Path):

@@ -72,6 +72,17 @@ def test_waiting_for_another_runs_stage_can_be_stopped(tmp_path: Path, monkeypat
         assert run_here(tmp_path) == 130
 
 
+def test_a_run_is_one_processs_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A second one would replace the log that the first one appends to."""
+    stop_after(monkeypatch, 1)
+    assert run_here(tmp_path) == 130 and not (tmp_path / "tiny" / ".lock").exists()
+    with (tmp_path / "tiny" / ".lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match=r"another process is at work on the run in .*tiny"):
+            run_here(tmp_path)
+    assert run_here(tmp_path) == 130
+
+
 def test_without_git_the_source_is_unknown_and_nothing_fails(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", "")
     assert describe_source() == {"commit": "", "tree": ""}

@@ -220,7 +220,7 @@ def test_another_run_goes_on_with_a_stage_that_one_began(
     assert run_here(with_base, "--name=first") == 130
     never_stop(monkeypatch)
     assert run_here(with_base, "--name=second") == 0
-    assert (with_base / "second/metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    assert fingerprints(with_base / "second") == fingerprints(finished)  # also the rollouts of the steps that the first one took
     assert run_here(with_base, "--name=first") == 0
     assert fingerprints(with_base / "first") == fingerprints(finished)
 

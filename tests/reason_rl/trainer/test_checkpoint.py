@@ -87,10 +87,11 @@ def test_a_write_that_breaks_off_leaves_no_folder_that_looks_whole(tmp_path: Pat
     assert {p.name for p in tmp_path.iterdir()} == {"step_000001", "step_000002"}
 
 
-def test_pruning_keeps_the_newest(tmp_path: Path):
+def test_pruning_keeps_the_newest_and_removes_what_a_killed_process_left(tmp_path: Path):
     for step in (5, 10, 100, 20):
         save(step_folder(tmp_path, step), tiny_model(MOE))
     save(tmp_path / "final", tiny_model(MOE))
+    (tmp_path / ".step_000030.77.partial").mkdir()
     prune_checkpoints(tmp_path, 2, WORLD)
     assert {p.name for p in tmp_path.iterdir()} == {"step_000020", "step_000100", "final"}
     assert newest_checkpoint(tmp_path / "absent") is None
