@@ -38,10 +38,10 @@ def test_a_run_from_a_hugging_face_folder_ends_in_one(tmp_path: Path, monkeypatc
     never_stop(monkeypatch)
     before = dots1_folder(tmp_path / "dots")
     assert run_here(tmp_path, f"--model.init_from={tmp_path / 'dots'}", "--rl.steps=2", "--eval.every=0", "--eval.pass_at_k=0",
-                    "--run.exact=on", "--rl.routing_replay=true") == 0
+                    "--run.exact=on", "--rl.routing_replay=true", "--run.checkpoint_every=1") == 0
     steps = rows(tmp_path / "tiny", stage="grpo", phase="train")
     assert len(steps) == 2 and {row["max_abs_logprob_gap"] for row in steps} == {0.0}
-    for folder in (stage_folder(tmp_path, "grpo") / "step_000002", tmp_path / "tiny" / "checkpoints" / "final"):
+    for folder in (stage_folder(tmp_path, "grpo") / "step_000001", tmp_path / "tiny" / "checkpoints" / "final"):
         assert {file: (folder / file).read_text() for file in SIDE} == SIDE
         after = json.loads((folder / "config.json").read_text())
         spelled = ("rope_parameters", "rope_theta", "rope_scaling", "dtype", "torch_dtype", "sliding_window")  # otherwise
