@@ -34,7 +34,7 @@ help:
 	@echo 'make sanitize   the kernels' tests under the address and undefined-behaviour sanitizers'
 	@echo 'make fuzz       grade random completions for ten minutes: no verifier may crash, hang or leak'
 	@echo 'make bench      time every op against torch and installed peers: small shapes on a CPU, also large ones on a GPU'
-	@echo 'make lint       ruff and mypy'
+	@echo 'make lint       ruff, mypy, lines per room, banned phrases'
 	@echo 'make clean      remove .venv, caches and build products; runs/ stays'
 	@echo
 	@echo 'Variables: ARGS="--rl.steps=10"  PYTHON=python3.12  NPROC=2  JOBS=4'

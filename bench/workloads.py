@@ -86,7 +86,7 @@ def workload_stage(config: Config, workload: str) -> Grpo:
     """The GRPO stage of a run, without stop tokens."""
     tokenizer, world = char_tokenizer(), init_world(config.run)
     problems = RandomProblems(tokenizer, WORKLOADS[workload][1])
-    stage = Grpo(RandomStart(config, world, tokenizer, problems, folder=None, checkpoint=None,  # type: ignore[arg-type]
+    stage = Grpo(RandomStart(config, world, tokenizer, problems, offset=0, folder=None, checkpoint=None,  # type: ignore[arg-type]
                              vocab_size=VOCAB_SIZES.get(workload, tokenizer.vocab_size)))
     stage.sampling = replace(stage.sampling, stop_ids=())
     return stage

@@ -74,15 +74,15 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"sampling.temperature must be at least 0, got {self.temperature}")
+            raise ConfigError(f"sampling.temperature must be at least 0, got {self.temperature}")
         if self.top_k < 0:
-            raise ValueError(f"sampling.top_k must be at least 0 (0 keeps all), got {self.top_k}")
+            raise ConfigError(f"sampling.top_k must be at least 0 (0 keeps all), got {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"sampling.top_p must be in (0, 1], got {self.top_p}")
+            raise ConfigError(f"sampling.top_p must be in (0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
-            raise ValueError(f"sampling.min_p must be in [0, 1], got {self.min_p}")
+            raise ConfigError(f"sampling.min_p must be in [0, 1], got {self.min_p}")
         if self.max_tokens < 1:
-            raise ValueError(f"sampling.max_tokens must be at least 1, got {self.max_tokens}")
+            raise ConfigError(f"sampling.max_tokens must be at least 1, got {self.max_tokens}")
 
 
 @dataclass(frozen=True)

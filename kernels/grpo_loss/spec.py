@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from kernels.grpo_loss.surrogates import find_surrogate
+from kernels.grpo_loss.surrogates import SpecError, find_surrogate
 
 CHOICES = {
     "ratio": ("token", "sequence"), "surrogate": ("clip", "cispo", "reinforce"), "kl_estimator": ("k1", "k2", "k3"),
@@ -56,18 +56,18 @@ class LossSpec:
         find_surrogate(self.surrogate)
         for name, allowed in CHOICES.items():
             if name != "surrogate" and getattr(self, name) not in allowed:
-                raise ValueError(f"loss.{name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
+                raise SpecError(f"loss.{name} must be one of {list(allowed)}, got {getattr(self, name)!r}")
         # Ranges.
         if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"loss.clip_low must be in [0, 1], got {self.clip_low}")
+            raise SpecError(f"loss.clip_low must be in [0, 1], got {self.clip_low}")
         if self.clip_high < 0:
-            raise ValueError(f"loss.clip_high must be >= 0, got {self.clip_high}")
+            raise SpecError(f"loss.clip_high must be >= 0, got {self.clip_high}")
         if self.dual_clip != 0 and self.dual_clip <= 1:
-            raise ValueError(f"loss.dual_clip must be 0 (off) or above 1, got {self.dual_clip}")
+            raise SpecError(f"loss.dual_clip must be 0 (off) or above 1, got {self.dual_clip}")
         if self.kl_coef < 0:
-            raise ValueError(f"loss.kl_coef must be >= 0, got {self.kl_coef}")
+            raise SpecError(f"loss.kl_coef must be >= 0, got {self.kl_coef}")
         if not 0 <= self.importance_low < self.importance_high:
-            raise ValueError(
+            raise SpecError(
                 f"loss.importance_low must be in [0, importance_high), got {self.importance_low} "
                 f"and {self.importance_high}"
             )

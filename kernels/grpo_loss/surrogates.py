@@ -30,6 +30,10 @@ Surrogate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "LossSpec"], Tok
 ratio."""
 
 
+class SpecError(ValueError):
+    """A choice of the loss that does not exist or is out of range; errors of a user's module are not among them."""
+
+
 def clip(logprobs: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor, spec: LossSpec) -> TokenLoss:
     """-min(ratio A, clip(ratio) A), PPO arXiv:1707.06347 eq. 7; with dual_clip c, where A < 0, at most -c
     A."""
@@ -66,7 +70,7 @@ def find_surrogate(name: str) -> Surrogate:
         return SURROGATES[name]
     module_name, _, function_name = name.partition(":")
     if not (module_name and function_name):
-        raise ValueError(f"loss.surrogate must be one of {list(SURROGATES)} or 'module:function', got {name!r}")
+        raise SpecError(f"loss.surrogate must be one of {list(SURROGATES)} or 'module:function', got {name!r}")
     if "" not in sys.path:
         sys.path.insert(0, "")  # the current folder: Python searches the folder of the started script instead
     try:
@@ -75,8 +79,8 @@ def find_surrogate(name: str) -> Surrogate:
         # Only a missing `module_name` is an error of the config; a missing import inside it is the module's.
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
-        raise ValueError(f"loss.surrogate={name!r}: there is no module {module_name!r}") from error
+        raise SpecError(f"loss.surrogate={name!r}: there is no module {module_name!r}") from error
     surrogate: Surrogate | None = getattr(module, function_name, None)
     if not callable(surrogate):
-        raise ValueError(f"loss.surrogate={name!r}: module {module_name!r} has no function {function_name!r}")
+        raise SpecError(f"loss.surrogate={name!r}: module {module_name!r} has no function {function_name!r}")
     return surrogate

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from kernels.grpo_loss.spec import SpecError
 from reason_rl.config.checks import check_config
 from reason_rl.config.schema import Config, StageConfig
 from reason_rl.records import ConfigError
@@ -88,6 +89,8 @@ def _override(values: dict[str, Any], stages: list[dict[str, Any]], path: list[s
         if stage is None:
             names = [stage["name"] for stage in stages]
             raise ConfigError(f"--{'.'.join(path)}: no stage is named {path[0]!r}" + (_nearest(path[0], names) if names else ""))
+        if path[1] not in SECTIONS:
+            raise ConfigError(f"--{'.'.join(path)}: unknown config section {path[1]!r}{_nearest(path[1], SECTIONS)}")
         _set(stage, path[1], path[2], text)
         return
 
@@ -172,7 +175,7 @@ def _build(values: Mapping[str, Any], base: Config | None = None) -> Config:
         converted = {key: _convert(f"{section}.{key}", value, hints[key]) for key, value in given.items()}
         try:
             sections[section] = dataclasses.replace(sections[section], **converted)
-        except ValueError as error:
+        except SpecError as error:
             raise ConfigError(str(error)) from error
     return dataclasses.replace(base, **sections)
 

@@ -33,7 +33,7 @@ from reason_rl.eval.plan import DEFAULT_MAX_TOKENS, Plan, make_plan
 from reason_rl.model.transformer import Transformer
 from reason_rl.model.weights import load_for_sampling
 from reason_rl.parallel.world import World, close_world, end_process, init_world
-from reason_rl.records import Completion, Group, Problem
+from reason_rl.records import Completion, ConfigError, Group, Problem
 from reason_rl.reward import Grader
 from reason_rl.rollout.collect import EVAL_KEY, collect
 
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         try:
             evaluation = prepare(options, overrides, stack)
-        except (ValueError, OSError) as error:
+        except (ConfigError, OSError) as error:
             print(f"eval: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--out must be a file in a folder that exists, got {out}")
         stage = prepare(checkpoint, options.config, [
             *overrides, *(f"--{key}={value}" for key, value in given.items() if value is not None)])
-    except (ValueError, OSError) as error:
+    except (ConfigError, OSError) as error:
         print(f"explain: {error}", file=sys.stderr)
         return 1
     explanation = explain(checkpoint, stage)

@@ -171,7 +171,8 @@ def prepare(checkpoint: Path, path: str | None, overrides: Sequence[str]) -> Rec
     problems = load_problems(config, tokenizer)
     few = replace(config.eval, problems=1, final_problems=1)  # no evaluation follows, so one held-out problem is enough to check
     Grpo.check(replace(config, eval=few), tokenizer, problems)
-    return RecordedGrpo(StageStart(config, init_world(config.run), tokenizer, problems, folder=checkpoint, checkpoint=None))
+    return RecordedGrpo(StageStart(config, init_world(config.run), tokenizer, problems, offset=0,
+                                   folder=checkpoint, checkpoint=None))
 
 
 def explain(checkpoint: Path, stage: RecordedGrpo) -> Explanation:

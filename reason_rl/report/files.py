@@ -63,9 +63,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _exchange(a: Path, b: Path) -> None:
-    """Swaps two names in one step (renameat2, Linux); in three renames on a file system without it."""
+    """Swaps two names in one step (renameat2: Linux, glibc 2.28). Without it, in three steps: a kill between them
+    leaves the old folder under the name <a>.old."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0:
+    if hasattr(libc, "renameat2") and libc.renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0:
         return
     spare = a.with_name(f"{a.name}.old")
     os.rename(b, spare)

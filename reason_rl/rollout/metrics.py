@@ -175,6 +175,20 @@ def step_stats(
     return StepStats(step, metrics, timings, tuple(groups), tuple(map(tuple, advantages.advantages.tolist())))
 
 
+def step_warnings(stats: StepStats, expected_gap: float) -> dict[str, str]:
+    """Cause -> text: completions without a grade, and a gap between sampler and trainer above the expected one."""
+    found: dict[str, str] = {}
+    causes = [score.cause for group in stats.groups for score in group.scores if not score.is_graded]
+    if causes:
+        found["ungraded"] = (f"{len(causes)} completions could not be graded and take no part in the update (metric "
+                             f"'ungraded' counts them). The first: {causes[0]}")
+    gap = stats.metrics.get("max_abs_logprob_gap")
+    if gap is not None and not gap <= expected_gap:  # NaN too
+        found["gap"] = (f"sampler and trainer differ by {gap:.2g} nats on policy on this device; "
+                        "rl.old_logprobs='recompute' with loss.importance='tis' corrects for it.")
+    return found
+
+
 def rollout_rows(
     groups: Sequence[Group], advantages: Sequence[Sequence[float]], tokenizer: Tokenizer, step: int
 ) -> list[dict[str, object]]:

@@ -6,6 +6,7 @@ A refused run writes no files. Left out: the decision to begin or to continue a 
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import shutil
 import time
 from collections.abc import Callable
@@ -118,9 +119,9 @@ def with_keys(config: Config, folder: RunFolder, recipe: list[PlannedStage], pro
     for stage in recipe:
         after_key = keys[stage.after.name] if stage.after else ""
         digest_of_stage = problems[stage.name].digest if stage.name in problems else ""
-        keys[stage.name] = key_of(stage, dtype, digest_of_stage, after_key)
+        keys[stage.name] = key_of(stage, f"{dtype} on {world.device.type}", digest_of_stage, after_key)
     if config.run.resume == "never":  # a new key, so that the last stage is not reused but trained
-        keys[recipe[-1].name] += f"-{folder.path.name}"
+        keys[recipe[-1].name] += f"-{secrets.token_hex(4)}"
     compute = {"dtype": dtype, "kernels": kernels, "problems": digest}
     return dataclasses.replace(folder, compute=compute, stage_keys=world.gather(keys)[0])
 

@@ -8,6 +8,7 @@ newest checkpoint. Left out: the training step itself (reason_rl/stages), and ho
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from collections.abc import Callable
@@ -74,6 +75,7 @@ class Run:
                     self.view.message(f"Stage {stage.name} reused: {output.path}")
                 else:
                     StageRun(self, stage, output).finish()
+                    gc.collect()  # the model and its optimizer are in a cycle: free them before the next stage
                 self.world.from_main(lambda: self._take(stage.name, output, is_reused))
 
         # Its seconds.
@@ -117,7 +119,8 @@ class StageRun:
 
         # Build the stage with the weights of the checkpoint, and restore the log as of that checkpoint.
         self.stage = planned.kind(StageStart(
-            planned.config, run.world, run.tokenizer, run.problems.get(planned.name), folder, checkpoint))
+            planned.config, run.world, run.tokenizer, run.problems.get(planned.name), planned.offset,
+            folder, checkpoint))
         self.first = self.stage.policy.num_steps_done
         self.seconds = dict(read_progress(checkpoint).seconds) if checkpoint else {}
         if checkpoint is not None:

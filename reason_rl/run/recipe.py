@@ -39,6 +39,13 @@ class PlannedStage:
     after: PlannedStage | None
     """The stage whose output it starts from; None: random weights, or model.init_from."""
 
+    @property
+    def offset(self) -> int:
+        """Steps that the stages before it, along `after`, take on problems."""
+        if self.after is None:
+            return 0
+        return self.after.offset + (self.after.kind.num_steps_of(self.after.config) if self.after.kind.uses_problems else 0)
+
 
 def plan_recipe(config: Config) -> list[PlannedStage]:
     """The stages in order; raises ConfigError if a stage cannot start from the ones before it."""
@@ -94,7 +101,7 @@ def key_of(stage: PlannedStage, dtype: str, problems: str, after_key: str) -> st
     config, sections = stage.config, table_of(stage.config)
     inputs = {
         "kind": stage.kind.kind, "sections": {name: sections[name] for name in stage.kind.sections}, "seed": config.run.seed,
-        "exact": config.run.exact, "dtype": dtype, "problems": problems,
+        "is_exact": config.run.exact != "off", "dtype": dtype, "problems": problems,
         "start": after_key or (folder_digest(Path(config.model.init_from)) if config.model.init_from else ""),
         "files": {str(path): file_digest(path) for path in users_files(config, stage.kind.sections)},
         "code": {name: code_digest(name) for name in stage.kind.code}}

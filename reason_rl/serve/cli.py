@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
             device = init_world(RunConfig(device=options.device, dtype="float32")).device
             tokenizer, model = Tokenizer.load(options.checkpoint), load_for_sampling(options.checkpoint, device, torch.float32)
             template, sampling = load_template(options.template), make_sampling(options, tokenizer)
-        except (ValueError, OSError) as error:
+        except (ConfigError, OSError) as error:
             return refuse(error)
         engine, console = Engine(model, EngineConfig(), options.seed), Console()
 
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 problem = make_problem(template, tokenizer, line.rstrip("\n"), number)
                 fitting = fit(sampling, problem, engine, is_default=options.max_tokens is None)
-            except ValueError as error:
+            except ConfigError as error:
                 code = refuse(error)
                 if options.prompt is not None:
                     return code

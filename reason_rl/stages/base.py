@@ -33,6 +33,8 @@ class StageStart:
     world: World
     tokenizer: Tokenizer
     problems: Problems | None
+    offset: int
+    """Steps that earlier stages of this chain took on problems: this stage's problems and noise come after theirs."""
     folder: Path | None
     """Checkpoint to start from: an earlier stage's output, or model.init_from; None: random weights."""
     checkpoint: Path | None
@@ -83,6 +85,10 @@ class Stage(Protocol):
     policy: Policy
 
     def __init__(self, start: StageStart) -> None: ...
+
+    @staticmethod
+    def num_steps_of(config: Config) -> int:
+        """`num_steps` before the stage is built."""
 
     @staticmethod
     def check(config: Config, tokenizer: Tokenizer, problems: Problems | None) -> list[str]:

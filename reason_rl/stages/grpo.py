@@ -24,7 +24,7 @@ from reason_rl.reward import Grader, check_rewards
 from reason_rl.rl.advantages import compute_advantages
 from reason_rl.rl.packing import pack
 from reason_rl.rollout.collect import collect, refill
-from reason_rl.rollout.metrics import step_stats
+from reason_rl.rollout.metrics import step_stats, step_warnings
 from reason_rl.stages.base import Metrics, StageStart
 from reason_rl.stages.heldout import evaluate_heldout
 from reason_rl.trainer.policy import frozen_copy
@@ -49,7 +49,8 @@ class Grpo:
         config = start.config
         assert start.problems is not None
         self.config, self.world, self.tokenizer, self.problems = config, start.world, start.tokenizer, start.problems
-        self.num_steps, self.checkpoint_every = config.rl.steps, config.run.checkpoint_every
+        self.num_steps, self.checkpoint_every = self.num_steps_of(config), config.run.checkpoint_every
+        self.offset = start.offset
         self.sampling = replace(config.sampling, stop_ids=start.tokenizer.stop_ids)
         self.loss = replace(config.loss, constant_length=config.loss.constant_length or config.sampling.max_tokens)
 
@@ -65,9 +66,9 @@ class Grpo:
         rl, clock, updates = self.config.rl, Clock(), []
         with clock("step"):
             # Problems -> rollouts and rewards: a completion is graded when it ends, while others are sampled.
-            problems = self.problems.train(index, rl.prompts_per_step)  # the same on every rank
-            sampled = self.collect(problems, rl.group_size, self.sampling, index, clock, rl.routing_replay)
-            groups = self.refill(sampled, index, clock) if rl.dynamic_sampling else sampled
+            problems = self.problems.train(self.offset + index, rl.prompts_per_step)  # the same on every rank
+            sampled = self.collect(problems, rl.group_size, self.sampling, self.offset + index, clock, rl.routing_replay)
+            groups = self.refill(sampled, self.offset + index, clock) if rl.dynamic_sampling else sampled
 
             # Rewards -> advantages f32[B, G]: reward relative to the other completions of the group.
             advantages = compute_advantages(groups, rl, self.world.device)
@@ -82,7 +83,7 @@ class Grpo:
                     updates.append(self.update(microbatches, index, max_gap=math.inf if number else self.max_gap))
         stats = step_stats(index, groups, sampled, advantages, minibatches, updates, self.tokenizer, clock,
                            lr=self.policy.lr_factor(index) * self.config.optim.lr, verifiers=self.grader.service.take_metrics())
-        return replace(stats, warnings=self.warnings(stats))
+        return replace(stats, warnings=step_warnings(stats, self.expected_gap))
 
     def collect(self, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, key: int, clock: Clock,
                 with_routed_experts: bool = False) -> list[Group]:
@@ -91,13 +92,13 @@ class Grpo:
                        policy_version=self.policy.version,
                        with_routed_experts=with_routed_experts and self.policy.model.config.num_experts > 1)
 
-    def refill(self, sampled: list[Group], index: int, clock: Clock) -> list[Group]:
+    def refill(self, sampled: list[Group], key: int, clock: Clock) -> list[Group]:
         """DAPO's dynamic sampling: replaces groups without signal by groups of fresh problems, and appends
         these to `sampled`."""
         rl = self.config.rl
         return refill(
-            sampled, rl.dynamic_sampling, draw=lambda count, round, exclude: self.problems.train(index, count, round, exclude),
-            sample=lambda problems: self.collect(problems, rl.group_size, self.sampling, index, clock, rl.routing_replay))
+            sampled, rl.dynamic_sampling, draw=lambda count, round, exclude: self.problems.train(key, count, round, exclude),
+            sample=lambda problems: self.collect(problems, rl.group_size, self.sampling, key, clock, rl.routing_replay))
 
     def with_logprobs(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
         """Adds the logprobs that the loss compares with, if the config asks for them: old_logprobs, of the policy
@@ -119,7 +120,8 @@ class Grpo:
 
     def evaluate(self, num_done: int) -> Metrics | None:
         metrics = evaluate_heldout(
-            self.config.eval, self.problems, self.sampling, self.tokenizer, self.collect, num_done, self.num_steps)
+            self.config.eval, self.problems, self.sampling, self.tokenizer, self.collect, num_done, self.num_steps,
+            self.offset)
         self.grader.service.take_metrics()  # discarded: they must not enter the next step's metrics
         return metrics
 
@@ -128,24 +130,17 @@ class Grpo:
         """Largest allowed gap between engine and trainer logprobs on policy, in nats."""
         return 0.0 if self.config.run.exact == "on" else self.config.rl.max_logprob_gap or math.inf
 
-    def warnings(self, stats: StepStats) -> dict[str, str]:
-        """Warnings of ungraded completions, and of a gap between the sampler's and the trainer's logprobs."""
-        found: dict[str, str] = {}
-        causes = [score.cause for group in stats.groups for score in group.scores if not score.is_graded]
-        if causes:
-            found["ungraded"] = (f"{len(causes)} completions could not be graded and are left out of the update (metric 'ungraded' "
-                                 f"counts them). The first: {causes[0]}")
-
-        # The gap: 0 is expected on a CPU with batch-invariant ops.
-        gap = stats.metrics.get("max_abs_logprob_gap")
-        should_be_exact = self.world.device.type == "cpu" and self.config.run.exact != "off"
-        if gap is not None and not gap <= (0.0 if should_be_exact else NOTABLE_GAP):
-            found["gap"] = (f"sampler and trainer differ by {gap:.2g} nats on policy on this device; rl.old_logprobs='recompute' "
-                            "with loss.importance='tis' corrects for it.")
-        return found
+    @property
+    def expected_gap(self) -> float:
+        """A larger gap is worth a warning: exact ops give 0, others round differently in another batch."""
+        return 0.0 if self.world.device.type == "cpu" and self.config.run.exact != "off" else NOTABLE_GAP
 
     def close(self) -> None:
         self.grader.close()
+
+    @staticmethod
+    def num_steps_of(config: Config) -> int:
+        return config.rl.steps
 
     @staticmethod
     def check(config: Config, tokenizer: Tokenizer, problems: Problems | None) -> list[str]:

@@ -16,7 +16,7 @@ from reason_rl.rollout.metrics import eval_metrics, pass_at_powers
 
 def evaluate_heldout(
     settings: EvalConfig, problems: Problems, sampling: SamplingParams, tokenizer: Tokenizer,
-    collect: Callable[..., list[Group]], num_done: int, num_steps: int,
+    collect: Callable[..., list[Group]], num_done: int, num_steps: int, offset: int = 0,
 ) -> Mapping[str, Any] | None:
     """Metrics after `num_done` of `num_steps` steps; None if no evaluation is due. The first and the last
     evaluation use eval.final_problems and add pass@k, the others use eval.problems.
@@ -33,12 +33,12 @@ def evaluate_heldout(
     # Accuracy, sampled without truncation.
     sampling = replace(sampling, temperature=settings.temperature, top_k=0, top_p=1.0, min_p=0.0)
     heldout, clock = problems.heldout(count), Clock()
-    groups = collect(heldout, num_samples, sampling, EVAL_KEY + num_done, clock)
+    groups = collect(heldout, num_samples, sampling, EVAL_KEY + offset + num_done, clock)
     metrics: dict[str, Any] = {"split": "heldout", **eval_metrics(groups, tokenizer)}
 
     # pass@k, from more samples. A noise key contains the step, so these need a step that no other evaluation
     # uses.
     if is_whole and settings.pass_at_k:
-        more = collect(heldout[: settings.problems], settings.pass_at_k, sampling, 2 * EVAL_KEY + num_done, clock)
+        more = collect(heldout[: settings.problems], settings.pass_at_k, sampling, 2 * EVAL_KEY + offset + num_done, clock)
         metrics["pass_at_k"] = pass_at_powers(more)
     return metrics

@@ -38,7 +38,7 @@ class Pretrain:
         # The model.
         config = start.config
         self.config, self.world = config, start.world
-        self.num_steps, self.checkpoint_every = config.pretrain.steps, 0
+        self.num_steps, self.checkpoint_every = self.num_steps_of(config), 0
         model = Transformer(config.model, start.tokenizer.vocab_size, start.world.dtype).initialise(config.run.seed)
         self.policy = start.policy(model, config.pretrain_optim, self.num_steps)
 
@@ -47,6 +47,10 @@ class Pretrain:
         self._batches = document_batches(config, start.tokenizer)
         self._num_tokens = sum(num_tokens_of(next(self._batches)) for _ in range(self.policy.num_steps_done))
         self._since_log_s, self._since_log_tokens = 0.0, 0
+
+    @staticmethod
+    def num_steps_of(config: Config) -> int:
+        return config.pretrain.steps
 
     @staticmethod
     def check(config: Config, tokenizer: Tokenizer, problems: Problems | None) -> list[str]:

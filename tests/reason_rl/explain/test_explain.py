@@ -52,7 +52,7 @@ def page(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def stats(checkpoint: Path) -> StepStats:
     """The same step by the stage itself, without observers."""
     observed = prepare(checkpoint, None, [*SIZES, SMALL_MICROBATCHES])
-    stage = Grpo(StageStart(observed.config, observed.world, observed.tokenizer, observed.problems, checkpoint, None))
+    stage = Grpo(StageStart(observed.config, observed.world, observed.tokenizer, observed.problems, 0, checkpoint, None))
     try:
         return stage.step(0)
     finally:
