@@ -73,9 +73,9 @@ def test_a_prompt_that_cannot_be_answered_is_one_line_on_stderr(
 
 
 @pytest.mark.parametrize(("option", "words"), [
-    ("--samples=0", "--samples must be at least 1, got 0"), ("--max-tokens=0", "max_tokens must be >= 1, got 0"),
+    ("--samples=0", "--samples must be at least 1, got 0"), ("--max-tokens=0", "max_tokens must be at least 1, got 0"),
     ("--max-tokens=26", "do not fit model.max_position_embeddings = 32"), ("--top-p=2", "top_p must be in (0, 1], got 2.0"),
-    ("--temperature=-1", "temperature must be >= 0, got -1.0"), ("--device=tpu", "must be auto, cpu, cuda"),
+    ("--temperature=-1", "temperature must be at least 0, got -1.0"), ("--device=tpu", "must be auto, cpu, cuda"),
     ("--template=nowhere", "nowhere"),
 ])  # fmt: skip
 def test_an_option_that_cannot_be_used_is_one_line_on_stderr(
