@@ -3,7 +3,7 @@
 Files here: `spec.py` (the choices), `inputs.py` (the constants), `surrogates.py` (one function each; yours
 too), `reference.py` (the specification), `metrics.py` (merging and finishing the metrics), `function.py`
 (autograd over the kernels in `triton_kernel.py` and `csrc/grpo_loss/`). Tests:
-`tests/kernels/test_grpo_loss.py`; `tests/reason_rl/test_algorithms.py` compares each algorithm with its
+`tests/kernels/test_grpo_loss.py`; `tests/reason_rl/rl/test_algorithms.py` compares each algorithm with its
 paper. Left out: logprobs and entropy from hidden states (`kernels/linear_logprob`), advantages
 (`kernels/group_advantage`).
 """

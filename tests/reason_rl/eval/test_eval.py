@@ -146,7 +146,7 @@ def test_an_interrupted_evaluation_continues_and_ends_in_the_same_files(
 def test_a_finished_evaluation_is_read_and_not_sampled_again(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert run(checkpoint, tmp_path / "e", "--problems=4", "--samples=4") == 0
     before = files(tmp_path / "e")
-    monkeypatch.setattr(command, "load_model", None)
+    monkeypatch.setattr(command, "load_for_sampling", None)
     monkeypatch.chdir(checkpoint.parent)  # a relative path of the same folder
     assert run(Path("final"), tmp_path / "e", "--problems=4", "--samples=4") == 0 and files(tmp_path / "e") == before
     assert run(checkpoint, tmp_path / "e", "--problems=4", "--samples=4", "--k=2") == 0
@@ -229,7 +229,7 @@ def test_bad_input_is_one_line_before_any_work(
     more: list[str], message: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(command, "load_model", None)
+    monkeypatch.setattr(command, "load_for_sampling", None)
     assert run(checkpoint, tmp_path / "e", *more) == 1
     err = capsys.readouterr().err
     assert err.startswith("eval: ") and err.count("\n") == 1 and message in err
