@@ -105,7 +105,8 @@ class Grpo:
         before the step's first update, and ref_logprobs, of the frozen reference policy."""
         temperature, filled = self.sampling.temperature, list(microbatches)
         if self.config.rl.old_logprobs == "recompute":
-            filled = fill_logprobs(self.policy.model, filled, self.world, temperature=temperature, name="old_logprobs")
+            # Each rank fills its own microbatches, so by the plain copy: a sharded forward would wait for all ranks.
+            filled = fill_logprobs(self.policy.sampling_model, filled, self.world, temperature=temperature, name="old_logprobs")
         if self.reference is not None:
             filled = fill_logprobs(self.reference, filled, self.world, temperature=temperature, name="ref_logprobs")
         return filled
