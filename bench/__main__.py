@@ -46,7 +46,9 @@ def run_op(op: str, budget_s: float, options: argparse.Namespace) -> dict[str, A
             says = f"stopped: it took more than {budget_s + GRACE_S:.0f} s"
 
         # Its record, or an empty one.
-        record: dict[str, Any] = json.loads(target.read_text()) if target.is_file() else {"ceilings": {}, "rows": []}
+        record: dict[str, Any] = {"ceilings": {}, "rows": []}
+        if target.is_file():
+            record = json.loads(target.read_text(encoding="utf-8"))
     if says:
         print(f"{op}: {says}", flush=True)
         record["rows"].append({"op": op, "shape": "all", "dtype": "all", "direction": "all", "side": "all", "says": says})

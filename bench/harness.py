@@ -50,7 +50,7 @@ def describe_setting(device: torch.device | str = "cpu", dtype: torch.dtype | No
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The model name in /proc/cpuinfo, else platform.processor()."""
     if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             key, _, value = line.partition(":")
             if key.strip() == "model name":
                 return value.strip()
@@ -84,7 +84,7 @@ def write_json(record: Mapping[str, Any], target: str | None) -> None:
     path = Path(target)
     text = json.dumps(record, indent=2, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def peak_rss_bytes(process: int | str = "self") -> int:
@@ -95,7 +95,7 @@ def peak_rss_bytes(process: int | str = "self") -> int:
     """
     status = Path(f"/proc/{process}/status")
     if status.is_file():
-        for line in status.read_text().splitlines():
+        for line in status.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

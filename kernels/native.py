@@ -37,7 +37,7 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     """The CPU flags that Linux lists; empty without /proc/cpuinfo (then only the portable library is
     loaded)."""
     if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             key, _, value = line.partition(":")
             if key.strip() == "flags":
                 return frozenset(value.split())

@@ -1,12 +1,14 @@
-"""Products of the reference ops, whose rows keep their bits in any batch: torch's GEMM, called with one shape and on one thread.
+"""Matrix products of the reference ops. A row keeps its bits in any batch, because every call of torch's GEMM has
+the same shape and one thread.
 
-torch's GEMM picks its code path, and with it the order of the sum over K, by the number of rows and of threads, by rules that
-differ from CPU to CPU. So the rows go in blocks of one fixed number, the last one padded with zeros. A row must then have the same
-bits in every place of its block. That is no law of torch's, but an observation with torch 2.13 (tests/kernels/test_linear.py
-checks it): on an Intel CPU with AMX in f32 and bf16, also with ONEDNN_MAX_CPU_ISA=AVX2 and with MKL_CBWR=AVX2 or AVX512, for
-blocks of 16, 24, 48 and 64 rows. With MKL_CBWR=AVX2 it fails for 8, 12, 32 and 128 rows.
+torch's GEMM chooses its code path, and with it the order of the sum over K, by the number of rows and threads; the
+rules differ between CPUs. So rows are computed in blocks of a fixed number, the last block padded with zeros. A row
+must then have the same bits at every place of its block. torch does not promise this. It was observed with torch
+2.13 on an Intel CPU with AMX (tests/kernels/test_linear.py checks it): in f32 for blocks of 16 and 64 rows, also with
+MKL_CBWR=AVX2; in bf16 for the same blocks, also with ONEDNN_MAX_CPU_ISA=AVX2. With MKL_CBWR=AVX2, blocks of 8, 12, 32
+and 128 rows fail in f32, and with MKL_CBWR=SSE4_2 all blocks do.
 
-Only the forward pass goes in blocks: gradients are one plain product each.
+Only forward products are computed in blocks. A gradient is one plain product.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 LINEAR_ROWS = 64
-"""A bf16 call costs 13 us or more in oneDNN: 1,024 rows by [256, 128] take 1.7 ms in blocks of 16, 0.5 ms in blocks of 64."""
+"""Rows per call of `linear`. A bf16 call of oneDNN takes at least 13 us: 1,024 rows by [256, 128] take 1.7 ms in
+blocks of 16 and 0.5 ms in blocks of 64 (Intel Xeon with AMX, one thread)."""
 BATCH_ROWS = 16
-"""For attention, where a decoding row has few query heads a kv head."""
+"""Rows per matrix of a batched product, for attention: a decoded token has few query heads per kv head."""
 
 # Ops, so that torch.compile does not look inside: it cannot trace a change of the number of threads.
 _LIBRARY = torch.library.Library("reason_rl_reference", "DEF")
@@ -31,7 +34,7 @@ _OPS: Any = torch.ops.reason_rl_reference
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """More threads would share a long sum over K, and add their parts in another order."""
+    """With more threads, each sums a range of K, and the order of the sum changes."""
     threads = torch.get_num_threads()
     if threads == 1:
         yield

@@ -27,7 +27,7 @@ ALPHABET = ["<pad>", "<eos>", *"0123456789+-*/()=<>,.:!? abcdefghijklmnopqrstuvw
 
 
 def peak_mb() -> float:
-    with open("/proc/self/status") as status:
+    with open("/proc/self/status", encoding="utf-8") as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM:"))
 
 

@@ -20,7 +20,7 @@ from kernels.products import batch_in_blocks
 
 KEY_TILE = 64
 MIN_COLUMNS = 16
-"""Narrower products take other code paths in torch; the bits were checked for 16 columns or more."""
+"""Fewest columns of a product: torch takes other code paths for narrower ones."""
 MASKED = -1e30
 """exp(MASKED - max) is exactly 0 if the row has a real score; a padding row, which is all masked, stays
 finite."""
