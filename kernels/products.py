@@ -6,7 +6,7 @@ rules differ between CPUs. So rows are computed in blocks of a fixed number, the
 must then have the same bits at every place of its block. torch does not promise this. It was observed with torch
 2.13 on an Intel CPU with AMX (tests/kernels/test_linear.py checks it): in f32 for blocks of 16 and 64 rows, also with
 MKL_CBWR=AVX2; in bf16 for the same blocks, also with ONEDNN_MAX_CPU_ISA=AVX2. With MKL_CBWR=AVX2, blocks of 8, 12, 32
-and 128 rows fail in f32, and with MKL_CBWR=SSE4_2 all blocks do.
+and 128 rows fail in f32; with MKL_CBWR=SSE4_2, every block size fails for narrow N.
 
 Only forward products are computed in blocks. A gradient is one plain product.
 """
